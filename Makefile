@@ -1,0 +1,32 @@
+# `make demo` and `make test` are all the set-up there is: each makes .venv, installs, and runs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check thorough format bench clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; say make PYTHON=python3.12 ..."'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/superlora-tn demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+thorough: .venv/installed
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,32 @@
+"""The reference backend: contracts the whole equation at once, with numpy in float64, and ignores the plan's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from superlora_tn.plan import Plan
+from superlora_tn.steps import TOKEN
+
+NAME = "numpy_reference"
+
+
+def compile(plan: Plan) -> Callable[..., np.ndarray]:
+    """A callable ``(*arrays, out=None, alpha=1.0) -> float64 array``; see `superlora_tn.execute.Backend`."""
+    number = {name: k for k, (name, _) in enumerate(plan.sizes)}
+
+    def shape(indices: tuple[str, ...]) -> tuple[int, ...]:
+        return tuple(-1 if i == TOKEN else plan.size[i] for i in indices)
+
+    def run(*arrays: Any, out: Any = None, alpha: float = 1.0) -> np.ndarray:
+        operands: list[Any] = []
+        for array, indices in zip(arrays, plan.inputs, strict=True):
+            operands += [np.asarray(array, dtype=np.float64).reshape(shape(indices)), [number[i] for i in indices]]
+        result: np.ndarray = np.einsum(*operands, [number[i] for i in plan.output])
+        flat = [-1 if TOKEN in axis else int(np.prod([plan.size[i] for i in axis], dtype=np.int64)) for axis in plan.result]
+        result = alpha * result.reshape(flat)
+        return result if out is None else np.asarray(out, dtype=np.float64) + result
+
+    return run

@@ -1,0 +1,391 @@
+"""Attach adapters to a model, and everything that alters it afterwards. No other module changes a user's model.
+
+Layers get a forward hook and keep their class, their names and their state-dict keys. The adapters of all groups live
+once, in one `Tuned` that is registered as a sub-module of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from superlora_tn import layers
+from superlora_tn.adapter import Adapter, make_adapter
+from superlora_tn.checkpoint import CheckpointError, read, write
+from superlora_tn.execute import DEFAULT
+from superlora_tn.fold import FlatGroup, Shape, split_name
+from superlora_tn.plan import Optimizer, Route, RouteChoice, choose, table
+from superlora_tn.spec import AdapterSpec
+from superlora_tn.steps import CPU, DEVICES
+from superlora_tn.targets import AttachError, Targets, match, near
+
+NAME = "superlora"
+
+
+class UpdateHook:
+    """The forward hook of one layer: adds the adapter's update to the layer's output while the adapter is active."""
+
+    def __init__(self, layer: nn.Module, adapter: Adapter, target: str) -> None:
+        self.adapter, self.target = adapter, target
+        self._update = layers.update_of(layer)
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if not self.adapter.active:
+            return output
+        return self._update(layer, args[0] if args else kwargs["input"], output, self.adapter, self.target)
+
+
+class Tuned(nn.Module):
+    """The handle `attach` returns: the adapters of a model, and what can be done with them.
+
+    It is a sub-module of the model (so that the adapters move, save and train with it); deepcopy and pickle of the
+    model carry it along, and `tuned(model)` finds it again.
+
+    Attributes:
+        spec: the declaration.
+        adapters: one `Adapter` a group.
+        merged: whether dW is in the weights now.
+    """
+
+    def __init__(self, spec: AdapterSpec, adapters: Sequence[Adapter], targets: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.adapters = nn.ModuleList(adapters)
+        self.merged = False
+        # Unregistered references, in plain containers: the base's keys stay as they were.
+        self._layers = dict(targets)
+        self._group_of = {name: adapter for adapter in adapters for name in adapter.group.members}
+        self._backup: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+        self._model: tuple[nn.Module, str] | None = None
+        self._frozen: list[tuple[nn.Parameter, bool]] = []
+
+    def forward(self, x: Any) -> Any:
+        """The identity: an nn.Sequential that carries adapters calls all its sub-modules in turn, this one too."""
+        return x
+
+    @property
+    def targets(self) -> dict[str, Shape]:
+        """Adapted weights: module name -> (out, in)."""
+        return {name: tuple(layers.weight(layer).shape) for name, layer in self._layers.items()}  # type: ignore[misc]
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters of all adapters."""
+        return sum(a.graph.num_parameters for a in self._adapters())
+
+    def _adapters(self) -> Iterator[Adapter]:
+        for adapter in self.adapters:
+            assert isinstance(adapter, Adapter)
+            yield adapter
+
+    def _adapter_of(self, target: str) -> Adapter:
+        if target not in self._group_of:
+            raise AttachError(f"'{target}' is not adapted; {near(target, self._group_of)}.")
+        return self._group_of[target]
+
+    def delta(self, target: str) -> Tensor:
+        """dW of one target as it stands, scale included, shape (out, in).
+
+        Raises:
+            AttachError: no such target.
+        """
+        return self._adapter_of(target).delta(target)
+
+    def plan(self, target: str, tokens: int) -> RouteChoice:
+        """Both routes of one target at a number of tokens (rows of x), priced for its device; print it.
+
+        Raises:
+            AttachError: no such target.
+        """
+        adapter = self._adapter_of(target)
+        device = layers.weight(self._layers[target]).device.type
+        return choose(adapter.graph, self.targets[target], tokens, DEVICES.get(device, CPU), adapter.optimize)
+
+    def _need(self, what: str) -> nn.Module:
+        if self._model is None:
+            raise AttachError(f"cannot {what}: the adapter is detached; attach it again.")
+        return self._model[0]
+
+    def merge(self) -> None:
+        """Add dW to the weights, rounding once, and switch the adapters off. The weights' bytes are kept for `unmerge`.
+
+        Raises:
+            AttachError: already merged, detached, dW not finite, or a weight that other modules share.
+        """
+        model = self._need("merge")
+        if self.merged:
+            raise AttachError("the adapter is merged already; unmerge() first, or leave it.")
+        self._check_ties(model)
+        with torch.no_grad():
+            deltas = {name: self.delta(name) for name in self._layers}
+            for name, delta in deltas.items():
+                if not torch.isfinite(delta).all():
+                    raise AttachError(f"dW of '{name}' holds NaN or infinity; nothing was merged. Look at the training.")
+            for name, layer in self._layers.items():
+                self._backup[name] = layers.weight(layer).detach().clone()
+                layers.add_to_weight(layer, deltas[name])
+        self.merged = True
+        self._switch(False)
+
+    def _check_ties(self, model: nn.Module) -> None:
+        """A weight that another module uses too would change there as well."""
+        owners: dict[int, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            for parameter in module.parameters(recurse=False):
+                owners.setdefault(id(parameter), []).append(name)
+        for name, layer in self._layers.items():
+            shared = [o for p in layer.parameters(recurse=False) if p.ndim > 1 for o in owners[id(p)] if o != name]
+            if shared:
+                raise AttachError(f"the weight of '{name}' is shared with '{shared[0]}', which merging would change too.")
+
+    def unmerge(self) -> None:
+        """Put the weights' own bytes back and switch the adapters on.
+
+        Raises:
+            AttachError: not merged.
+        """
+        if not self.merged:
+            raise AttachError("the adapter is not merged, so there is nothing to unmerge.")
+        with torch.no_grad():
+            for name, original in self._backup.items():
+                layers.write(self._layers[name], original)
+        self._backup.clear()
+        self.merged = False
+        self._switch(True)
+
+    def detach(self) -> nn.Module:
+        """Take the adapters off and return the model bit for bit as it was (unmerged, its requires_grad restored)."""
+        model = self._need("detach")
+        if self.merged:
+            self.unmerge()
+        for hook in self._hooks:
+            hook.remove()
+        for parameter, wanted in self._frozen:
+            parameter.requires_grad_(wanted)
+        assert self._model is not None
+        delattr(model, self._model[1])
+        self._hooks, self._frozen, self._model = [], [], None
+        return model
+
+    def _switch(self, active: bool) -> None:
+        for adapter in self._adapters():
+            adapter.active = active
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within this context the model computes as its base, also while merged."""
+        was_merged = self.merged
+        if was_merged:
+            self.unmerge()
+        before = [a.active for a in self._adapters()]
+        self._switch(False)
+        try:
+            yield
+        finally:
+            for adapter, active in zip(self._adapters(), before, strict=True):
+                adapter.active = active
+            if was_merged:
+                self.merge()
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write ``adapter.safetensors`` and ``adapter.json``; whatever interrupts it, a loadable adapter remains.
+
+        Args:
+            folder: made where it does not exist.
+        """
+        tensors = {
+            f"group{k}.{node.name}": tensor.detach()
+            for k, adapter in enumerate(self._adapters())
+            for node, tensor in zip(adapter.graph.nodes, adapter.tensors(), strict=True)
+        }
+        write(folder, self.spec, self.targets, tensors)
+
+    def __str__(self) -> str:
+        rows = [("groups", "weights", "modes", "ranks", "parameters", "route", "price of one weight")]
+        alike: dict[tuple[str, ...], list[Adapter]] = {}
+        for adapter in self._adapters():
+            alike.setdefault(_describe(adapter), []).append(adapter)
+        for (kinds, modes, ranks, route, price), group in alike.items():
+            members = sum(len(a.group.members) for a in group)
+            parameters = sum(a.graph.num_parameters for a in group)
+            rows.append((f"{len(group)}", f"{members} ({kinds})", modes, ranks, f"{parameters:,}", route, price))
+        head = f"{len(self._layers)} weights, {self.num_parameters:,} trainable parameters, scale {self.spec.scale:g}"
+        state = "merged" if self.merged else "detached" if self._model is None else "attached"
+        return "\n".join([f"{head}, {state}", *table(rows, "groups parameters")])
+
+    __repr__ = __str__
+
+
+def _describe(adapter: Adapter) -> tuple[str, str, str, str, str]:
+    """A group in words: kinds of weights, modes, ranks, route and price. Equal groups share a row."""
+    kinds = list(dict.fromkeys(split_name(n)[1] for n in adapter.group.members))
+    open_indices = {i for _, indices in adapter.graph.modes for i in indices}
+    bonds = [s for i, s in adapter.graph.sizes if i not in open_indices]
+    ranks = f"{bonds[0]}" + (f" x{len(bonds)}" if len(bonds) > 1 else "") if len(set(bonds)) == 1 else " ".join(map(str, bonds))
+    shape = next(iter(adapter.group.members.values()))[1:] if isinstance(adapter.group, FlatGroup) else adapter.group.shape
+    choice = choose(adapter.graph, (shape[0], shape[1]), 1024, adapter.profile, adapter.optimize)
+    route = adapter.route or choice.route
+    price = choice.apply.price if route == "apply" and choice.apply else choice.delta_price
+    return (
+        f"{', '.join(kinds[:2])}{', ...' if len(kinds) > 2 else ''}",
+        " ".join(f"{mode.name}={mode.size}" for mode, _ in adapter.graph.modes),
+        ranks or "-",
+        route,
+        f"{price * 1e3:.2f} ms at 1024 tokens",
+    )
+
+
+def attach(
+    model: nn.Module,
+    spec: AdapterSpec,
+    targets: Targets,
+    *,
+    exclude: Targets = (),
+    only_layers: Sequence[int] | None = None,
+    name: str = NAME,
+    dtype: torch.dtype = torch.float32,
+    route: Route | None = None,
+    backend: str = DEFAULT,
+    optimize: Optimizer = "dp",
+    seed: int | None = None,
+) -> Tuned:
+    """Attach an adapter to a model: freezes it, and leaves only the adapter's parameters trainable.
+
+    Args:
+        model: any torch model.
+        spec: the declaration.
+        targets, exclude, only_layers: which modules, see `match`.
+        name: under which name the handle is registered in the model.
+        dtype: of the adapter's parameters, whatever the model's.
+        route: force "apply" or "delta"; None takes the cheaper one, call by call.
+        backend: the backend's name.
+        optimize: "dp" or any opt_einsum optimizer.
+        seed: of the adapter's first values; None draws from torch's generator.
+
+    Returns:
+        The handle: print it, merge, save, detach.
+
+    Raises:
+        AttachError: a target that is not there, cannot be adapted or is adapted already, or a name in use.
+        SpecError: the declaration does not fit the targets' shapes.
+    """
+    if not isinstance(spec, AdapterSpec):
+        raise AttachError(f"attach was given spec={spec!r}; give an AdapterSpec such as superlora_tn.lora(8).")
+    names = match(model, targets, exclude, only_layers)
+    return _attach(model, spec, names, name, dtype, route, backend, optimize, seed)
+
+
+def _attach(
+    model: nn.Module,
+    spec: AdapterSpec,
+    names: Sequence[str],
+    name: str,
+    dtype: torch.dtype,
+    route: Route | None,
+    backend: str,
+    optimize: Optimizer,
+    seed: int | None,
+) -> Tuned:
+    """Everything that can fail comes before the first change of the model."""
+    if name in dict(model.named_children()):
+        raise AttachError(f"the model has a module named '{name}' already; detach() it, or attach under another name=.")
+    others = [module for module in model.modules() if isinstance(module, Tuned)]
+    for other in others:
+        for target in names:
+            if target in other.targets:
+                raise AttachError(f"'{target}' is adapted already; detach() that adapter first, or choose other targets.")
+    targets = {n: model.get_submodule(n) for n in names}
+    matrices = {n: layers.weight(layer) for n, layer in targets.items()}
+    shapes: dict[str, Shape] = {n: (w.shape[0], w.shape[1]) for n, w in matrices.items()}
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    adapters = []
+    for group, graph in spec.lay_out(shapes):
+        device = matrices[next(iter(group.members))].device
+        adapters.append(
+            make_adapter(
+                spec,
+                group,
+                graph,
+                dtype=dtype,
+                device=device,
+                generator=generator,
+                backend=backend,
+                route=route,
+                optimize=optimize,
+            )
+        )
+    tuned = Tuned(spec, adapters, targets)
+    kept = {id(p) for other in others for p in other.parameters()}
+    tuned._frozen = [(p, p.requires_grad) for p in model.parameters() if id(p) not in kept]
+    for parameter, _ in tuned._frozen:
+        parameter.requires_grad_(False)
+    for target, layer in targets.items():
+        hook = UpdateHook(layer, tuned._adapter_of(target), target)
+        tuned._hooks.append(layer.register_forward_hook(hook, with_kwargs=True))
+    tuned._model = (model, name)
+    model.add_module(name, tuned)
+    return tuned
+
+
+def tuned(model: nn.Module, name: str = NAME) -> Tuned:
+    """The handle of a model, for instance of a copy.
+
+    Raises:
+        AttachError: there is none of that name.
+    """
+    found = dict(model.named_children()).get(name)
+    if not isinstance(found, Tuned):
+        raise AttachError(f"the model carries no adapter named '{name}'; attach one first.")
+    return found
+
+
+def load(
+    model: nn.Module,
+    folder: str | PathLike[str],
+    *,
+    name: str = NAME,
+    dtype: torch.dtype | None = None,
+    route: Route | None = None,
+    backend: str = DEFAULT,
+) -> Tuned:
+    """Attach a saved adapter, strictly: whatever does not fit raises and leaves the model as it was.
+
+    Args:
+        model: the base the adapter was trained on.
+        folder: what `save` wrote.
+        name, route, backend: as in `attach`.
+        dtype: of the parameters; None keeps the saved one.
+
+    Raises:
+        CheckpointError: files missing, damaged, of a newer schema, or of another base.
+    """
+    saved = read(folder)
+    modules = dict(model.named_modules())
+    for target, shape in saved.targets.items():
+        if target not in modules:
+            raise CheckpointError(
+                f"{folder}: this base has no module '{target}', which the adapter needs; {near(target, modules)}."
+            )
+        if not layers.is_supported(modules[target]):
+            raise CheckpointError(
+                f"{folder}: '{target}' is a {type(modules[target]).__name__} in this base, which cannot be adapted."
+            )
+        found = tuple(layers.weight(modules[target]).shape)
+        if found != tuple(shape):
+            raise CheckpointError(
+                f"{folder}: '{target}' is {found} in this base and {tuple(shape)} in the adapter; it is another base."
+            )
+    tensors = saved.load()
+    kept = dtype or next(iter(tensors.values())).dtype
+    handle = _attach(model, saved.spec, list(saved.targets), name, kept, route, backend, "dp", None)
+    with torch.no_grad():
+        for k, adapter in enumerate(handle._adapters()):
+            for node, own in zip(adapter.graph.nodes, adapter.tensors(), strict=True):
+                own.copy_(tensors[f"group{k}.{node.name}"])
+    return handle

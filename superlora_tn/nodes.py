@@ -1,0 +1,278 @@
+"""The words an adapter is declared in: nodes of a tensor network, and the frozen values that expand to nodes.
+
+Everything here is a frozen, hashable value, checked when it is made. A *part* (`Dense`, `Tucker`, `CP`,
+`TensorTrain`, `Kronecker`, `Hadamard`, `Network`) knows its ranks but no sizes; `graph.lower` gives it sizes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+INITS = ("auto", "zeros", "ones", "eye", "normal", "uniform", "orthogonal")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+MAX_RANK = 1 << 20
+
+
+class SpecError(ValueError):
+    """A wrong declaration: says what was given, what was expected and what to do."""
+
+
+def check_rank(owner: str, rank: object) -> None:
+    """Raise unless `rank` is a whole number between 1 and 2**20."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
+        raise SpecError(f"{owner} was given rank={rank!r}; a rank is a whole number of at least 1. Choose rank >= 1.")
+
+
+def check_ranks(owner: str, rank: int | tuple[int, ...]) -> None:
+    """Raise unless `rank` is a rank or a non-empty tuple of ranks."""
+    if isinstance(rank, tuple) and not rank:
+        raise SpecError(f"{owner} was given an empty tuple of ranks; give one number, or one a bond.")
+    for one in rank if isinstance(rank, tuple) else (rank,):
+        check_rank(owner, one)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One tensor of a network in index notation.
+
+    Args:
+        indices: its index names, separated by spaces, in the order of the tensor's axes, e.g. ``"o r"``.
+        init: ``"auto"`` (the library scales it, see `initialise`), ``"zeros"``, ``"ones"``, ``"eye"``,
+            ``"normal"``, ``"uniform"`` or ``"orthogonal"``.
+        trainable: False freezes the node: it counts no parameter and gets no gradient.
+
+    Raises:
+        SpecError: an unreadable or repeated index, or an unknown init.
+    """
+
+    indices: str
+    init: str = "auto"
+    trainable: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.indices, str):
+            raise SpecError(f"a node was given indices {self.indices!r}; write a string of names such as 'o r'.")
+        names = self.index_names
+        for name in names:
+            if not _NAME.fullmatch(name):
+                raise SpecError(
+                    f"node '{self.indices}' has the index '{name}'; an index is a letter followed by letters, "
+                    "digits or '_'. Separate indices by spaces."
+                )
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise SpecError(
+                f"node '{self.indices}' has index '{twice[0]}' twice; a diagonal is not a node. "
+                "Give the second axis a name of its own."
+            )
+        if not isinstance(self.trainable, bool):
+            raise SpecError(f"node '{self.indices}' was given trainable={self.trainable!r}; give True or False.")
+        if self.init not in INITS:
+            raise SpecError(f"node '{self.indices}' was given init={self.init!r}; choose one of {', '.join(INITS)}.")
+
+    @property
+    def index_names(self) -> tuple[str, ...]:
+        """The indices, one name each."""
+        return tuple(self.indices.split())
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One full tensor over all modes: no factorisation at all."""
+
+
+@dataclass(frozen=True)
+class CP:
+    """A sum of `rank` outer products: ``T[m1..mM] = sum_r prod_m A_m[m r]`` (a Tucker with a superdiagonal core).
+
+    Args:
+        rank: the number of terms, one bond shared by all factors.
+        dense_if_large: stay one dense node where ``rank >= max(sizes) / 2``, since factors would then cost more
+            than they save (PEFT's rule for LoKr's splits).
+    """
+
+    rank: int
+    dense_if_large: bool = False
+
+    def __post_init__(self) -> None:
+        check_rank("CP", self.rank)
+
+
+@dataclass(frozen=True)
+class Tucker:
+    """A core multiplied by a factor on each mode: ``T = C x_1 A_1 ... x_M A_M``.
+
+    Args:
+        rank: the core's size on each factored mode, one for all or a tuple with one each.
+        factors: the modes that get a factor, separated by spaces; the core carries the others as they are
+            (partial Tucker). None factors all modes.
+    """
+
+    rank: int | tuple[int, ...]
+    factors: str | None = None
+
+    def __post_init__(self) -> None:
+        check_ranks("Tucker", self.rank)
+
+
+@dataclass(frozen=True)
+class TensorTrain:
+    """A chain of cores, one a mode: ``T = G_1[m1 b1] G_2[b1 m2 b2] ... G_M[b m_M]``.
+
+    Args:
+        rank: the size of the bonds, one for all or a tuple of M - 1.
+    """
+
+    rank: int | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_ranks("TensorTrain", self.rank)
+
+
+def _check_parts(owner: str, parts: tuple[object, ...]) -> None:
+    if len(parts) < 1:
+        raise SpecError(f"{owner} was given no part; give it at least one, such as {owner}(CP(4), CP(4)).")
+    for part in parts:
+        if not isinstance(part, PARTS):
+            names = ", ".join(p.__name__ for p in PARTS)
+            raise SpecError(f"{owner} was given {part!r}; a part is one of {names}.")
+
+
+@dataclass(frozen=True, init=False)
+class Kronecker:
+    """The Kronecker product of its parts: each mode's size is split into one factor a part.
+
+    Args:
+        parts: the K parts, the slowest index first, as in ``numpy.kron(a, b)``.
+        factor: for two parts, the wanted first size (PEFT's `decompose_factor`); -1 splits most evenly.
+    """
+
+    parts: tuple[Part, ...]
+    factor: int = -1
+
+    def __init__(self, *parts: Part, factor: int = -1) -> None:
+        object.__setattr__(self, "parts", tuple(parts))
+        object.__setattr__(self, "factor", factor)
+        _check_parts("Kronecker", self.parts)
+        if not isinstance(factor, int) or isinstance(factor, bool) or (factor != -1 and factor < 1):
+            raise SpecError(f"Kronecker was given factor={factor!r}; give a whole number of at least 1, or -1.")
+        if factor != -1 and len(parts) != 2:
+            raise SpecError(f"Kronecker was given factor={factor} for {len(parts)} parts; a factor splits in two.")
+
+
+@dataclass(frozen=True, init=False)
+class Hadamard:
+    """The elementwise product of its parts, all over the same modes.
+
+    Args:
+        parts: two or more parts.
+    """
+
+    parts: tuple[Part, ...]
+
+    def __init__(self, *parts: Part) -> None:
+        object.__setattr__(self, "parts", tuple(parts))
+        _check_parts("Hadamard", self.parts)
+
+
+_MODE = re.compile(r"\(([^()]*)\)|([^\s()]+)")
+
+
+def parse_modes(modes: str) -> tuple[tuple[str, ...], ...]:
+    """Read einops-like mode notation: ``"(o1 o2) i"`` gives ``(("o1", "o2"), ("i",))``."""
+    if not isinstance(modes, str):
+        raise SpecError(f"Network was given modes {modes!r}; write a string such as '(o1 o2) i'.")
+    left_over = _MODE.sub(" ", modes).strip()
+    if left_over:
+        raise SpecError(f"Network cannot read the modes '{modes}': stray '{left_over}'. Write '(o1 o2) (i1 i2)'.")
+    groups = tuple(tuple((m[1] or m[2]).split()) for m in _MODE.finditer(modes))
+    if not groups or not all(groups):
+        raise SpecError(f"Network was given the modes '{modes}', in which a mode is empty; name at least one index.")
+    return groups
+
+
+@dataclass(frozen=True, init=False)
+class Network:
+    """Any tensor network, in index notation.
+
+    Args:
+        modes: the modes of dW in the fold's order, einops-like; parentheses split a mode: ``"(o1 o2) (i1 i2)"``.
+        sizes: sizes of bonds, and of split modes where the even split is not wanted.
+        nodes: each keyword names a node; its value is its indices, or a `Node` where more is to be said.
+
+    An index on two nodes is a bond, on more (or on several nodes and open) a hyperindex.
+
+    Raises:
+        SpecError: an unknown, dangling or unsized index, an open index on no node, a name used twice,
+            no trainable node, or more than one node at zero.
+    """
+
+    modes: str
+    nodes: tuple[tuple[str, Node], ...]
+    sizes: tuple[tuple[str, int], ...]
+
+    def __init__(self, modes: str, sizes: Mapping[str, int] | None = None, **nodes: str | Node) -> None:
+        made = tuple((name, n if isinstance(n, Node) else Node(n)) for name, n in nodes.items())
+        object.__setattr__(self, "modes", modes)
+        object.__setattr__(self, "nodes", made)
+        object.__setattr__(self, "sizes", tuple(sorted((sizes or {}).items())))
+        _check_network(self)
+
+    @property
+    def mode_groups(self) -> tuple[tuple[str, ...], ...]:
+        """The open indices, one tuple a mode."""
+        return parse_modes(self.modes)
+
+
+def _check_network(network: Network) -> None:
+    open_indices = [i for group in network.mode_groups for i in group]
+    places = [i for _, node in network.nodes for i in node.index_names]
+    for index in open_indices:
+        if open_indices.count(index) > 1:
+            raise SpecError(f"Network modes '{network.modes}' name the index '{index}' twice; use two names.")
+        if index not in places:
+            raise SpecError(
+                f"Network modes '{network.modes}' name the open index '{index}', which is on no node; "
+                "put it on a node or leave it out."
+            )
+    for name, node in network.nodes:
+        if not _NAME.fullmatch(name):
+            raise SpecError(f"Network was given a node named {name!r}; a name is a letter, then letters, digits, '_'.")
+        for index in node.index_names:
+            if index not in open_indices and places.count(index) < 2:
+                raise SpecError(
+                    f"node {name}='{node.indices}' has the index '{index}', which is on no other node and not a mode; "
+                    f"modes are '{network.modes}'. Put it on a second node, or leave it out."
+                )
+    _check_sizes(network, set(open_indices), set(places))
+    if not any(node.trainable for _, node in network.nodes):
+        raise SpecError(f"Network '{network.modes}' has no trainable node; let at least one be trainable.")
+    zeros = [name for name, node in network.nodes if node.init == "zeros"]
+    if len(zeros) > 1:
+        raise SpecError(f"Network starts {' and '.join(zeros)} at zero; exactly one node may, or none ever trains.")
+
+
+def _check_sizes(network: Network, open_indices: set[str], places: set[str]) -> None:
+    for index, size in network.sizes:
+        if index not in places:
+            known = ", ".join(sorted(places))
+            raise SpecError(f"Network sizes name the index '{index}', which is on no node; indices are {known}.")
+        check_rank(f"Network index '{index}'", size)
+    for index in sorted(places - open_indices):
+        if index not in dict(network.sizes):
+            raise SpecError(f"Network bond '{index}' has no size; say sizes={{'{index}': 8}}.")
+
+
+Part = Dense | CP | Tucker | TensorTrain | Kronecker | Hadamard | Network
+PARTS = (Dense, CP, Tucker, TensorTrain, Kronecker, Hadamard, Network)
+
+
+def reference_rank(part: Part) -> int | None:
+    """The rank that `alpha` is divided by: the largest rank declared in the part, None where none is."""
+    if isinstance(part, Kronecker | Hadamard):
+        return max((r for r in map(reference_rank, part.parts) if r is not None), default=None)
+    if isinstance(part, Dense | Network):
+        return None
+    return max(part.rank) if isinstance(part.rank, tuple) else part.rank

@@ -1,0 +1,349 @@
+"""Contraction plans: the path (opt_einsum's), its steps in the order the memory has them, their cost, and the route.
+
+This is the only importer of opt_einsum. A plan is made once for a graph and a number of tokens, is cached, prints,
+and is what a backend compiles. Two routes read one graph: `apply` contracts the activation x through the network,
+`delta` contracts the network alone to dW and multiplies x by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+import opt_einsum as oe
+
+from superlora_tn.graph import Graph
+from superlora_tn.steps import CPU, ITEM, TOKEN, Device, Indices, Step, best_orders, lay_out, volume
+
+Route = Literal["apply", "delta"]
+# dp with outer products looks at 3^n pairs: 50 ms at 8 operands; without them chains stay cheap far longer.
+OUTER_UP_TO, EXACT_UP_TO = 8, 14
+
+
+class PlanError(ValueError):
+    """No plan for what was asked."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one equation is contracted.
+
+    Attributes:
+        route: `apply` or `delta`.
+        names: operand names; on the apply route the first is ``x``.
+        inputs: the indices of each operand.
+        shapes: the stored shape of each operand; None for x, whose leading axes are free.
+        result: the indices of the result, one tuple an axis.
+        sizes: (index, size); on the apply route `token` is the number of tokens planned for.
+        steps: the pairwise contractions.
+        device: what it was priced for.
+    """
+
+    route: Route
+    names: tuple[str, ...]
+    inputs: tuple[Indices, ...]
+    shapes: tuple[tuple[int, ...] | None, ...]
+    result: tuple[Indices, ...]
+    sizes: tuple[tuple[str, int], ...]
+    steps: tuple[Step, ...]
+    device: Device
+    optimizer: str
+
+    @cached_property
+    def size(self) -> Mapping[str, int]:
+        """Index -> size."""
+        return dict(self.sizes)
+
+    @property
+    def output(self) -> Indices:
+        """The indices of the result in the order of memory."""
+        return tuple(i for axis in self.result for i in axis)
+
+    @property
+    def flops(self) -> int:
+        """Forward FLOPs."""
+        return sum(s.flops for s in self.steps)
+
+    @property
+    def bytes(self) -> int:
+        """Forward bytes read and written."""
+        return sum(s.bytes for s in self.steps)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the largest intermediate (the result is not one)."""
+        return max((volume(s.result, self.size) * ITEM for s in self.steps[:-1]), default=0)
+
+    @property
+    def price(self) -> float:
+        """Seconds, forward plus backward, on the device."""
+        return sum(s.price(self.device) for s in self.steps)
+
+    @property
+    def equation(self) -> str:
+        """The equation in index names."""
+        return f"{', '.join(' '.join(i) or '1' for i in self.inputs)} -> {' '.join(self.output) or '1'}"
+
+    @cached_property
+    def symbols(self) -> str:
+        """The equation as opt_einsum and cotengra read it."""
+        symbol = {name: oe.get_symbol(k) for k, (name, _) in enumerate(self.sizes)}
+        terms = ["".join(symbol[i] for i in indices) for indices in (*self.inputs, self.output)]
+        return f"{','.join(terms[:-1])}->{terms[-1]}"
+
+    @cached_property
+    def path(self) -> list[tuple[int, ...]]:
+        """The contraction path as opt_einsum writes it (positions in a shrinking list)."""
+        alive = list(range(len(self.inputs)))
+        path: list[tuple[int, ...]] = []
+        for k, step in enumerate(self.steps):
+            places = tuple(sorted((alive.index(step.large), alive.index(step.small))))
+            path.append(places)
+            for place in reversed(places):
+                del alive[place]
+            alive.append(len(self.inputs) + k)
+        return path or [tuple(alive)]
+
+    def __str__(self) -> str:
+        label = [*self.names, *(f"t{k + 1}" for k in range(len(self.steps)))]
+        rows = [("step", "contraction", "FLOPs", "bytes", "as")]
+        for k, s in enumerate(self.steps):
+            text = (
+                f"{label[s.large]}[{' '.join(s.large_indices)}] {label[s.small]}[{' '.join(s.small_indices)}]"
+                f" -> [{' '.join(s.result)}]"
+            )
+            kind = "product" if not s.contracted else "matmul" if not s.after or not s.before else "batched matmul"
+            kind += " + permute" if s.permuted else ""
+            rows.append((label[len(self.names) + k], text, f"{s.flops:,}", f"{s.bytes:,}", kind))
+        return "\n".join(
+            [
+                f"{self.route} route: {', '.join(self.names)}",
+                f"equation   {self.equation}",
+                f"path       {self.path} (opt_einsum, {self.optimizer})",
+                *table(rows),
+                f"forward    {self.flops:,} FLOPs, {self.bytes:,} bytes; peak intermediate {self.peak:,} bytes",
+            ]
+        )
+
+
+def table(rows: Sequence[Sequence[str]], right: str = "FLOPs bytes") -> list[str]:
+    """Rows of text as aligned columns; a column whose heading is in `right` is set flush right."""
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    flush = [head in right.split() for head in rows[0]]
+    return [
+        "  ".join(cell.rjust(w) if f else cell.ljust(w) for cell, w, f in zip(row, widths, flush, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+Optimizer = str | Callable[..., Any]
+
+
+@lru_cache(maxsize=8192)
+def make_plan(
+    graph: Graph,
+    route: Route,
+    tokens: int = 1,
+    device: Device = CPU,
+    optimize: Optimizer = "dp",
+    memory_limit: int | None = None,
+    fixed: bool = True,
+) -> Plan:
+    """Plan one route of a graph.
+
+    Args:
+        graph: the network.
+        route: `apply` (x is contracted with the network) or `delta` (the network alone).
+        tokens: rows of x; the delta route does not depend on it.
+        device: the balance to price for.
+        optimize: "dp" searches all paths without outer products on our own price (up to 12 operands, above that
+            opt_einsum's "auto"); any other name or optimizer object that opt_einsum takes is used as it is.
+        memory_limit: the largest allowed intermediate, in bytes.
+        fixed: the member indices are chosen beforehand (the usual case); False contracts all members at once.
+
+    Raises:
+        PlanError: the route does not exist for this graph, or nothing fits the memory limit.
+    """
+    if route == "apply" and graph.open("flat"):
+        raise PlanError("a flat fold has only the delta route: its modes are not the weight's in and out.")
+    names, inputs, shapes, trained = _operands(graph, route, fixed)
+    size = {**dict(graph.sizes), TOKEN: tokens}
+    result = _result(graph, route, fixed)
+    used = {i for term in inputs for i in term}
+    sizes = tuple((i, s) for i, s in size.items() if i in used)
+    steps = _steps(inputs, tuple(i for axis in result for i in axis), size, trained, device, optimize, memory_limit)
+    plan = Plan(route, tuple(names), tuple(inputs), tuple(shapes), result, sizes, steps, device, str(optimize))
+    if memory_limit is not None and plan.peak > memory_limit:
+        raise PlanError(
+            f"the {route} route needs an intermediate of {plan.peak:,} bytes, above memory_limit={memory_limit:,}; "
+            "raise the limit, plan for fewer tokens, or take the other route."
+        )
+    return plan
+
+
+def _operands(
+    graph: Graph, route: Route, fixed: bool
+) -> tuple[list[str], list[Indices], list[tuple[int, ...] | None], list[bool]]:
+    """Names, indices, stored shapes and whether a gradient is wanted, for each operand of a route."""
+    names = [n.name for n in graph.nodes]
+    inputs = [graph.indices_of(n, fixed) for n in graph.nodes]
+    shapes: list[tuple[int, ...] | None] = [graph.shape_of(n, fixed) for n in graph.nodes]
+    trained = [n.trainable for n in graph.nodes]
+    if route == "delta":
+        return names, inputs, shapes, trained
+    return ["x", *names], [(TOKEN, *graph.open("in")), *inputs], [None, *shapes], [True, *trained]
+
+
+def _result(graph: Graph, route: Route, fixed: bool) -> tuple[Indices, ...]:
+    """The axes of a route's result: (tokens, out), (out, in), or one axis each for the member and the flat modes."""
+    if route == "apply":
+        return ((TOKEN,), graph.open("out"))
+    member = tuple((i,) for i in graph.open("member")) if not fixed else ()
+    return (*member, graph.open("flat")) if graph.open("flat") else (*member, graph.open("out"), graph.open("in"))
+
+
+def _steps(
+    inputs: list[Indices],
+    output: Indices,
+    size: Mapping[str, int],
+    trained: list[bool],
+    device: Device,
+    optimize: Optimizer,
+    memory_limit: int | None,
+) -> tuple[Step, ...]:
+    """Search a path, then the cheapest memory order of its intermediates."""
+    pairs, alive, terms = list[tuple[int, int]](), list(range(len(inputs))), list(inputs)
+    # A tensor of one number joins the smallest other one at once; dp would multiply it onto the final result.
+    for scalar in [k for k in alive if not inputs[k]]:
+        if scalar in alive and len(alive) > 1:
+            alive.remove(scalar)
+            other = min(alive, key=lambda k: (not terms[k], volume(terms[k], size)))
+            alive.remove(other)
+            pairs.append((other, scalar))
+            terms.append(terms[other])
+            trained = [*trained, trained[other] or trained[scalar]]
+            alive.append(len(terms) - 1)
+    if len(alive) > 1:
+        path = _search([terms[k] for k in alive], output, size, [trained[k] for k in alive], device, optimize, memory_limit)
+        for a, b in path:
+            pair = (alive[a], alive[b])
+            pairs.append(pair)
+            alive = [k for k in alive if k not in pair]
+            alive.append(len(inputs) + len(pairs) - 1)
+    return best_orders(tuple(pairs), tuple(inputs), tuple(trained[: len(inputs)]), output, size, device)
+
+
+def _search(
+    terms: list[Indices],
+    output: Indices,
+    size: Mapping[str, int],
+    grads: list[bool],
+    device: Device,
+    optimize: Optimizer,
+    memory_limit: int | None,
+) -> list[tuple[int, int]]:
+    """The pairs to contract, as positions in a shrinking list."""
+    if optimize == "dp":
+        optimize = "auto"
+        if len(terms) <= EXACT_UP_TO:
+            price = _our_price(terms, output, size, grads, device, memory_limit)
+            optimize = oe.DynamicProgramming(price, cost_cap=False, search_outer=len(terms) <= OUTER_UP_TO)
+    symbol = {name: oe.get_symbol(k) for k, name in enumerate(size)}
+    text = ",".join("".join(symbol[i] for i in t) for t in terms) + "->" + "".join(symbol[i] for i in output)
+    shapes = [tuple(size[i] for i in t) for t in terms]
+    path, _ = oe.contract_path(text, *shapes, shapes=True, optimize=optimize)
+    for pair in path:
+        if len(pair) != 2:
+            raise PlanError(f"the optimizer {optimize!r} contracts {len(pair)} tensors in one step; it must go pair by pair.")
+    return [(int(a), int(b)) for a, b in path]
+
+
+def _our_price(
+    terms: list[Indices],
+    output: Indices,
+    size: Mapping[str, int],
+    grads: list[bool],
+    device: Device,
+    memory_limit: int | None,
+) -> Callable[..., None]:
+    """opt_einsum's hook for a cost of our own: seconds of a step as it will be laid out, with its gradients.
+
+    opt_einsum names a set of tensors by a bitmap; `held` remembers the memory order of each set's best contraction,
+    so that a path that tears a large tensor's axes apart pays for the permutation. An intermediate above the memory
+    limit is priced out of reach rather than refused: refusing all makes opt_einsum's search go on for ever.
+    """
+    held = {1 << k: (term, grad) for k, (term, grad) in enumerate(zip(terms, grads, strict=True))}
+    whole = (1 << len(terms)) - 1
+
+    def compare(*given: Any) -> None:  # called by opt_einsum, with its names for these
+        cost1, cost2, union, _size, _cap, s1, s2, found, graph, _all, inputs, shared, _limit, path1, path2 = given
+        both = s1 | s2
+        outside = [k for k in range(len(terms)) if not both >> k & 1]
+        rest = {i for k in outside for i in terms[k]} | set(output)
+        (left, left_grad), (right, right_grad) = held[s1], held[s2]
+        step = lay_out((0, 1), (left, right), (left_grad, right_grad), rest, output if both == whole else (), size)
+        seconds = step.price(device)
+        if memory_limit is not None and both != whole and volume(step.result, size) * ITEM > memory_limit:
+            seconds += 1e30
+        cost = cost1 + cost2 + seconds
+        if both not in found or cost < found[both][1]:
+            in_graph = {i for k in outside if graph >> k & 1 for i in inputs[k]}
+            found[both] = (union - (shared - in_graph), cost, (path1, path2))
+            held[both] = (step.result, left_grad or right_grad)
+
+    return compare
+
+
+@dataclass(frozen=True)
+class RouteChoice:
+    """Both routes of a layer at a number of tokens, and which is cheaper."""
+
+    apply: Plan | None
+    delta: Plan
+    tokens: int
+    shape: tuple[int, int]
+
+    @property
+    def route(self) -> Route:
+        """The cheaper route."""
+        return "delta" if self.apply is None or self.delta_price < self.apply.price else "apply"
+
+    @property
+    def delta_price(self) -> float:
+        """Seconds to build dW and multiply x by it, forward plus backward."""
+        d_out, d_in = self.shape
+        moved = ITEM * (self.tokens * (d_in + d_out) + d_out * d_in)
+        return self.delta.price + 3 * self.delta.device.price(2 * self.tokens * d_out * d_in, moved, 1)
+
+    @property
+    def chosen(self) -> Plan:
+        """The plan of the cheaper route."""
+        return self.apply if self.apply is not None and self.route == "apply" else self.delta
+
+    def __str__(self) -> str:
+        device = self.delta.device.name
+        prices: dict[Route, str] = {"delta": f"{self.delta_price * 1e3:.3f} ms"}
+        prices["apply"] = f"{self.apply.price * 1e3:.3f} ms" if self.apply else "not possible with a flat fold"
+        other: Route = "apply" if self.route == "delta" else "delta"
+        return (
+            f"{self.chosen}\n"
+            f"price      {prices[self.route]} for {self.tokens:,} tokens on {device}, forward + backward\n"
+            f"refused    {other} route: {prices[other]}"
+        )
+
+
+def choose(
+    graph: Graph,
+    shape: tuple[int, int],
+    tokens: int,
+    device: Device = CPU,
+    optimize: Optimizer = "dp",
+    memory_limit: int | None = None,
+) -> RouteChoice:
+    """Plan both routes of a graph for a number of tokens, for a weight of shape (out, in)."""
+    delta = make_plan(graph, "delta", 1, device, optimize)  # dW itself is no intermediate, so no limit here
+    if graph.open("flat"):
+        return RouteChoice(None, delta, tokens, shape)
+    return RouteChoice(make_plan(graph, "apply", tokens, device, optimize, memory_limit), delta, tokens, shape)
