@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from superlora_tn.eager import is_eager
 from superlora_tn.execute import compiled
-from superlora_tn.fold import FlatGroup, Group, PhysicalGroup
-from superlora_tn.graph import Graph
+from superlora_tn.fold import FlatGroup, Group, Mode, PhysicalGroup, Shape
+from superlora_tn.graph import Graph, lower
 from superlora_tn.initialise import first_values
-from superlora_tn.nodes import SpecError
+from superlora_tn.nodes import Dense, SpecError
 from superlora_tn.plan import Optimizer, Route, choose, make_plan
 from superlora_tn.projection import fixed_map
 from superlora_tn.spec import AdapterSpec
@@ -80,13 +81,25 @@ class Adapter(nn.Module):
         """dW of a target, scale included, shape (out, in), in the parameters' dtype."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, target: str, out: Tensor) -> Tensor:
-        """``out + x dW^T`` for a target: x (..., in), out (..., out); in out's dtype."""
+    def forward(self, x: Tensor, target: str, out: Tensor, base: Tensor | None = None) -> Tensor:
+        """``out + x dW^T`` for a target, in out's dtype.
+
+        Args:
+            x: (..., in).
+            target: which member.
+            out: (..., out).
+            base: W, where out is the untouched output ``x W^T + b`` of a frozen linear layer: then out is written to.
+        """
         raise NotImplementedError
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout of the adapter's input, while training."""
         return functional.dropout(x, self.spec.dropout, self.training) if self.spec.dropout else x
+
+    def _dense(self, shape: Shape) -> Run:
+        """The delta route's last part: dW as the one node of a dense network, with x."""
+        modes = (Mode("out", shape[0], "out"), Mode("in", shape[1], "in"))
+        return compiled(make_plan(lower(Dense(), modes), "apply", TOKEN_STEPS[-1], self.profile, self.optimize), self.backend)
 
 
 class PhysicalAdapter(Adapter):
@@ -101,6 +114,7 @@ class PhysicalAdapter(Adapter):
             for target, positions in self.group.members.items()
         }
         self._runs = self._schedule()
+        self._multiply = self._dense(self.group.shape)
 
     @property
     def fan_in(self) -> int:
@@ -136,13 +150,17 @@ class PhysicalAdapter(Adapter):
         """dW of a target, scale included, shape (out, in)."""
         return self._build(*self._member(target), alpha=self.scale)
 
-    def forward(self, x: Tensor, target: str, out: Tensor) -> Tensor:
-        """``out + x dW^T``: x (..., in), out (..., out)."""
+    def forward(self, x: Tensor, target: str, out: Tensor, base: Tensor | None = None) -> Tensor:
+        """See `Adapter.forward`."""
         tokens = math.prod(x.shape[:-1])
+        x = x if x.dtype == out.dtype else x.to(out.dtype)
+        if self.spec.dropout:
+            # The layer's own gradient goes through x itself, so the two can no longer be one.
+            x, base = self.drop(x), None
         run = next(run for least, run in self._runs if tokens >= least)
         if run is None:
-            return out + functional.linear(self.drop(x).to(out.dtype), self.delta(target).to(out.dtype))
-        return run(self.drop(x).to(out.dtype), *self._member(target, out.dtype), out=out, alpha=self.scale)
+            return self._multiply(x, self.delta(target).to(out.dtype), out=out, base=base)
+        return run(x, *self._member(target, out.dtype), out=out, alpha=self.scale, base=base)
 
 
 class FlatAdapter(Adapter):
@@ -155,36 +173,91 @@ class FlatAdapter(Adapter):
         if self.route == "apply":
             raise SpecError("a flat fold has no apply route: its modes are not the weight's in and out. Leave route=None.")
         self.map = fixed_map(self.spec.projection, self.group.inner, self.group.length)
+        self._build_all = compiled(make_plan(self.graph, "delta", 1, self.profile, self.optimize, fixed=False), self.backend)
+        self._multiply = {target: self._dense((d_out, d_in)) for target, (_, d_out, d_in) in self.group.members.items()}
+        self._shared: dict[str, Tensor] = {}
+        self._stamp: list[tuple[int, int]] = []
+        self._detached = False
 
     @property
     def fan_in(self) -> int:
         """The members' largest in."""
         return max(d_in for _, _, d_in in self.group.members.values())
 
-    def vector(self, group: int) -> Tensor:
-        """The elements of one group, scale included, shape (its length,)."""
-        nodes = self.tensors()
-        if self.group.groups > 1:
-            nodes = [tensor[group] for tensor in nodes]
+    def _pieces(self, groups: range) -> Tensor:
+        """The elements of a run of groups one after another, scale included."""
         # A map may be nonlinear, so the scale waits until after it.
-        flat = self._build(*nodes, alpha=1.0 if self.map is not None else self.scale)[: self.group.inner]
+        alpha = 1.0 if self.map is not None else self.scale
+        nodes = self.tensors()
+        if self.group.groups == 1:
+            rows = self._build(*nodes, alpha=alpha).unsqueeze(0)
+        elif len(groups) == self.group.groups:
+            rows = self._build_all(*nodes, alpha=alpha)
+        else:
+            rows = torch.stack([self._build(*(tensor[g] for tensor in nodes), alpha=alpha) for g in groups])
+        rows = rows[:, : self.group.inner]
         if self.map is not None:
-            flat = self.map(flat) * self.scale
-        return flat[: self.group.start(group + 1) - self.group.start(group)]
+            rows = self.map(rows) * self.scale
+        longer = sum(self.group.start(g + 1) - self.group.start(g) == self.group.length for g in groups)
+        if longer == len(groups):
+            return rows[:, : self.group.length].reshape(-1)
+        return torch.cat([rows[:longer, : self.group.length].reshape(-1), rows[longer:, : self.group.length - 1].reshape(-1)])
 
     def delta(self, target: str) -> Tensor:
         """dW of a target, scale included, shape (out, in): cut from the groups it lies in."""
         start, d_out, d_in = self.group.members[target]
-        end, pieces = start + d_out * d_in, []
-        for group in range(self.group.groups):
-            low, high = self.group.start(group), self.group.start(group + 1)
-            if low < end and high > start:
-                pieces.append(self.vector(group)[max(start - low, 0) : end - low])
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(d_out, d_in)
+        end = start + d_out * d_in
+        touched = [g for g in range(self.group.groups) if self.group.start(g) < end and self.group.start(g + 1) > start]
+        groups = range(touched[0], touched[-1] + 1)
+        first = self.group.start(groups[0])
+        return self._pieces(groups)[start - first : end - first].reshape(d_out, d_in)
 
-    def forward(self, x: Tensor, target: str, out: Tensor) -> Tensor:
-        """``out + x dW^T``: x (..., in), out (..., out)."""
-        return out + functional.linear(self.drop(x).to(out.dtype), self.delta(target).to(out.dtype))
+    def share(self) -> None:
+        """Build dW of all members at once, for the forward pass of the model that follows.
+
+        The members' layers take it from here until its gradient has come back, or the next pass builds anew.
+        """
+        flat = self._pieces(range(self.group.groups))
+        members = self.group.members
+        pieces = torch.split(flat, [d_out * d_in for _, d_out, d_in in members.values()])
+        shapes = [shape[1:] for shape in members.values()]
+        self._shared = {t: p.reshape(s) for t, p, s in zip(members, pieces, shapes, strict=True)}
+        self._stamp, self._detached = self._state(), False
+        if flat.requires_grad:
+            flat.register_hook(lambda _: self.release())  # type: ignore[no-untyped-call]
+
+    def _state(self) -> list[tuple[int, int]]:
+        """What the shared dW was made from: the tensors and how often each was written."""
+        return [(id(tensor), tensor._version) for tensor in self.tensors()]
+
+    def release(self) -> None:
+        """Forget the shared dW."""
+        self._shared = {}
+
+    def _current(self, target: str) -> Tensor:
+        """dW of a target: the shared one, where this pass built it and may differentiate through it.
+
+        Re-entrant checkpointing runs a block first without gradients and again, alone, during backward. Its second
+        run may not share a graph with other blocks, so it builds dW for itself.
+        """
+        shared = self._shared.get(target)
+        if shared is None or not is_eager() or self._stamp != self._state():
+            return self.delta(target)
+        if not torch.is_grad_enabled():
+            self._detached = shared.requires_grad
+            return shared.detach()
+        return self.delta(target) if self._detached else shared
+
+    def forward(self, x: Tensor, target: str, out: Tensor, base: Tensor | None = None) -> Tensor:
+        """See `Adapter.forward`."""
+        x = x if x.dtype == out.dtype else x.to(out.dtype)
+        if self.spec.dropout:
+            x, base = self.drop(x), None
+        return self._multiply[target](x, self._current(target).to(out.dtype), out=out, base=base)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Shared tensors belong to one pass and are neither copied nor pickled."""
+        return {**self.__dict__, "_shared": {}}
 
 
 def make_adapter(

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from superlora_tn import layers
-from superlora_tn.adapter import Adapter, make_adapter
+from superlora_tn.adapter import Adapter, FlatAdapter, make_adapter
 from superlora_tn.checkpoint import CheckpointError, read, write
+from superlora_tn.eager import is_eager
 from superlora_tn.execute import DEFAULT
 from superlora_tn.fold import FlatGroup, Shape, split_name
 from superlora_tn.plan import Optimizer, Route, RouteChoice, choose, table
@@ -37,7 +39,34 @@ class UpdateHook:
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if not self.adapter.active:
             return output
-        return self._update(layer, args[0] if args else kwargs["input"], output, self.adapter, self.target)
+        untouched = is_eager() and self._is_first(layer)
+        return self._update(layer, args[0] if args else kwargs["input"], output, self.adapter, self.target, untouched)
+
+    def _is_first(self, layer: nn.Module) -> bool:
+        """Whether no other hook has seen the output yet."""
+        return next(iter(layer._forward_hooks.values())) is self and not _global_forward_hooks
+
+
+class ShareHook:
+    """The model's forward pre-hook: flat folds build dW of all their weights once a pass."""
+
+    def __init__(self, adapters: Sequence[FlatAdapter]) -> None:
+        self.adapters = tuple(adapters)
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        for adapter in self.adapters:
+            adapter.release()
+            if adapter.active and is_eager():
+                adapter.share()
+
+
+class ReleaseHook(ShareHook):
+    """The model's forward hook: without gradients nothing needs dW after the pass."""
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        for adapter in self.adapters:
+            if not torch.is_grad_enabled():
+                adapter.release()
 
 
 class Tuned(nn.Module):
@@ -328,6 +357,10 @@ def _attach(
     for target, layer in targets.items():
         hook = UpdateHook(layer, tuned._adapter_of(target), target)
         tuned._hooks.append(layer.register_forward_hook(hook, with_kwargs=True))
+    flat = [a for a in adapters if isinstance(a, FlatAdapter)]
+    if flat:
+        tuned._hooks.append(model.register_forward_pre_hook(ShareHook(flat)))
+        tuned._hooks.append(model.register_forward_hook(ReleaseHook(flat)))
     tuned._model = (model, name)
     model.add_module(name, tuned)
     return tuned

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-Update = Callable[[Any, Tensor, Tensor, Any, str], Tensor]
+Update = Callable[[Any, Tensor, Tensor, Any, str, bool], Tensor]
 
 
 class Adapts(Protocol):
@@ -27,8 +27,8 @@ class Adapts(Protocol):
         """Dropout of the input."""
         ...
 
-    def __call__(self, x: Tensor, target: str, out: Tensor) -> Tensor:
-        """``out + x dW^T``."""
+    def __call__(self, x: Tensor, target: str, out: Tensor, base: Tensor | None = None) -> Tensor:
+        """``out + x dW^T``; base is W, where out is a frozen linear layer's untouched output."""
         ...
 
 
@@ -49,7 +49,7 @@ def write(layer: nn.Module, matrix: Tensor) -> None:
 
 
 @singledispatch
-def update(layer: nn.Module, x: Tensor, y: Tensor, adapter: Adapts, target: str) -> Tensor:
+def update(layer: nn.Module, x: Tensor, y: Tensor, adapter: Adapts, target: str, untouched: bool) -> Tensor:
     """The layer's output with the adapter's update added.
 
     Args:
@@ -58,6 +58,7 @@ def update(layer: nn.Module, x: Tensor, y: Tensor, adapter: Adapts, target: str)
         y: its output.
         adapter: the adapter.
         target: the layer's name in it.
+        untouched: whether y comes straight from the layer, and nobody else has seen it.
     """
     raise LayerError(f"layers of type {type(layer).__name__} cannot be adapted; supported are {', '.join(supported())}.")
 
@@ -95,9 +96,26 @@ def plain_write(layer: nn.Linear, matrix: Tensor) -> None:
 
 
 @update.register
-def linear_update(layer: nn.Linear, x: Tensor, y: Tensor, adapter: Adapts, target: str) -> Tensor:
+def linear_update(layer: nn.Linear, x: Tensor, y: Tensor, adapter: Adapts, target: str, untouched: bool) -> Tensor:
     """y (..., out) + x (..., in) dW^T."""
-    return adapter(x, target, y)
+    return adapter(x, target, y, layer.weight if untouched and _is_plain_linear(layer, x, y) else None)
+
+
+def _is_plain_linear(layer: nn.Linear, x: Tensor, y: Tensor) -> bool:
+    """Whether y is just ``x W^T + b`` with nothing to train, so that the adapter may write to it and differentiate it.
+
+    A subclass may compute something else, a tensor subclass may hold something else, and autocast casts in between.
+    """
+    weight, bias = layer.weight, layer.bias
+    return (
+        type(layer) is nn.Linear
+        and type(weight) is nn.Parameter
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
+        and type(x) is Tensor
+        and x.dtype == y.dtype == weight.dtype
+        and y.is_contiguous()
+    )
 
 
 @weight.register(nn.Conv1d)
@@ -111,7 +129,7 @@ def conv_weight(layer: nn.Conv2d) -> Tensor:
 @update.register(nn.Conv1d)
 @update.register(nn.Conv2d)
 @update.register(nn.Conv3d)
-def conv_update(layer: nn.Conv2d, x: Tensor, y: Tensor, adapter: Adapts, target: str) -> Tensor:
+def conv_update(layer: nn.Conv2d, x: Tensor, y: Tensor, adapter: Adapts, target: str, untouched: bool) -> Tensor:
     """y + conv(x, dW), with the layer's own padding, stride, dilation and groups."""
     kernel = adapter.delta(target).reshape(layer.weight.shape).to(y.dtype)
     x = adapter.drop(x).to(y.dtype)
@@ -131,7 +149,7 @@ def transposed_write(layer: Any, matrix: Tensor) -> None:
     layer.weight.copy_(matrix.t())
 
 
-def transposed_update(layer: Any, x: Tensor, y: Tensor, adapter: Adapts, target: str) -> Tensor:
+def transposed_update(layer: Any, x: Tensor, y: Tensor, adapter: Adapts, target: str, untouched: bool) -> Tensor:
     """y (..., out) + x (..., in) dW^T."""
     return adapter(x, target, y)
 

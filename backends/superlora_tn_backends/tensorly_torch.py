@@ -2,24 +2,28 @@
 
 The line is generated as Python source once a plan (`print(program)` shows it), so that running it costs no loop, no
 look-up and no planning, and Dynamo traces it whole. Large operands are only viewed; small ones are permuted.
+
+While training, the line runs inside one autograd function with a generated backward line: one graph node in place of
+one an operation, no output-sized temporary, the scale folded into small tensors. Where the update joins a frozen
+linear layer (`base`), its gradient for x accumulates into the layer's own.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensorly.backend.pytorch_backend import PyTorchBackend
+from torch import Tensor
 
+from superlora_tn.eager import is_eager
 from superlora_tn.plan import Plan
-from superlora_tn.steps import TOKEN, Indices, Step
+from superlora_tn_backends.writer import backward_source, forward_source, run_source
 
 NAME = "tensorly_torch"
 # An instance of our own: TensorLy's global backend is neither read nor set.
 TL = PyTorchBackend()
-Axes = tuple[Indices, ...]
 
 
 def compile(plan: Plan) -> Program:
@@ -27,24 +31,53 @@ def compile(plan: Plan) -> Program:
     return Program(plan)
 
 
+def _made(source: str, name: str) -> Callable[..., Any]:
+    scope: dict[str, Any] = {"TL": TL, "torch": torch}
+    exec(source, scope)  # the source is made of operand numbers and sizes alone
+    return scope[name]  # type: ignore[no-any-return]
+
+
 class Program:
     """A compiled plan: callable, printable (its source), picklable.
 
     Attributes:
         plan: what was compiled.
-        source: the generated line.
-        run: the generated function ``(*tensors, out=None, alpha=1.0)``.
+        run: the generated line in differentiable operations, ``(*tensors, out=None, alpha=1.0)``.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.source = _Writer(plan).source()
-        scope: dict[str, Any] = {"TL": TL, "torch": torch}
-        exec(self.source, scope)  # the source is made of operand numbers and sizes alone
-        self.run: Callable[..., torch.Tensor] = scope["run"]
+        self.run = _made(run_source(plan), "run")
+        self._forward = _made(forward_source(plan), "forward")
+        self._backward: dict[tuple[bool, ...], Callable[..., Any]] = {}
 
-    def __call__(self, *tensors: torch.Tensor, out: torch.Tensor | None = None, alpha: float = 1.0) -> torch.Tensor:
-        return self.run(*tensors, out=out, alpha=alpha)
+    def __call__(self, *tensors: Tensor, out: Tensor | None = None, alpha: float = 1.0, base: Tensor | None = None) -> Tensor:
+        """Contract; with `out`, the result is added to it.
+
+        Args:
+            tensors: the plan's operands.
+            out: (..., out); consumed: it may be written to.
+            alpha: a factor of the result.
+            base: W, when out is the output ``x W^T + b`` of a frozen linear layer and nothing else has used it.
+        """
+        if not is_eager():
+            return cast(Tensor, self.run(*tensors, out=out, alpha=alpha))
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+            joined = (
+                self.run(*tensors, out=out, alpha=alpha) if base is None else self._forward(*tensors, out=out, alpha=alpha)[0]
+            )
+            return cast(Tensor, joined)
+        if base is None:
+            result = cast(Tensor, _apply(_Contraction, self, alpha, *tensors))
+            return result if out is None else out + result.reshape(out.shape)
+        assert out is not None
+        return cast(Tensor, _apply(_FusedUpdate, self, alpha, base, out.detach(), *tensors))
+
+    def backward(self, wanted: tuple[bool, ...]) -> Callable[..., tuple[Tensor | None, ...]]:
+        """The generated backward line for the operands whose gradient is wanted."""
+        if wanted not in self._backward:
+            self._backward[wanted] = _made(backward_source(self.plan, wanted), "backward")
+        return self._backward[wanted]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Program, (self.plan,))
@@ -53,133 +86,65 @@ class Program:
         return self
 
     def __str__(self) -> str:
-        return self.source
+        return run_source(self.plan)
 
 
-class _Writer:
-    """Writes the source of one plan; operand k is called ``v{k}``."""
+def _apply(function: Any, *arguments: Any) -> Any:
+    return function.apply(*arguments)
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.lines: list[str] = []
-        self.order: list[Indices] = list(plan.inputs)
-        self.shape: list[tuple[int, ...] | None] = list(plan.shapes)
 
-    def source(self) -> str:
-        arguments = ", ".join(f"v{k}" for k in range(len(self.plan.inputs)))
-        for step in self.plan.steps[:-1]:
-            self._keep(step, self._product(step))
-        self._finish()
-        return "\n".join([f"def run({arguments}, out=None, alpha=1.0):", *(f"    {line}" for line in self.lines), ""])
-
-    def _keep(self, step: Step, expression: str) -> None:
-        self.lines.append(f"v{len(self.order)} = {expression}")
-        self.order.append(step.result)
-        self.shape.append(self._sizes(_grouped(step)))
-
-    def _finish(self) -> None:
-        """The last step: adds to `out` where it is given, folding alpha in."""
-        steps, axes = self.plan.steps, self.plan.result
-        sizes = self._text(self._sizes(axes))
-        last = len(self.order) - 1
-        if steps and steps[-1].contracted and steps[-1].result == self.plan.output:
-            self._accumulate(steps[-1], sizes)
-            scaled = min((steps[-1].small, steps[-1].large), key=lambda k: TOKEN in self.order[k])
-            self.lines.append(f"v{scaled} = v{scaled} if alpha == 1.0 else v{scaled} * alpha")
-            self.lines.append(f"return TL.reshape({self._product(steps[-1])}, {sizes})")
-            return
-        if steps:
-            self._keep(steps[-1], self._product(steps[-1]))
-            last += 1
-        self.lines.append(f"v{last} = {self._view(last, axes)}")
-        self.lines.append(f"v{last} = v{last} if alpha == 1.0 else v{last} * alpha")
-        self.lines.append(f"return v{last} if out is None else out + TL.reshape(v{last}, out.shape)")
-
-    def _accumulate(self, step: Step, sizes: str) -> None:
-        left, right = self._pair(step)
-        call = "torch.addmm" if left[1] == 2 and right[1] == 2 else ""
-        self.lines.append("if out is not None:")
-        if call:
-            shape = self._text(self._sizes(tuple(a for a in _grouped(step) if a)))
-            self.lines.append(
-                f"    return TL.reshape(torch.addmm(TL.reshape(out, {shape}), {left[0]}, {right[0]}, alpha=alpha), out.shape)"
-            )
-        else:
-            self.lines.append(f"    return torch.add(out, TL.reshape({self._product(step)}, out.shape), alpha=alpha)")
-
-    def _product(self, step: Step) -> str:
-        if not step.contracted:
-            return self._elementwise(step)
-        left, right = self._pair(step)
-        return f"TL.matmul({left[0]}, {right[0]})"
-
-    def _pair(self, step: Step) -> tuple[tuple[str, int], tuple[str, int]]:
-        """The two operands of a matmul as (expression, number of axes), in the order the result's memory wants."""
-        batch = (step.batch,) if step.batch else ()
-        if not step.after:
-            large, small = (*batch, step.before, step.contracted), (*batch, step.contracted, step.new)
-            return (self._view(step.large, large), len(large)), (self._view(step.small, small), len(small))
-        middle = (step.before,) if step.before else ()
-        large = (*batch, *middle, step.contracted, step.after)
-        small = (*batch, *(((),) if batch and middle else ()), step.new, step.contracted)
-        return (self._view(step.small, small), len(small)), (self._view(step.large, large), len(large))
-
-    def _elementwise(self, step: Step) -> str:
-        large, small = [], []
-        for axis in _grouped(step):
-            large.append(axis if axis and axis[0] in step.large_indices else ())
-            small.append(axis if axis and axis[0] in step.small_indices else ())
-        return f"{self._view(step.large, tuple(large))} * {self._view(step.small, tuple(small))}"
-
-    def _view(self, k: int, axes: Axes) -> str:
-        """Operand k with the given axes: reshaped, and permuted only where its memory order differs."""
-        wanted = [i for axis in axes for i in axis]
-        held, text, shape = list(self.order[k]), f"v{k}", self.shape[k]
-        if held != wanted:
-            blocks = _blocks(held, wanted)
-            sizes = self._sizes(tuple(blocks))
-            if sizes != shape:
-                text = f"TL.reshape({text}, {self._text(sizes)})"
-            permutation = sorted(range(len(blocks)), key=lambda b: wanted.index(blocks[b][0]))
-            text = f"TL.transpose({text}, {permutation})"
-            shape = tuple(sizes[b] for b in permutation)
-        sizes = self._sizes(axes)
-        return text if sizes == shape else f"TL.reshape({text}, {self._text(sizes)})"
-
-    def _sizes(self, axes: Axes) -> tuple[int, ...]:
-        return tuple(-1 if TOKEN in axis else math.prod(self.plan.size[i] for i in axis) for axis in axes)
+class _Contraction(torch.autograd.Function):
+    """The contraction of a plan's operands."""
 
     @staticmethod
-    def _text(sizes: tuple[int, ...]) -> str:
-        return f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
+    def forward(ctx: Any, program: Program, alpha: float, *tensors: Tensor) -> Tensor:
+        result, kept = program._forward(*tensors, alpha=alpha)
+        ctx.program, ctx.alpha, ctx.count = program, alpha, len(tensors)
+        ctx.save_for_backward(*tensors, *kept)
+        return result  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        tensors, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        wanted = tuple(ctx.needs_input_grad[2:])
+        if torch.is_grad_enabled():
+            return (None, None, *_twice_differentiable(ctx.program, ctx.alpha, tensors, wanted, grad))
+        return (None, None, *ctx.program.backward(wanted)(grad, ctx.alpha, None, *tensors, *kept))
 
 
-def _grouped(step: Step) -> Axes:
-    """The axes of a step's result as its product leaves them."""
-    if step.contracted:
-        batch = (step.batch,) if step.batch else ()
-        if not step.after:
-            return (*batch, step.before, step.new)
-        return (*batch, *((step.before,) if step.before else ()), step.new, step.after)
-    axes: list[Indices] = []
-    kind: tuple[bool, bool] | None = None
-    for index in step.result:
-        own = (index in step.large_indices, index in step.small_indices)
-        if own == kind:
-            axes[-1] = (*axes[-1], index)
+class _FusedUpdate(torch.autograd.Function):
+    """A frozen linear layer's output, adopted: the contraction is added in place, and backward covers both.
+
+    The layer's own graph is left behind, so x gets its gradient here alone: ``g W`` with the network's added in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, program: Program, alpha: float, base: Tensor, out: Tensor, *tensors: Tensor) -> Tensor:
+        _, kept = program._forward(*tensors, out=out, alpha=alpha)
+        ctx.mark_dirty(out)
+        ctx.program, ctx.alpha, ctx.count = program, alpha, len(tensors)
+        ctx.save_for_backward(base, *tensors, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        base, tensors, kept = ctx.saved_tensors[0], ctx.saved_tensors[1 : ctx.count + 1], ctx.saved_tensors[ctx.count + 1 :]
+        wanted = tuple(ctx.needs_input_grad[4:])
+        through_base = grad @ base if wanted[0] else None
+        if torch.is_grad_enabled():
+            grads = _twice_differentiable(ctx.program, ctx.alpha, tensors, wanted, grad)
+            if through_base is not None:
+                grads = (through_base + grads[0], *grads[1:])
         else:
-            axes.append((index,))
-        kind = own
-    return tuple(axes)
+            grads = ctx.program.backward(wanted)(grad, ctx.alpha, through_base, *tensors, *kept)
+        return (None, None, None, None, *grads)
 
 
-def _blocks(held: list[str], wanted: list[str]) -> list[Indices]:
-    """The longest runs that stay together in both orders, in the order held."""
-    blocks: list[Indices] = []
-    for index in held:
-        place = wanted.index(index)
-        if blocks and place and wanted[place - 1] == blocks[-1][-1]:
-            blocks[-1] = (*blocks[-1], index)
-        else:
-            blocks.append((index,))
-    return blocks
+def _twice_differentiable(
+    program: Program, alpha: float, tensors: tuple[Tensor, ...], wanted: tuple[bool, ...], grad: Tensor
+) -> tuple[Any, ...]:
+    """Gradients that can be differentiated again: the plain line once more, through autograd."""
+    result = program.run(*tensors, alpha=alpha)
+    inputs = [t for t, want in zip(tensors, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(result, inputs, grad.reshape(result.shape), create_graph=True))
+    return tuple(next(found) if want else None for want in wanted)

@@ -1,0 +1,304 @@
+"""Writes a plan as Python source: a straight line of views and matrix products, and its gradient.
+
+Operand k is called ``v{k}`` and its gradient ``g{k}``. Each variable's memory order and shape are tracked, so that a
+view is written only where the next operation needs another shape, and a permutation only where the order differs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from superlora_tn.plan import Plan
+from superlora_tn.steps import TOKEN, Indices, Step
+
+Axes = tuple[Indices, ...]
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A tensor in the source: its expression, its indices in the order of memory, its shape (None if not known)."""
+
+    text: str
+    order: Indices
+    shape: tuple[int, ...] | None
+
+
+def run_source(plan: Plan) -> str:
+    """``run(*tensors, out=None, alpha=1.0)``: differentiable operations that write to nothing they are given."""
+    return _Writer(plan).run()
+
+
+def forward_source(plan: Plan) -> str:
+    """``forward(*tensors, out=None, alpha=1.0) -> (result, kept)``: adds to `out` in place and keeps the intermediates."""
+    return _Writer(plan).forward()
+
+
+def backward_source(plan: Plan, wanted: tuple[bool, ...]) -> str:
+    """``backward(grad, alpha, into, *tensors, *kept)``: a gradient for each wanted operand, that of x added to `into`."""
+    return _Writer(plan).backward(wanted)
+
+
+class _Writer:
+    """The source of one plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.lines: list[str] = []
+        count = len(plan.inputs)
+        self.values = [Variable(f"v{k}", plan.inputs[k], plan.shapes[k]) for k in range(count)]
+        for k, step in enumerate(plan.steps):
+            self.values.append(Variable(f"v{count + k}", step.result, self.sizes(grouped(step))))
+
+    def function(self, name: str, arguments: list[str]) -> str:
+        """All lines as one function."""
+        return "\n".join([f"def {name}({', '.join(arguments)}):", *(f"    {line}" for line in self.lines), ""])
+
+    def _operands(self) -> list[str]:
+        return [f"v{k}" for k in range(len(self.plan.inputs))]
+
+    def run(self) -> str:
+        """See `run_source`."""
+        self._early_steps()
+        self._finish("return TL.reshape(torch.addmm({out}, {left}, {right}, alpha=alpha), out.shape)")
+        self.lines.append("return result if out is None else out + TL.reshape(result, out.shape)")
+        return self.function("run", [*self._operands(), "out=None", "alpha=1.0"])
+
+    def forward(self) -> str:
+        """See `forward_source`."""
+        self._early_steps()
+        kept = "".join(f"v{len(self.plan.inputs) + k}, " for k in range(len(self.plan.steps) - 1))
+        self._finish(f"{{out}}.addmm_({{left}}, {{right}}, alpha=alpha)\nreturn out, ({kept})")
+        self.lines.append(f"return (result if out is None else out.add_(TL.reshape(result, out.shape))), ({kept})")
+        return self.function("forward", [*self._operands(), "out=None", "alpha=1.0"])
+
+    def _early_steps(self) -> None:
+        for k, step in enumerate(self.plan.steps[:-1]):
+            self.lines.append(f"v{len(self.plan.inputs) + k} = {self.product(step)}")
+
+    def _finish(self, join: str) -> None:
+        """The last step as `result`, times alpha; where `out` is given and it is a plain matmul, `join` adds it at once."""
+        steps, axes = self.plan.steps, self.plan.result
+        final = self.values[-1]
+        if not steps or not steps[-1].contracted or steps[-1].result != self.plan.output:
+            if steps:
+                self.lines.append(f"{final.text} = {self.product(steps[-1])}")
+            self.lines.append(f"result = {self.view(final, axes)}")
+            self.lines.append("result = result if alpha == 1.0 else result * alpha")
+            return
+        step = steps[-1]
+        left, right = self.pair(step)
+        if left[1] == right[1] == 2:
+            out = f"TL.reshape(out, {_text(self.sizes(grouped(step)))})"
+            self.lines.append("if out is not None:")
+            self.lines += [f"    {line}" for line in join.format(out=out, left=left[0], right=right[0]).split("\n")]
+        scaled = step.large if TOKEN in step.small_indices else step.small
+        before = self.values[scaled]
+        self.lines.append(f"scaled = {before.text} if alpha == 1.0 else {before.text} * alpha")
+        self.values[scaled] = replace(before, text="scaled")
+        self.lines.append(f"result = TL.reshape({self.product(step)}, {_text(self.sizes(axes))})")
+        self.values[scaled] = before
+
+    def product(self, step: Step) -> str:
+        """The expression of a step's result."""
+        if not step.contracted:
+            large, small = self.broadcast(step)
+            return f"{large} * {small}"
+        left, right = self.pair(step)
+        return f"TL.matmul({left[0]}, {right[0]})"
+
+    def pair(self, step: Step) -> tuple[tuple[str, int], tuple[str, int]]:
+        """The two operands of a matmul as (expression, number of axes), in the order the result's memory wants."""
+        large, small = operand_axes(step)
+        first = (self.view(self.values[step.large], large), len(large))
+        second = (self.view(self.values[step.small], small), len(small))
+        return (second, first) if step.after else (first, second)
+
+    def broadcast(self, step: Step) -> tuple[str, str]:
+        """The two operands of an elementwise product, with axes of 1 where they lack an index."""
+        axes = grouped(step)
+        large = tuple(a if a and a[0] in step.large_indices else () for a in axes)
+        small = tuple(a if a and a[0] in step.small_indices else () for a in axes)
+        return self.view(self.values[step.large], large), self.view(self.values[step.small], small)
+
+    def backward(self, wanted: tuple[bool, ...]) -> str:
+        """See `backward_source`."""
+        count, steps = len(self.plan.inputs), self.plan.steps
+        needs = [*wanted]
+        for step in steps:
+            needs.append(needs[step.large] or needs[step.small])
+        shape = tuple(self.sizes(self.plan.result))
+        grads: dict[int, Variable] = {count + len(steps) - 1: Variable("grad", self.plan.output, None)}
+        folded = bool(steps and steps[-1].contracted)
+        if not folded:
+            self.lines.append("grad = grad if alpha == 1.0 else grad * alpha")
+        self.lines.append(f"grad = TL.reshape(grad, {_text(shape)})")
+        grads[count + len(steps) - 1] = Variable("grad", self.plan.output, shape)
+        for k in range(len(steps) - 1, -1, -1):
+            if needs[count + k]:
+                alpha = folded and k == len(steps) - 1
+                self._step_back(steps[k], grads.pop(count + k), grads, needs, alpha)
+        self._return_grads(grads, wanted)
+        kept = [f"v{count + k}" for k in range(len(steps) - 1)]
+        return self.function("backward", ["grad", "alpha", "into", *self._operands(), *kept])
+
+    def _return_grads(self, grads: dict[int, Variable], wanted: tuple[bool, ...]) -> None:
+        results = []
+        for k, want in enumerate(wanted):
+            if not want:
+                results.append("None")
+            elif grads[k].text == "into":
+                results.append("into")
+            else:
+                results.append(f"TL.reshape({self.view(grads[k], tuple((i,) for i in self.plan.inputs[k]))}, v{k}.shape)")
+                if k == 0 and self.plan.route == "apply":
+                    results[-1] = f"{results[-1]} if into is None else into.add_({results[-1]})"
+        self.lines.append(f"return ({', '.join(results)},)")
+
+    def _step_back(self, step: Step, grad: Variable, grads: dict[int, Variable], needs: list[bool], alpha: bool) -> None:
+        """The gradients of one step's operands from that of its result."""
+        result = self.view(grad, grouped(step))
+        if not result.isidentifier():
+            name = f"r{step.large}_{step.small}"
+            self.lines.append(f"{name} = {result}")
+            result = name
+        if not step.contracted:
+            self._product_back(step, result, grads, needs)
+            return
+        large_axes, small_axes = operand_axes(step)
+        if needs[step.large]:
+            small = self.view(self.values[step.small], small_axes)
+            small = f"({small} if alpha == 1.0 else {small} * alpha)" if alpha else small
+            sides = (f"{small}.mT", result) if step.after else (result, f"{small}.mT")
+            self._large_grad(step, sides, large_axes, grads)
+        if needs[step.small]:
+            text, axes = self._small_grad(step, result, large_axes)
+            text = f"{text} if alpha == 1.0 else ({text}).mul_(alpha)" if alpha else text
+            self.lines.append(f"g{step.small} = {text}")
+            order = tuple(i for axis in axes for i in axis)
+            grads[step.small] = Variable(f"g{step.small}", order, self.sizes(axes))
+
+    def _large_grad(self, step: Step, sides: tuple[str, str], axes: Axes, grads: dict[int, Variable]) -> None:
+        order = tuple(i for axis in axes for i in axis)
+        whole = f"TL.matmul({sides[0]}, {sides[1]})"
+        is_x = step.large == 0 and self.plan.route == "apply"
+        if is_x and len(axes) == 2 and order == self.plan.inputs[0]:
+            self.lines.append("if into is None:")
+            self.lines.append(f"    into = TL.reshape({whole}, v0.shape)")
+            self.lines.append("else:")
+            self.lines.append(f"    TL.reshape(into, {_text(self.sizes(axes))}).addmm_({sides[0]}, {sides[1]})")
+            grads[0] = Variable("into", order, None)
+            return
+        self.lines.append(f"g{step.large} = {whole}")
+        grads[step.large] = Variable(f"g{step.large}", order, self.sizes(axes))
+
+    def _small_grad(self, step: Step, result: str, large_axes: Axes) -> tuple[str, Axes]:
+        """The small operand's gradient, in the orientation it is stored in."""
+        batch = (step.batch,) if step.batch else ()
+        large = self.view(self.values[step.large], large_axes)
+        stored = self.values[step.small].order
+        new_first = stored == step.batch + step.new + step.contracted or not step.new
+        if not step.after:
+            # result (b, P, N), large (b, P, K)
+            if new_first:
+                return f"TL.matmul({result}.mT, {large})", (*batch, step.new, step.contracted)
+            return f"TL.matmul({large}.mT, {result})", (*batch, step.contracted, step.new)
+        if not step.before:
+            # result (b, N, Q), large (b, K, Q)
+            if new_first:
+                return f"TL.matmul({result}, {large}.mT)", (*batch, step.new, step.contracted)
+            return f"TL.matmul({large}, {result}.mT)", (*batch, step.contracted, step.new)
+        return self._summed_grad(step, result, large, batch)
+
+    def _summed_grad(self, step: Step, result: str, large: str, batch: Axes) -> tuple[str, Axes]:
+        """The small operand's gradient summed over `before`: result (b, P, N, Q), large (b, P, K, Q).
+
+        Either one product for each of P, then their sum, or one product after both are permuted: whichever moves
+        fewer numbers.
+        """
+        new, contracted, after = (math.prod(self.plan.size[i] for i in s) for s in (step.new, step.contracted, step.after))
+        first = len(batch)
+        if batch or new * contracted <= (new + contracted) * after:
+            return f"TL.sum(TL.matmul({result}, {large}.mT), {first})", (*batch, step.new, step.contracted)
+        left = f"TL.reshape(TL.transpose({result}, [1, 0, 2]), ({new}, -1))"
+        right = f"TL.reshape(TL.transpose({large}, [1, 0, 2]), ({contracted}, -1))"
+        return f"TL.matmul({left}, {right}.mT)", (step.new, step.contracted)
+
+    def _product_back(self, step: Step, result: str, grads: dict[int, Variable], needs: list[bool]) -> None:
+        """An elementwise product's gradients: times the other operand, summed over the axes the operand lacks."""
+        axes = grouped(step)
+        large, small = self.broadcast(step)
+        for operand, other, own in ((step.large, small, step.large_indices), (step.small, large, step.small_indices)):
+            if not needs[operand]:
+                continue
+            lacking = [k for k, axis in enumerate(axes) if axis and axis[0] not in own]
+            text = f"{result} * {other}"
+            text = f"TL.sum({text}, {lacking})" if lacking else text
+            held = tuple(axis for k, axis in enumerate(axes) if k not in lacking)
+            self.lines.append(f"g{operand} = {text}")
+            grads[operand] = Variable(f"g{operand}", tuple(i for a in held for i in a), self.sizes(held))
+
+    def view(self, variable: Variable, axes: Axes) -> str:
+        """A variable with the given axes: reshaped, and permuted only where its memory order differs."""
+        wanted = [i for axis in axes for i in axis]
+        text, shape = variable.text, variable.shape
+        if list(variable.order) != wanted:
+            blocks = _blocks(variable.order, wanted)
+            sizes = self.sizes(blocks)
+            if sizes != shape:
+                text = f"TL.reshape({text}, {_text(sizes)})"
+            permutation = sorted(range(len(blocks)), key=lambda b: wanted.index(blocks[b][0]))
+            text = f"TL.transpose({text}, {permutation})"
+            shape = tuple(sizes[b] for b in permutation)
+        sizes = self.sizes(axes)
+        return text if sizes == shape else f"TL.reshape({text}, {_text(sizes)})"
+
+    def sizes(self, axes: Axes) -> tuple[int, ...]:
+        """The extent of each axis, -1 for the one with the tokens."""
+        return tuple(-1 if TOKEN in axis else math.prod(self.plan.size[i] for i in axis) for axis in axes)
+
+
+def operand_axes(step: Step) -> tuple[Axes, Axes]:
+    """The axes in which the large and the small operand enter a matmul."""
+    batch = (step.batch,) if step.batch else ()
+    if not step.after:
+        return (*batch, step.before, step.contracted), (*batch, step.contracted, step.new)
+    middle = (step.before,) if step.before else ()
+    # A batch and a middle axis: the small operand is broadcast over the middle.
+    spread: Axes = ((),) if batch and middle else ()
+    return (*batch, *middle, step.contracted, step.after), (*batch, *spread, step.new, step.contracted)
+
+
+def grouped(step: Step) -> Axes:
+    """The axes of a step's result as its product leaves them."""
+    if step.contracted:
+        batch = (step.batch,) if step.batch else ()
+        if not step.after:
+            return (*batch, step.before, step.new)
+        return (*batch, *((step.before,) if step.before else ()), step.new, step.after)
+    axes: list[Indices] = []
+    kind: tuple[bool, bool] | None = None
+    for index in step.result:
+        own = (index in step.large_indices, index in step.small_indices)
+        if own == kind:
+            axes[-1] = (*axes[-1], index)
+        else:
+            axes.append((index,))
+        kind = own
+    return tuple(axes)
+
+
+def _blocks(held: Indices, wanted: list[str]) -> Axes:
+    """The longest runs that stay together in both orders, in the order held."""
+    blocks: list[Indices] = []
+    for index in held:
+        place = wanted.index(index)
+        if blocks and place and wanted[place - 1] == blocks[-1][-1]:
+            blocks[-1] = (*blocks[-1], index)
+        else:
+            blocks.append((index,))
+    return tuple(blocks)
+
+
+def _text(sizes: tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"

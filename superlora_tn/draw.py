@@ -1,0 +1,295 @@
+"""Pictures: a network as nodes and bonds, a contraction tree coloured by cost, accuracy against parameters.
+
+Needs matplotlib (the `demo` extra). Every function writes a PNG and returns its path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from superlora_tn.graph import Graph
+from superlora_tn.plan import Plan
+
+INK, PAPER, OPEN, ZERO, FROZEN = "#1f2933", "#ffffff", "#9aa5b1", "#f6c85f", "#c3cfd9"
+PALETTE = ("#0b84a5", "#ca472f", "#6f4e7c", "#2e8b57", "#ffa056", "#8dddd0", "#b35c9e", "#5c6ac4", "#7a5c3e", "#444444")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured setting: trainable parameters, mean accuracy (0..1) and its spread over seeds."""
+
+    variant: str
+    parameters: int
+    accuracy: float
+    spread: float
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure and its axes, without touching pyplot's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(place)
+    return place
+
+
+def network(graph: Graph, path: str | Path, title: str = "") -> Path:
+    """Draw a graph: a circle a node (yellow starts at zero, grey is frozen), a line an index, a dot a hyperindex.
+
+    Args:
+        graph: what to draw.
+        path: where the PNG goes.
+        title: above the picture; the equation stands below it.
+    """
+    open_indices = [i for _, indices in graph.modes for i in indices]
+    places: dict[str, list[int]] = {}
+    for k, node in enumerate(graph.nodes):
+        for index in node.indices:
+            places.setdefault(index, []).append(k)
+    vertices: list[str] = [n.name for n in graph.nodes]
+    edges: list[tuple[int, int, str]] = []
+    for index, nodes in places.items():
+        ends = list(nodes)
+        if index in open_indices:
+            ends.append(len(vertices))
+            vertices.append(f">{index}")
+        if len(ends) == 2:
+            edges.append((ends[0], ends[1], index))
+            continue
+        vertices.append("")
+        edges += [(end, len(vertices) - 1, index if k == 0 else "") for k, end in enumerate(ends)]
+    spots = _springs(len(vertices), [(a, b) for a, b, _ in edges])
+    figure, axes = _figure(6.4, 4.8)
+    _draw_edges(axes, graph, edges, spots, vertices)
+    _draw_vertices(axes, graph, vertices, spots)
+    axes.set_title(title, color=INK)
+    axes.set_xlabel(graph.equation(), color=INK, fontsize=8, wrap=True)
+    _bare(axes, spots)
+    return _save(figure, path)
+
+
+def _springs(count: int, edges: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Positions (count, 2) by stress majorisation: drawn distances near the distances along the edges."""
+    far = np.full((count, count), float(count))
+    np.fill_diagonal(far, 0)
+    for a, b in edges:
+        far[a, b] = far[b, a] = 1
+    for k in range(count):
+        far = np.minimum(far, far[:, k : k + 1] + far[k : k + 1, :])
+    angles = np.linspace(0, 2 * np.pi, count, endpoint=False)
+    spots = np.stack([np.cos(angles), np.sin(angles)], axis=1) * count / 4
+    weights = 1 / np.maximum(far, 1) ** 2
+    np.fill_diagonal(weights, 0)
+    for _ in range(300):
+        gaps = spots[:, None] - spots[None]
+        lengths = np.maximum(np.linalg.norm(gaps, axis=2), 1e-9)
+        aims = spots[None] + gaps * (far / lengths)[..., None]
+        spots = (weights[..., None] * aims).sum(1) / np.maximum(weights.sum(1), 1e-9)[:, None]
+    return np.asarray(spots)
+
+
+def _draw_edges(
+    axes: Any, graph: Graph, edges: Sequence[tuple[int, int, str]], spots: np.ndarray, vertices: Sequence[str]
+) -> None:
+    for a, b, index in edges:
+        ends = spots[[a, b]]
+        is_open = vertices[a].startswith(">") or vertices[b].startswith(">")
+        axes.plot(*ends.T, color=OPEN if is_open else INK, linewidth=1.6, zorder=1)
+        if index and not is_open:
+            axes.annotate(
+                f"{index}={graph.size[index]}",
+                ends.mean(0),
+                fontsize=8,
+                color=INK,
+                ha="center",
+                va="center",
+                bbox={"boxstyle": "round,pad=0.15", "fc": PAPER, "ec": "none"},
+            )
+
+
+def _draw_vertices(axes: Any, graph: Graph, vertices: Sequence[str], spots: np.ndarray) -> None:
+    for name, (x, y) in zip(vertices, spots, strict=True):
+        if not name:
+            axes.plot(x, y, "o", color=INK, markersize=5, zorder=2)
+        elif name.startswith(">"):
+            axes.annotate(
+                f"{name[1:]}={graph.size[name[1:]]}",
+                (x, y),
+                fontsize=9,
+                color=INK,
+                ha="center",
+                va="center",
+                zorder=3,
+                bbox={"boxstyle": "round,pad=0.2", "fc": PAPER, "ec": OPEN},
+            )
+        else:
+            node = next(n for n in graph.nodes if n.name == name)
+            colour = FROZEN if not node.trainable else ZERO if node.init == "zeros" else "#a8d5e2"
+            axes.annotate(
+                name,
+                (x, y),
+                fontsize=9,
+                color=INK,
+                ha="center",
+                va="center",
+                zorder=3,
+                bbox={"boxstyle": "circle,pad=0.45", "fc": colour, "ec": INK},
+            )
+
+
+def _bare(axes: Any, spots: np.ndarray) -> None:
+    low, high = spots.min(0) - 0.6, spots.max(0) + 0.6
+    axes.set_xlim(low[0], high[0])
+    axes.set_ylim(low[1], high[1])
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def tree(plan: Plan, path: str | Path, title: str = "") -> Path:
+    """Draw a plan as its contraction tree: leaves are operands, each join a step, its colour the step's share of the price.
+
+    Args:
+        plan: what to draw.
+        path: where the PNG goes.
+        title: above the picture.
+    """
+    from matplotlib import colormaps
+
+    count = len(plan.inputs)
+    spots, depth = _tree_spots(plan)
+    figure, axes = _figure(max(5.0, 1.7 * count), 1.6 + 0.9 * (depth + 1))
+    prices = [s.price(plan.device) for s in plan.steps]
+    total = sum(prices) or 1.0
+    for k, step in enumerate(plan.steps):
+        x, y = spots[count + k]
+        share = prices[k] / total
+        for child in (step.large, step.small):
+            axes.plot([spots[child][0], x], [spots[child][1], y], color=OPEN, linewidth=1.4, zorder=1)
+        text = f"{' '.join(step.result) or '1'}\n{step.flops:,} FLOPs, {share:.0%}"
+        axes.annotate(
+            text,
+            (x, y),
+            fontsize=8,
+            ha="center",
+            va="center",
+            zorder=3,
+            color=INK,
+            bbox={"boxstyle": "round,pad=0.3", "fc": colormaps["YlOrRd"](0.05 + 0.75 * share), "ec": INK},
+        )
+    for k, (name, indices) in enumerate(zip(plan.names, plan.inputs, strict=True)):
+        axes.annotate(
+            f"{name}\n{' '.join(indices) or '1'}",
+            spots[k],
+            fontsize=8,
+            ha="center",
+            va="center",
+            zorder=3,
+            color=INK,
+            bbox={"boxstyle": "round,pad=0.3", "fc": PAPER, "ec": INK},
+        )
+    axes.set_title(title or f"{plan.route} route, {plan.flops:,} FLOPs forward", color=INK, fontsize=10)
+    _bare(axes, np.array(list(spots.values())))
+    return _save(figure, path)
+
+
+def _tree_spots(plan: Plan) -> tuple[dict[int, tuple[float, float]], int]:
+    """Leaves side by side in the order the tree meets them, each join above the middle of what it joins."""
+    count = len(plan.inputs)
+    spots: dict[int, tuple[float, float]] = {}
+    height: dict[int, int] = {}
+
+    def place(k: int) -> None:
+        if k < count:
+            spots[k], height[k] = (1.7 * sum(j < count for j in spots), 0.0), 0
+            return
+        step = plan.steps[k - count]
+        for child in (step.large, step.small):
+            place(child)
+        height[k] = 1 + max(height[step.large], height[step.small])
+        spots[k] = ((spots[step.large][0] + spots[step.small][0]) / 2, 1.0 * height[k])
+
+    place(count + len(plan.steps) - 1)
+    return spots, max(height.values())
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats with as many parameters or fewer, by rising parameters."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.parameters, -p.accuracy)):
+        if not best or point.accuracy > best[-1].accuracy:
+            best.append(point)
+    return best
+
+
+def pareto(points: Sequence[Point], path: str | Path, title: str, references: Mapping[str, float] | None = None) -> Path:
+    """Draw accuracy against trainable parameters (log axis), with each variant's frontier line and that of all.
+
+    Args:
+        points: measured settings.
+        path: where the PNG goes.
+        title: above the picture.
+        references: accuracies drawn as horizontal lines, such as the frozen base's.
+    """
+    figure, axes = _figure(7.2, 4.8)
+    variants = list(dict.fromkeys(p.variant for p in points))
+    for k, variant in enumerate(variants):
+        own = [p for p in points if p.variant == variant]
+        colour = PALETTE[k % len(PALETTE)]
+        axes.errorbar(
+            [p.parameters for p in own],
+            [100 * p.accuracy for p in own],
+            [100 * p.spread for p in own],
+            fmt="o",
+            color=colour,
+            markersize=6,
+            capsize=2,
+            elinewidth=1,
+            label=variant,
+            zorder=3,
+        )
+        line = frontier(own)
+        axes.plot([p.parameters for p in line], [100 * p.accuracy for p in line], "-", color=colour, linewidth=1.2, zorder=2)
+    best = frontier(points)
+    axes.step(
+        [p.parameters for p in best],
+        [100 * p.accuracy for p in best],
+        where="post",
+        color=OPEN,
+        linestyle=":",
+        linewidth=1.4,
+        label="frontier of all",
+        zorder=1,
+    )
+    for name, value in (references or {}).items():
+        axes.axhline(100 * value, color=INK, linewidth=0.8, linestyle="--")
+        axes.annotate(
+            f"{name} {100 * value:.1f} %",
+            (1, 100 * value),
+            xycoords=("axes fraction", "data"),
+            fontsize=8,
+            ha="right",
+            va="bottom",
+            color=INK,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("trainable parameters")
+    axes.set_ylabel("accuracy, %")
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(fontsize=8, framealpha=0.9)
+    return _save(figure, path)
