@@ -70,8 +70,12 @@ def network(graph: Graph, path: str | Path, title: str = "") -> Path:
             edges.append((ends[0], ends[1], index))
             continue
         vertices.append("")
-        edges += [(end, len(vertices) - 1, index if k == 0 else "") for k, end in enumerate(ends)]
-    spots = _springs(len(vertices), [(a, b) for a, b, _ in edges])
+        # A leg carries the label of an open hyperindex, one branch that of a bond.
+        labelled = 0 if index not in open_indices else len(ends) - 1
+        edges += [(end, len(vertices) - 1, index if k == labelled else "") for k, end in enumerate(ends)]
+    # Two nodes keep room for the bond's label between them; a leg or a branch of a hyperindex is shorter.
+    lengths = [1.8 if all(vertices[v] and vertices[v][0] != ">" for v in (a, b)) else 1.1 for a, b, _ in edges]
+    spots = _springs(len(vertices), [(a, b, length) for (a, b, _), length in zip(edges, lengths, strict=True)])
     figure, axes = _figure(6.4, 4.8)
     _draw_edges(axes, graph, edges, spots, vertices)
     _draw_vertices(axes, graph, vertices, spots)
@@ -81,24 +85,29 @@ def network(graph: Graph, path: str | Path, title: str = "") -> Path:
     return _save(figure, path)
 
 
-def _springs(count: int, edges: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Positions (count, 2) by stress majorisation: drawn distances near the distances along the edges."""
-    far = np.full((count, count), float(count))
+def _springs(count: int, edges: Sequence[tuple[int, int, float]]) -> np.ndarray:
+    """Positions (count, 2) by stress majorisation: drawn distances near the lengths (a, b, length) along the edges."""
+    far = np.full((count, count), 5.0)  # parts that no edge joins stand this far apart
     np.fill_diagonal(far, 0)
-    for a, b in edges:
-        far[a, b] = far[b, a] = 1
+    for a, b, length in edges:
+        far[a, b] = far[b, a] = length
     for k in range(count):
         far = np.minimum(far, far[:, k : k + 1] + far[k : k + 1, :])
-    angles = np.linspace(0, 2 * np.pi, count, endpoint=False)
-    spots = np.stack([np.cos(angles), np.sin(angles)], axis=1) * count / 4
+    starts = [np.random.default_rng(seed).normal(size=(count, 2)) * count / 4 for seed in range(12)]
+    return min((_relax(start, far) for start in starts), key=lambda found: found[1])[0]
+
+
+def _relax(spots: np.ndarray, far: np.ndarray) -> tuple[np.ndarray, float]:
+    """Move towards the wanted distances; the positions and the stress that is left."""
     weights = 1 / np.maximum(far, 1) ** 2
     np.fill_diagonal(weights, 0)
-    for _ in range(300):
+    total = np.maximum(weights.sum(1), 1e-9)[:, None]
+    for _ in range(200):
         gaps = spots[:, None] - spots[None]
         lengths = np.maximum(np.linalg.norm(gaps, axis=2), 1e-9)
-        aims = spots[None] + gaps * (far / lengths)[..., None]
-        spots = (weights[..., None] * aims).sum(1) / np.maximum(weights.sum(1), 1e-9)[:, None]
-    return np.asarray(spots)
+        spots = (weights[..., None] * (spots[None] + gaps * (far / lengths)[..., None])).sum(1) / total
+    left = np.linalg.norm(spots[:, None] - spots[None], axis=2) - far
+    return spots, float((weights * left**2).sum())
 
 
 def _draw_edges(
@@ -146,7 +155,7 @@ def _draw_vertices(axes: Any, graph: Graph, vertices: Sequence[str], spots: np.n
                 ha="center",
                 va="center",
                 zorder=3,
-                bbox={"boxstyle": "circle,pad=0.45", "fc": colour, "ec": INK},
+                bbox={"boxstyle": "round,pad=0.5,rounding_size=0.8", "fc": colour, "ec": INK},
             )
 
 
@@ -154,6 +163,7 @@ def _bare(axes: Any, spots: np.ndarray) -> None:
     low, high = spots.min(0) - 0.6, spots.max(0) + 0.6
     axes.set_xlim(low[0], high[0])
     axes.set_ylim(low[1], high[1])
+    axes.set_aspect("equal")
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

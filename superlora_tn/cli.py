@@ -1,0 +1,213 @@
+"""The command line: ``superlora-tn demo | variants | plan | draw``."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from superlora_tn import variants
+from superlora_tn.fold import PhysicalFold
+from superlora_tn.graph import Graph
+from superlora_tn.nodes import Network, SpecError
+from superlora_tn.plan import Plan, PlanError, RouteChoice, choose, table
+from superlora_tn.spec import AdapterSpec
+from superlora_tn.steps import DEVICES
+
+VARIANTS: dict[str, Callable[..., AdapterSpec]] = {
+    name: getattr(variants, name) for name in ("dense", "lora", "loha", "lokr", "lotr", "lonkr", "lorta", "superlora", "vera")
+}
+
+
+class UsageError(ValueError):
+    """What the user asked for makes no sense; the message says what does."""
+
+
+def make_spec(args: argparse.Namespace) -> AdapterSpec:
+    """The spec that ``VARIANT [--rank R] [--set name=value ...]`` or ``--network ... --node ... --size ...`` names."""
+    if args.network:
+        nodes = dict(_pair(text) for text in args.node)
+        sizes = {name: _whole(value) for name, value in map(_pair, args.size)}
+        fold = PhysicalFold(args.modes, args.heads)
+        return AdapterSpec(Network(args.network, sizes, **nodes), fold)
+    if args.variant not in VARIANTS:
+        raise UsageError(f"there is no variant '{args.variant}'; choose one of {', '.join(VARIANTS)}, or give --network.")
+    maker = VARIANTS[args.variant]
+    known = inspect.signature(maker).parameters
+    settings: dict[str, Any] = {"rank": args.rank} if "rank" in known else {}
+    for name, value in map(_pair, args.set):
+        if name not in known or name == "projection":
+            raise UsageError(
+                f"{args.variant} has no setting '{name}'; it has {', '.join(k for k in known if k != 'projection')}."
+            )
+        settings[name] = _value(value)
+    return maker(**settings)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"'{text}' is not name=value; write for instance factor=4.")
+    return name.strip(), value.strip()
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit():
+        raise UsageError(f"'{text}' is not a whole number.")
+    return int(text)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text.lower() if text in ("True", "False", "None") else text)
+    except ValueError:
+        return text
+
+
+def _shapes(args: argparse.Namespace) -> dict[str, tuple[int, int]]:
+    words = args.shape.lower().split("x")
+    if len(words) != 2 or not all(w.isdigit() for w in words):
+        raise UsageError(f"--shape {args.shape!r} is not OUTxIN; write for instance 768x768.")
+    shape = (int(words[0]), int(words[1]))
+    return {f"layer.{k}.weight": shape for k in range(args.weights)}
+
+
+def _first_graph(args: argparse.Namespace) -> tuple[Graph, tuple[int, int]]:
+    shapes = _shapes(args)
+    return make_spec(args).lay_out(shapes)[0][1], next(iter(shapes.values()))
+
+
+def plan_command(args: argparse.Namespace) -> None:
+    """Print both routes of a variant or a network at given sizes."""
+    graph, shape = _first_graph(args)
+    if args.device not in DEVICES:
+        raise UsageError(f"there is no device profile '{args.device}'; choose one of {', '.join(DEVICES)}.")
+    choice = choose(graph, shape, args.tokens, DEVICES[args.device], args.optimize, args.memory_limit)
+    print(json.dumps(_plan_data(choice), indent=1) if args.json else choice)
+    if args.draw:
+        from superlora_tn import draw
+
+        print(f"drawn: {draw.tree(choice.chosen, args.draw)}", file=sys.stderr)
+
+
+def _plan_data(choice: RouteChoice) -> dict[str, Any]:
+    """A choice of routes as plain data."""
+
+    def one(plan: Plan, price: float) -> dict[str, Any]:
+        return {
+            "equation": plan.equation,
+            "symbols": plan.symbols,
+            "path": plan.path,
+            "steps": [asdict(s) for s in plan.steps],
+            "flops": plan.flops,
+            "bytes": plan.bytes,
+            "peak_bytes": plan.peak,
+            "price_seconds": price,
+        }
+
+    routes = {"delta": one(choice.delta, choice.delta_price)}
+    if choice.apply is not None:
+        routes["apply"] = one(choice.apply, choice.apply.price)
+    return {"chosen": choice.route, "tokens": choice.tokens, "routes": routes}
+
+
+def draw_command(args: argparse.Namespace) -> None:
+    """Draw the network of a variant."""
+    from superlora_tn import draw
+
+    graph, _ = _first_graph(args)
+    print(f"drawn: {draw.network(graph, args.out, args.variant or args.network)}")
+
+
+def variants_command(args: argparse.Namespace) -> None:
+    """List the variants with their network and count."""
+    shapes = _shapes(args)
+    rows = [("variant", "network of one weight", "parameters", "from")]
+    data = []
+    for name, maker in VARIANTS.items():
+        rank = min(args.rank, 4) if name in ("lorta", "superlora") else args.rank
+        spec = maker(**({"rank": rank} if "rank" in inspect.signature(maker).parameters else {}))
+        count, graph = spec.count(shapes), spec.lay_out(shapes)[0][1]
+        summary = (inspect.getdoc(maker) or "").split("\n")[0]
+        rows.append((name, graph.equation(fixed=True), f"{count:,}", summary.split(":")[0]))
+        data.append({"variant": name, "equation": graph.equation(fixed=True), "parameters": count, "summary": summary})
+    if args.json:
+        print(json.dumps(data, indent=1))
+        return
+    print(f"{args.weights} weights of {args.shape}, rank {args.rank} (lorta and superlora: {min(args.rank, 4)})")
+    print("\n".join(table(rows, "parameters")))
+
+
+def demo_command(args: argparse.Namespace) -> None:
+    """Run the embedded demo."""
+    try:
+        from superlora_tn.transfer.demo import run
+    except ImportError as error:
+        raise UsageError(f"the demo needs the extra packages: pip install 'superlora_tn[demo]' ({error}).") from error
+    run(Path(args.out), quick=args.quick, as_json=args.json)
+
+
+def _network_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("variant", nargs="?", default="", help=f"one of {', '.join(VARIANTS)}")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting, e.g. factor=4")
+    parser.add_argument("--network", default="", metavar="MODES", help="any network: '(o1 o2) (i1 i2)' with --node and --size")
+    parser.add_argument("--node", action="append", default=[], metavar="NAME=INDICES", help="a node, e.g. w1='o1 i1'")
+    parser.add_argument("--size", action="append", default=[], metavar="INDEX=SIZE", help="a bond's size, e.g. r=8")
+    parser.add_argument("--modes", default="out in", help="the fold's modes, for --network")
+    parser.add_argument("--heads", type=int, help="for the mode 'head'")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(prog="superlora-tn", description="Adapters as tensor networks.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], help_text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name, help=help_text, description=help_text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        made.set_defaults(run=run)
+        return made
+
+    demo = add("demo", demo_command, "pre-train a small ViT on printed digits, adapt it to handwriting with every variant")
+    demo.add_argument("--quick", action="store_true", help="under a minute: shorter training, one seed")
+    demo.add_argument("--out", default="out/demo", help="where figures and results go")
+    listing = add("variants", variants_command, "list the variants with their networks and counts")
+    listing.add_argument("--rank", type=int, default=8)
+    plan = add("plan", plan_command, "plan the contraction of a variant or of any network")
+    _network_arguments(plan)
+    plan.add_argument("--tokens", type=int, default=1024, help="rows of the activation")
+    plan.add_argument("--device", default="cpu", help="price for: " + ", ".join(DEVICES))
+    plan.add_argument("--optimize", default="dp", help="dp, or any of opt_einsum's optimizers by name")
+    plan.add_argument("--memory-limit", type=int, help="bytes of the largest intermediate")
+    plan.add_argument("--draw", metavar="PNG", help="draw the contraction tree")
+    drawing = add("draw", draw_command, "draw the network of a variant or of any network")
+    _network_arguments(drawing)
+    drawing.add_argument("--out", default="network.png", help="where the picture goes")
+    for made in (listing, plan, drawing):
+        made.add_argument("--shape", default="768x768", help="OUTxIN of a weight")
+        made.add_argument("--weights", type=int, default=24, help="how many such weights")
+    for made in (demo, listing, plan):
+        made.add_argument("--json", action="store_true", help="machine-readable output")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status: 0, or 2 for a wrong request."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (SpecError, PlanError, UsageError) as error:
+        print(f"superlora-tn {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

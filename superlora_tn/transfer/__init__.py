@@ -1,0 +1,1 @@
+"""The embedded demo's task: a ViT pre-trained on printed digits, then adapted to scanned handwriting."""
