@@ -141,6 +141,27 @@ def table(rows: Sequence[Sequence[str]], right: str = "FLOPs bytes") -> list[str
 Optimizer = str | Callable[..., Any]
 
 
+@dataclass(frozen=True)
+class Equation:
+    """What is to be contracted, sized and in order.
+
+    Attributes:
+        names: operand names.
+        inputs: the indices of each operand. An index is on two operands at least, or in the result.
+        shapes: the stored shape of each; None for x, whose leading axes are free.
+        trained: whether each wants a gradient.
+        result: the indices of the result, one tuple an axis.
+        sizes: (index, size).
+    """
+
+    names: tuple[str, ...]
+    inputs: tuple[Indices, ...]
+    shapes: tuple[tuple[int, ...] | None, ...]
+    trained: tuple[bool, ...]
+    result: tuple[Indices, ...]
+    sizes: tuple[tuple[str, int], ...]
+
+
 @lru_cache(maxsize=8192)
 def make_plan(
     graph: Graph,
@@ -158,23 +179,60 @@ def make_plan(
         route: `apply` (x is contracted with the network) or `delta` (the network alone).
         tokens: rows of x; the delta route does not depend on it.
         device: the balance to price for.
-        optimize: "dp" searches all paths without outer products on our own price (up to 12 operands, above that
-            opt_einsum's "auto"); any other name or optimizer object that opt_einsum takes is used as it is.
+        optimize: "dp" searches all paths on our own price (with outer products up to 8 operands, without up to 14,
+            above that opt_einsum's "auto"); any other name or optimizer object that opt_einsum takes is used as it is.
         memory_limit: the largest allowed intermediate, in bytes.
         fixed: the member indices are chosen beforehand (the usual case); False contracts all members at once.
 
     Raises:
         PlanError: the route does not exist for this graph, or nothing fits the memory limit.
     """
-    if route == "apply" and graph.open("flat"):
+    return plan_equation(_equation(graph, route, tokens, fixed), route, device, optimize, memory_limit)
+
+
+def _equation(graph: Graph, route: Route, tokens: int, fixed: bool) -> Equation:
+    """The equation of a graph's route: dW, or x through it."""
+    names, inputs = tuple(n.name for n in graph.nodes), tuple(graph.indices_of(n, fixed) for n in graph.nodes)
+    shapes, trained = tuple(graph.shape_of(n, fixed) for n in graph.nodes), tuple(n.trainable for n in graph.nodes)
+    member = tuple((i,) for i in graph.open("member")) if not fixed else ()
+    if route == "delta":
+        axes = (graph.open("flat"),) if graph.open("flat") else (graph.open("out"), graph.open("in"))
+        return Equation(names, inputs, shapes, trained, (*member, *axes), graph.sizes)
+    if graph.open("flat"):
         raise PlanError("a flat fold has only the delta route: its modes are not the weight's in and out.")
-    names, inputs, shapes, trained = _operands(graph, route, fixed)
-    size = {**dict(graph.sizes), TOKEN: tokens}
-    result = _result(graph, route, fixed)
-    used = {i for term in inputs for i in term}
-    sizes = tuple((i, s) for i, s in size.items() if i in used)
-    steps = _steps(inputs, tuple(i for axis in result for i in axis), size, trained, device, optimize, memory_limit)
-    plan = Plan(route, tuple(names), tuple(inputs), tuple(shapes), result, sizes, steps, device, str(optimize))
+    return Equation(
+        ("x", *names),
+        ((TOKEN, *graph.open("in")), *inputs),
+        (None, *shapes),
+        (True, *trained),
+        ((TOKEN,), graph.open("out")),
+        (*graph.sizes, (TOKEN, tokens)),
+    )
+
+
+@lru_cache(maxsize=1024)
+def plan_equation(
+    equation: Equation,
+    route: Route = "delta",
+    device: Device = CPU,
+    optimize: Optimizer = "dp",
+    memory_limit: int | None = None,
+) -> Plan:
+    """Plan any equation; the arguments and errors of `make_plan`."""
+    used = {i for term in equation.inputs for i in term}
+    size = {i: s for i, s in equation.sizes if i in used}
+    steps = _steps(equation, size, device, optimize, memory_limit)
+    plan = Plan(
+        route,
+        equation.names,
+        equation.inputs,
+        equation.shapes,
+        equation.result,
+        tuple(size.items()),
+        steps,
+        device,
+        str(optimize),
+    )
     if memory_limit is not None and plan.peak > memory_limit:
         raise PlanError(
             f"the {route} route needs an intermediate of {plan.peak:,} bytes, above memory_limit={memory_limit:,}; "
@@ -183,38 +241,13 @@ def make_plan(
     return plan
 
 
-def _operands(
-    graph: Graph, route: Route, fixed: bool
-) -> tuple[list[str], list[Indices], list[tuple[int, ...] | None], list[bool]]:
-    """Names, indices, stored shapes and whether a gradient is wanted, for each operand of a route."""
-    names = [n.name for n in graph.nodes]
-    inputs = [graph.indices_of(n, fixed) for n in graph.nodes]
-    shapes: list[tuple[int, ...] | None] = [graph.shape_of(n, fixed) for n in graph.nodes]
-    trained = [n.trainable for n in graph.nodes]
-    if route == "delta":
-        return names, inputs, shapes, trained
-    return ["x", *names], [(TOKEN, *graph.open("in")), *inputs], [None, *shapes], [True, *trained]
-
-
-def _result(graph: Graph, route: Route, fixed: bool) -> tuple[Indices, ...]:
-    """The axes of a route's result: (tokens, out), (out, in), or one axis each for the member and the flat modes."""
-    if route == "apply":
-        return ((TOKEN,), graph.open("out"))
-    member = tuple((i,) for i in graph.open("member")) if not fixed else ()
-    return (*member, graph.open("flat")) if graph.open("flat") else (*member, graph.open("out"), graph.open("in"))
-
-
 def _steps(
-    inputs: list[Indices],
-    output: Indices,
-    size: Mapping[str, int],
-    trained: list[bool],
-    device: Device,
-    optimize: Optimizer,
-    memory_limit: int | None,
+    equation: Equation, size: Mapping[str, int], device: Device, optimize: Optimizer, memory_limit: int | None
 ) -> tuple[Step, ...]:
     """Search a path, then the cheapest memory order of its intermediates."""
-    pairs, alive, terms = list[tuple[int, int]](), list(range(len(inputs))), list(inputs)
+    inputs, output = equation.inputs, tuple(i for axis in equation.result for i in axis)
+    terms, trained = list(inputs), list(equation.trained)
+    pairs, alive = list[tuple[int, int]](), list(range(len(inputs)))
     # A tensor of one number joins the smallest other one at once; dp would multiply it onto the final result.
     for scalar in [k for k in alive if not inputs[k]]:
         if scalar in alive and len(alive) > 1:
@@ -223,7 +256,7 @@ def _steps(
             alive.remove(other)
             pairs.append((other, scalar))
             terms.append(terms[other])
-            trained = [*trained, trained[other] or trained[scalar]]
+            trained.append(trained[other] or trained[scalar])
             alive.append(len(terms) - 1)
     if len(alive) > 1:
         path = _search([terms[k] for k in alive], output, size, [trained[k] for k in alive], device, optimize, memory_limit)
@@ -232,7 +265,7 @@ def _steps(
             pairs.append(pair)
             alive = [k for k in alive if k not in pair]
             alive.append(len(inputs) + len(pairs) - 1)
-    return best_orders(tuple(pairs), tuple(inputs), tuple(trained[: len(inputs)]), output, size, device)
+    return best_orders(tuple(pairs), inputs, equation.trained, output, size, device)
 
 
 def _search(

@@ -56,7 +56,7 @@ class Recipe:
 
 
 FULL = Recipe()
-QUICK = Recipe(pool=10_000, base_steps=400, steps=60, seeds=(0,))
+QUICK = Recipe(pool=10_000, base_steps=500, base_batch=64, steps=60, seeds=(0,))
 
 
 def build_vit(recipe: Recipe) -> ViTForImageClassification:
