@@ -58,14 +58,18 @@ def settings(quick: bool) -> list[Setting]:
     every: list[Setting] = [
         ("dense", "", dense()),
         ("lora", "r=8", lora(8)),
+        ("lora", "r=2", lora(2)),
         ("lora", "r=1", lora(1)),
         ("lokr", "r=4", lokr(4)),
+        ("lokr", "r=1", lokr(1)),
         ("lotr", "r=8", lotr(8)),
         ("lotr", "r=2", lotr(2)),
-        ("lonkr", "r=2 K=3", lonkr(2)),
+        ("lonkr", "K=3", lonkr(2)),
         ("lorta", "r=6 M=3 G=4", lorta(6, 3, 4)),
         ("lorta", "r=4 M=3", lorta(4)),
-        ("superlora", "r=3 M=3 G=4 K=2 rho=0.5", superlora(3, 3, 4, 2, Fastfood(0.5))),
+        ("lorta", "r=2 M=5", lorta(2, 5)),
+        ("superlora", "r=4 M=3 G=4 K=2 rho=0.5", superlora(4, 3, 4, 2, Fastfood(0.5))),
+        ("superlora", "r=2 M=3 K=2 rho=0.1", superlora(2, 3, 1, 2, Fastfood(0.1))),
     ]
     return [s for k, s in enumerate(every) if not quick or s[0] not in {e[0] for e in every[:k]}]
 
