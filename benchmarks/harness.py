@@ -46,7 +46,9 @@ def arguments(question: str, **defaults: Any) -> argparse.Namespace:
     return args
 
 
-def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu", warmup: int = 3) -> dict[str, list[float]]:
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu", warmup: int = 3
+) -> dict[str, list[float]]:
     """Seconds of each run, taken in turns so that a slow moment of the machine hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for k in range(repeats + warmup):
@@ -90,7 +92,11 @@ def machine(device: str) -> dict[str, str]:
 def cpu_name() -> str:
     """The processor's name as Linux gives it."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor()
 
 

@@ -23,6 +23,7 @@ from superlora_tn.steps import CPU, DEVICES, Device
 
 # Plans are made for these numbers of tokens; a call takes the plan of the largest that is not above its own.
 TOKEN_STEPS = (1, 32, 1024, 32768)
+NOMINAL_TOKENS = 1024
 Run = Callable[..., Tensor]
 
 
@@ -152,7 +153,8 @@ class PhysicalAdapter(Adapter):
 
     def forward(self, x: Tensor, target: str, out: Tensor, base: Tensor | None = None) -> Tensor:
         """See `Adapter.forward`."""
-        tokens = math.prod(x.shape[:-1])
+        # A traced program is for all numbers of tokens: no branch on them.
+        tokens = NOMINAL_TOKENS if torch.compiler.is_compiling() else math.prod(x.shape[:-1])
         x = x if x.dtype == out.dtype else x.to(out.dtype)
         if self.spec.dropout:
             # The layer's own gradient goes through x itself, so the two can no longer be one.

@@ -13,60 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks
+from torch.nn.utils.parametrize import is_parametrized
 
 from superlora_tn import layers
 from superlora_tn.adapter import Adapter, FlatAdapter, make_adapter
 from superlora_tn.checkpoint import CheckpointError, read, write
-from superlora_tn.eager import is_eager
+from superlora_tn.describe import summary
 from superlora_tn.execute import DEFAULT
-from superlora_tn.fold import FlatGroup, Shape, split_name
-from superlora_tn.plan import Optimizer, Route, RouteChoice, choose, table
+from superlora_tn.fold import Shape
+from superlora_tn.hooks import ReleaseHook, ShareHook, UpdateHook
+from superlora_tn.plan import Optimizer, Route, RouteChoice, choose
 from superlora_tn.spec import AdapterSpec
 from superlora_tn.steps import CPU, DEVICES
-from superlora_tn.targets import AttachError, Targets, match, near
+from superlora_tn.targets import AttachError, Targets, check_target, match, near
 
 NAME = "superlora"
-
-
-class UpdateHook:
-    """The forward hook of one layer: adds the adapter's update to the layer's output while the adapter is active."""
-
-    def __init__(self, layer: nn.Module, adapter: Adapter, target: str) -> None:
-        self.adapter, self.target = adapter, target
-        self._update = layers.update_of(layer)
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        if not self.adapter.active:
-            return output
-        untouched = is_eager() and self._is_first(layer)
-        return self._update(layer, args[0] if args else kwargs["input"], output, self.adapter, self.target, untouched)
-
-    def _is_first(self, layer: nn.Module) -> bool:
-        """Whether no other hook has seen the output yet."""
-        return next(iter(layer._forward_hooks.values())) is self and not _global_forward_hooks
-
-
-class ShareHook:
-    """The model's forward pre-hook: flat folds build dW of all their weights once a pass."""
-
-    def __init__(self, adapters: Sequence[FlatAdapter]) -> None:
-        self.adapters = tuple(adapters)
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        for adapter in self.adapters:
-            adapter.release()
-            if adapter.active and is_eager():
-                adapter.share()
-
-
-class ReleaseHook(ShareHook):
-    """The model's forward hook: without gradients nothing needs dW after the pass."""
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-        for adapter in self.adapters:
-            if not torch.is_grad_enabled():
-                adapter.release()
 
 
 class Tuned(nn.Module):
@@ -152,24 +113,40 @@ class Tuned(nn.Module):
             raise AttachError("the adapter is merged already; unmerge() first, or leave it.")
         self._check_ties(model)
         with torch.no_grad():
-            deltas = {name: self.delta(name) for name in self._layers}
-            for name, delta in deltas.items():
-                if not torch.isfinite(delta).all():
-                    raise AttachError(f"dW of '{name}' holds NaN or infinity; nothing was merged. Look at the training.")
             for name, layer in self._layers.items():
                 self._backup[name] = layers.weight(layer).detach().clone()
-                layers.add_to_weight(layer, deltas[name])
+                delta = self.delta(name)
+                layers.add_to_weight(layer, delta)
+                if not torch.isfinite(layers.weight(layer)).all():
+                    self._restore()
+                    what = "the merged weight" if torch.isfinite(delta).all() else "dW"
+                    raise AttachError(
+                        f"{what} of '{name}' holds NaN or infinity; nothing was merged. Look at the training"
+                        + (f", or merge into a wider dtype than {layers.weight(layer).dtype}." if what != "dW" else ".")
+                    )
         self.merged = True
         self._switch(False)
 
+    def _restore(self) -> None:
+        """Put all kept bytes back."""
+        with torch.no_grad():
+            for name, original in self._backup.items():
+                layers.write(self._layers[name], original)
+        self._backup.clear()
+
     def _check_ties(self, model: nn.Module) -> None:
-        """A weight that another module uses too would change there as well."""
+        """A weight that another module uses too would change there; one that is computed anew would lose the change."""
         owners: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             for parameter in module.parameters(recurse=False):
-                owners.setdefault(id(parameter), []).append(name)
+                owners.setdefault(_memory(parameter), []).append(name)
         for name, layer in self._layers.items():
-            shared = [o for p in layer.parameters(recurse=False) if p.ndim > 1 for o in owners[id(p)] if o != name]
+            own = dict(layer.named_parameters(recurse=False))
+            if is_parametrized(layer) or ("weight" not in own and any(n.startswith("weight_") for n in own)):
+                raise AttachError(
+                    f"the weight of '{name}' is computed from others (weight_norm, parametrize); bake that in first."
+                )
+            shared = [o for p in own.values() if p.ndim > 1 for o in owners[_memory(p)] if o != name]
             if shared:
                 raise AttachError(f"the weight of '{name}' is shared with '{shared[0]}', which merging would change too.")
 
@@ -181,10 +158,7 @@ class Tuned(nn.Module):
         """
         if not self.merged:
             raise AttachError("the adapter is not merged, so there is nothing to unmerge.")
-        with torch.no_grad():
-            for name, original in self._backup.items():
-                layers.write(self._layers[name], original)
-        self._backup.clear()
+        self._restore()
         self.merged = False
         self._switch(True)
 
@@ -195,12 +169,20 @@ class Tuned(nn.Module):
             self.unmerge()
         for hook in self._hooks:
             hook.remove()
-        for parameter, wanted in self._frozen:
-            parameter.requires_grad_(wanted)
         assert self._model is not None
         delattr(model, self._model[1])
+        self._thaw([m for m in model.modules() if isinstance(m, Tuned)])
         self._hooks, self._frozen, self._model = [], [], None
         return model
+
+    def _thaw(self, others: Sequence[Tuned]) -> None:
+        """Give the base's parameters their requires_grad back, or leave that to another handle that is still attached."""
+        if not others:
+            for parameter, wanted in self._frozen:
+                parameter.requires_grad_(wanted)
+            return
+        known = {id(p): wanted for p, wanted in self._frozen}
+        others[0]._frozen = [(p, wanted or known.get(id(p), False)) for p, wanted in others[0]._frozen]
 
     def _switch(self, active: bool) -> None:
         for adapter in self._adapters():
@@ -236,38 +218,16 @@ class Tuned(nn.Module):
         write(folder, self.spec, self.targets, tensors)
 
     def __str__(self) -> str:
-        rows = [("groups", "weights", "modes", "ranks", "parameters", "route", "price of one weight")]
-        alike: dict[tuple[str, ...], list[Adapter]] = {}
-        for adapter in self._adapters():
-            alike.setdefault(_describe(adapter), []).append(adapter)
-        for (kinds, modes, ranks, route, price), group in alike.items():
-            members = sum(len(a.group.members) for a in group)
-            parameters = sum(a.graph.num_parameters for a in group)
-            rows.append((f"{len(group)}", f"{members} ({kinds})", modes, ranks, f"{parameters:,}", route, price))
         head = f"{len(self._layers)} weights, {self.num_parameters:,} trainable parameters, scale {self.spec.scale:g}"
         state = "merged" if self.merged else "detached" if self._model is None else "attached"
-        return "\n".join([f"{head}, {state}", *table(rows, "groups parameters")])
+        return "\n".join([f"{head}, {state}", *summary(list(self._adapters()))])
 
     __repr__ = __str__
 
 
-def _describe(adapter: Adapter) -> tuple[str, str, str, str, str]:
-    """A group in words: kinds of weights, modes, ranks, route and price. Equal groups share a row."""
-    kinds = list(dict.fromkeys(split_name(n)[1] for n in adapter.group.members))
-    open_indices = {i for _, indices in adapter.graph.modes for i in indices}
-    bonds = [s for i, s in adapter.graph.sizes if i not in open_indices]
-    ranks = f"{bonds[0]}" + (f" x{len(bonds)}" if len(bonds) > 1 else "") if len(set(bonds)) == 1 else " ".join(map(str, bonds))
-    shape = next(iter(adapter.group.members.values()))[1:] if isinstance(adapter.group, FlatGroup) else adapter.group.shape
-    choice = choose(adapter.graph, (shape[0], shape[1]), 1024, adapter.profile, adapter.optimize)
-    route = adapter.route or choice.route
-    price = choice.apply.price if route == "apply" and choice.apply else choice.delta_price
-    return (
-        f"{', '.join(kinds[:2])}{', ...' if len(kinds) > 2 else ''}",
-        " ".join(f"{mode.name}={mode.size}" for mode, _ in adapter.graph.modes),
-        ranks or "-",
-        route,
-        f"{price * 1e3:.2f} ms at 1024 tokens",
-    )
+def _memory(parameter: Tensor) -> int:
+    """What tells parameters apart that share memory; the meta device has none."""
+    return parameter.untyped_storage().data_ptr() or id(parameter)
 
 
 def attach(
@@ -322,8 +282,10 @@ def _attach(
     seed: int | None,
 ) -> Tuned:
     """Everything that can fail comes before the first change of the model."""
-    if name in dict(model.named_children()):
-        raise AttachError(f"the model has a module named '{name}' already; detach() it, or attach under another name=.")
+    if not isinstance(name, str) or not name.isidentifier():
+        raise AttachError(f"attach was given name={name!r}; a name is a word such as 'superlora'.")
+    if name in dir(model):
+        raise AttachError(f"the model has something named '{name}' already; detach() it, or attach under another name=.")
     others = [module for module in model.modules() if isinstance(module, Tuned)]
     for other in others:
         for target in names:
@@ -405,10 +367,10 @@ def load(
             raise CheckpointError(
                 f"{folder}: this base has no module '{target}', which the adapter needs; {near(target, modules)}."
             )
-        if not layers.is_supported(modules[target]):
-            raise CheckpointError(
-                f"{folder}: '{target}' is a {type(modules[target]).__name__} in this base, which cannot be adapted."
-            )
+        try:
+            check_target(target, modules)
+        except AttachError as error:
+            raise CheckpointError(f"{folder}: this base cannot take the adapter: {error}") from error
         found = tuple(layers.weight(modules[target]).shape)
         if found != tuple(shape):
             raise CheckpointError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -29,6 +30,7 @@ SCHEMA = 1
 FORMAT = "superlora_tn adapter"
 FIELDS = ("format", "schema", "spec", "targets", "tensors_sha256", "digest")
 MAX_JSON = 64 << 20
+FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 class CheckpointError(ValueError):
@@ -79,10 +81,18 @@ def write(folder: str | PathLike[str], spec: AdapterSpec, targets: Mapping[str, 
     # A save cut short before may have left `previous` as the only match of the JSON; then it is the one to keep.
     if file.exists() and not (previous.exists() and _is_recorded(place, previous)):
         previous.unlink(missing_ok=True)
-        os.link(file, previous)
+        _link(file, previous)
     os.replace(place / "adapter.safetensors.new", file)
     os.replace(place / "adapter.json.new", place / "adapter.json")
     previous.unlink(missing_ok=True)
+
+
+def _link(file: Path, beside: Path) -> None:
+    """A second name for a file; a copy where the file system has no hard links."""
+    try:
+        os.link(file, beside)
+    except OSError:
+        shutil.copyfile(file, beside)
 
 
 def _is_recorded(place: Path, tensors: Path) -> bool:
@@ -172,9 +182,15 @@ def _find_tensors(place: Path, wanted: Any) -> Path:
 def _check_shapes(path: Path, wanted: Mapping[str, tuple[int, ...]]) -> None:
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: tuple(one.get_shape()) for name, one in slices.items()}
+            dtypes = {one.get_dtype() for one in slices.values()}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a readable safetensors file ({error}).") from error
+    if len(dtypes) > 1 or not dtypes <= FLOATS:
+        raise CheckpointError(
+            f"{path} holds {', '.join(sorted(dtypes))}; an adapter is of one dtype of {', '.join(sorted(FLOATS))}."
+        )
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
             raise CheckpointError(f"{path} lacks the tensor '{name}' of shape {wanted[name]}.")

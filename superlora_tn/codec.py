@@ -8,9 +8,8 @@ from typing import Any
 
 from superlora_tn.fold import FlatFold, PhysicalFold
 from superlora_tn.maps import Fastfood, Shuffle
-from superlora_tn.nodes import PARTS, Hadamard, Kronecker, Network, Node, SpecError
+from superlora_tn.nodes import MAX_DEPTH, PARTS, Hadamard, Kronecker, Network, Node, SpecError
 
-MAX_DEPTH = 16
 KINDS: dict[str, type] = {k.__name__: k for k in (*PARTS, Node, PhysicalFold, FlatFold, Shuffle, Fastfood)}
 
 
@@ -30,7 +29,7 @@ def decode(data: Any, depth: int = 0) -> Any:
     Raises:
         SpecError: not something `encode` writes, unknown kinds or fields, or a value its class refuses.
     """
-    if depth > MAX_DEPTH:
+    if depth > 3 * MAX_DEPTH:  # a part is a dict in a list of a dict
         raise SpecError(f"the declaration nests deeper than {MAX_DEPTH} levels; it was not written by this library.")
     if isinstance(data, Mapping):
         return _decode_kind(data, depth)

@@ -76,7 +76,9 @@ def network(graph: Graph, path: str | Path, title: str = "") -> Path:
     # Two nodes keep room for the bond's label between them; a leg or a branch of a hyperindex is shorter.
     lengths = [1.8 if all(vertices[v] and vertices[v][0] != ">" for v in (a, b)) else 1.1 for a, b, _ in edges]
     spots = _springs(len(vertices), [(a, b, length) for (a, b, _), length in zip(edges, lengths, strict=True)])
-    figure, axes = _figure(6.4, 4.8)
+    # An inch a unit, or the labels of a large network would cover its lines.
+    width, height = np.ptp(spots, axis=0) + 1.8
+    figure, axes = _figure(max(width, 5.0), max(height, 3.6) + 0.6)
     _draw_edges(axes, graph, edges, spots, vertices)
     _draw_vertices(axes, graph, vertices, spots)
     axes.set_title(title, color=INK)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from superlora_tn.nodes import SpecError
+from superlora_tn.nodes import SpecError, check_count, check_flag
 
 Shape = tuple[int, int]
 ROLES = {"out": "out", "head": "out", "in": "in", "layer": "member", "type": "member", "member": "member"}
@@ -79,7 +79,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def factorise(size: int, count: int, factor: int = -1) -> tuple[int, ...]:
-    """Split `size` into `count` factors as even as divisors allow, ascending.
+    """Split `size` into `count` factors, ascending: each the largest divisor not above the even share of what is left.
 
     With `count == 2` and `factor > 0` the first is `factor` where that divides, else the largest divisor below it
     (PEFT's `factorization`).
@@ -93,7 +93,8 @@ def factorise(size: int, count: int, factor: int = -1) -> tuple[int, ...]:
         return (factor, size // factor)
     limit = _root(size, count)
     first = next(d for d in range(min(limit, factor) if factor > 0 else limit, 0, -1) if size % d == 0)
-    return (first, *factorise(size // first, count - 1))
+    rest = (first, *factorise(size // first, count - 1))
+    return tuple(sorted(rest)) if count > 2 else rest
 
 
 def _root(size: int, order: int) -> int:
@@ -140,6 +141,8 @@ class PhysicalFold:
             raise SpecError("PhysicalFold has 'member' beside 'layer' or 'type'; 'member' already numbers every weight.")
         if ("head" in names) != (self.heads is not None):
             raise SpecError("PhysicalFold needs heads=... exactly when 'head' is one of its modes.")
+        if self.heads is not None:
+            check_count("PhysicalFold", "heads", self.heads, 1 << 20)
         if "head" in names and names.index("head") > names.index("out"):
             raise SpecError(f"PhysicalFold '{self.modes}' has 'out' before 'head'; out = head x rest, so write 'head out'.")
 
@@ -206,10 +209,9 @@ class FlatFold:
     stacked: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("order", "splits"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 32:
-                raise SpecError(f"FlatFold was given {name}={value!r}; {name} is a whole number from 1 to 32.")
+        check_count("FlatFold", "order", self.order, 32)
+        check_count("FlatFold", "splits", self.splits, 32)
+        check_flag("FlatFold", "stacked", self.stacked)
         good = self.groups == "weight" or (isinstance(self.groups, int) and not isinstance(self.groups, bool))
         if not good or (isinstance(self.groups, int) and self.groups < 1):
             raise SpecError(f"FlatFold was given groups={self.groups!r}; give a number of at least 1, or 'weight'.")

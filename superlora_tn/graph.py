@@ -8,15 +8,14 @@ that does not split a mode just carries several indices in a row. Sizes of 1 car
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, singledispatch
 from itertools import pairwise
 
 from superlora_tn.fold import FlatGroup, Group, Mode, PhysicalGroup, factorise
-from superlora_tn.nodes import CP, Dense, Hadamard, Kronecker, Network, Part, SpecError, TensorTrain, Tucker
-
-GROUP = "group"
+from superlora_tn.nodes import CP, GROUP, TOKEN, Dense, Hadamard, Kronecker, Network, Part, SpecError, TensorTrain, Tucker
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,11 @@ class Graph:
     def size(self) -> Mapping[str, int]:
         """Index -> size."""
         return dict(self.sizes)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the modes are those of a flat fold, which are not a weight's in and out."""
+        return any(mode.role == "flat" for mode, _ in self.modes)
 
     def open(self, role: str) -> tuple[str, ...]:
         """The open indices of a role (`out`, `in`, `member` or `flat`), slowest first."""
@@ -145,10 +149,10 @@ def lower(part: Part, modes: tuple[Mode, ...], batch: int = 1) -> Graph:
     if batch > 1:
         drafts = [replace(d, axes=(Axis(GROUP, 1, batch), *d.axes)) for d in drafts]
         named.insert(0, Mode(GROUP, batch, "member"))
-    names = [d.name for d in drafts]
-    for name in names:
-        if names.count(name) > 1:
-            raise SpecError(f"two nodes are named '{name}'; give each node a name of its own.")
+    counts = Counter(d.name for d in drafts)
+    twice = next((name for name, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise SpecError(f"two nodes are named '{twice}'; give each node a name of its own.")
     fine = _refine([a for d in drafts for a in d.axes] + [Axis(m.name, 1, m.size) for m in named])
     nodes = tuple(
         GraphNode(d.name, tuple(a.size for a in d.axes), tuple(fine[a] for a in d.axes), d.init, d.trainable) for d in drafts
@@ -172,6 +176,9 @@ def _start_at_zero(drafts: list[Draft]) -> list[Draft]:
     if not any(d.trainable for d in drafts):
         raise SpecError("the network has no trainable node; let at least one be trainable.")
     declared = [d.name for d in drafts if d.init == "zeros"]
+    still = next((d.name for d in drafts if d.init == "zeros" and not d.trainable), None)
+    if still is not None:
+        raise SpecError(f"the frozen node '{still}' is zero, so dW would stay zero; give it another init, or train it.")
     if len(declared) > 1:
         raise SpecError(f"{' and '.join(declared)} start at zero; exactly one node may, or none ever trains.")
     chosen = declared[0] if declared else next((d for d in drafts if d.zero), drafts[0]).name
@@ -184,6 +191,10 @@ def _refine(axes: list[Axis]) -> dict[Axis, tuple[str, ...]]:
     for axis in axes:
         borders.setdefault(axis.root, set()).update((axis.stride, axis.stride * axis.size))
     fine: dict[Axis, tuple[str, ...]] = {}
+    taken = {*borders, TOKEN}
+    by_root: dict[str, list[Axis]] = {}
+    for axis in axes:
+        by_root.setdefault(axis.root, []).append(axis)
     for root, cuts in borders.items():
         chain = sorted(cuts)
         for low, high in pairwise(chain):
@@ -193,14 +204,24 @@ def _refine(axes: list[Axis]) -> dict[Axis, tuple[str, ...]]:
                     f"(borders {low} and {high}); give both parts the same split."
                 )
         runs = list(pairwise(chain))[::-1]
-        names = [root] if len(runs) == 1 else [f"{root}{k + 1}" for k in range(len(runs))]
+        names = [root] if len(runs) == 1 else _digit_names(root, len(runs), taken)
         for (low, high), name in zip(runs, names, strict=True):
             fine[Axis(root, low, high // low)] = (name,)
-        for axis in (a for a in axes if a.root == root):
+        for axis in by_root[root]:
             fine[axis] = tuple(
                 n for (low, high), n in zip(runs, names, strict=True) if axis.stride <= low and high <= axis.stride * axis.size
             )
     return fine
+
+
+def _digit_names(root: str, count: int, taken: set[str]) -> list[str]:
+    """``out1 out2 ...``, with underscores in between where other indices are called so."""
+    mark = ""
+    while any(f"{root}{mark}{k + 1}" in taken for k in range(count)):
+        mark += "_"
+    names = [f"{root}{mark}{k + 1}" for k in range(count)]
+    taken.update(names)
+    return names
 
 
 @singledispatch
@@ -249,10 +270,11 @@ def _(part: Tucker, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
     for name in wanted:
         if name not in names:
             raise SpecError(f"Tucker was given factors='{part.factors}', but there is no mode '{name}'; modes are {names}.")
-    ranks = part.rank if isinstance(part.rank, tuple) else (part.rank,) * len(wanted)
-    if len(ranks) != len(wanted):
-        raise SpecError(f"Tucker was given {len(ranks)} ranks for the {len(wanted)} modes {wanted}; give one each.")
+    given = part.rank if isinstance(part.rank, tuple) else (part.rank,) * len(wanted)
+    if len(given) != len(wanted):
+        raise SpecError(f"Tucker was given {len(given)} ranks for the {len(wanted)} modes {wanted}; give one each.")
     factored = [a for a in axes if a.root in wanted]
+    ranks = [given[wanted.index(a.root)] for a in factored]  # ranks are in the order the factors were named
     sizes = [a.size for a in factored]
     _bounded("Tucker", ranks, sizes, isinstance(part.rank, tuple), sizes)
     bonds = {a: Axis(f"{prefix}r_{a.root}", 1, r) for a, r in zip(factored, ranks, strict=True)}
@@ -309,7 +331,7 @@ def _(part: Network, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
     places: dict[str, Axis] = {}
     for group, axis in zip(groups, axes, strict=True):
         places |= dict(zip(group, axis.split(_split_sizes(part, group, axis, known)), strict=True))
-    bonds = {i: Axis(f"{prefix}{i}", 1, size) for i, size in part.sizes if i not in places}
+    bonds = {i: Axis(_own_name(f"{prefix}{i}", part), 1, size) for i, size in part.sizes if i not in places}
     _check_collisions(bonds, axes)
     first = next(name for name, node in part.nodes if node.trainable)
     return [
@@ -320,10 +342,19 @@ def _(part: Network, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
     ]
 
 
+def _own_name(bond: str, part: Network) -> str:
+    """The bond's name, with underscores where it is one of the library's own indices."""
+    while bond in (TOKEN, GROUP):
+        bond += "_"
+        while bond in dict(part.sizes):
+            bond += "_"
+    return bond
+
+
 def _check_collisions(bonds: Mapping[str, Axis], axes: tuple[Axis, ...]) -> None:
     """A bond may not carry the name of a mode, or the two would become one index."""
     for bond in bonds.values():
-        if bond.root in {a.root for a in axes} | {GROUP}:
+        if bond.root in {a.root for a in axes}:
             raise SpecError(f"Network names a bond '{bond.root}', which is a mode of the fold; call the bond otherwise.")
 
 

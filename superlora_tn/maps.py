@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from superlora_tn.nodes import SpecError
+from superlora_tn.nodes import SpecError, check_flag
 
 
 def _check_map(owner: str, ratio: float, seed: int) -> None:
@@ -49,6 +49,7 @@ class Fastfood:
 
     def __post_init__(self) -> None:
         _check_map("Fastfood", self.ratio, self.seed)
+        check_flag("Fastfood", "tanh", self.tanh)
 
 
 Projection = Shuffle | Fastfood

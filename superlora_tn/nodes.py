@@ -6,6 +6,7 @@ Everything here is a frozen, hashable value, checked when it is made. A *part* (
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +14,37 @@ from dataclasses import dataclass
 INITS = ("auto", "zeros", "ones", "eye", "normal", "uniform", "orthogonal")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 MAX_RANK = 1 << 20
+# Bounds on work, far above any use: a declaration may come from a file.
+MAX_PARTS, MAX_NODES, MAX_DEPTH = 64, 256, 16
+# The library's own indices: the rows of x, and the groups of a flat fold.
+TOKEN, GROUP = "token", "group"
 
 
 class SpecError(ValueError):
     """A wrong declaration: says what was given, what was expected and what to do."""
+
+
+def check_number(owner: str, name: str, value: object) -> None:
+    """Raise unless `value` is a finite number."""
+    try:
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        good = False
+    if not good:
+        shown = f"{value!r:.60}"
+        raise SpecError(f"{owner} was given {name}={shown}; {name} is a finite number.")
+
+
+def check_flag(owner: str, name: str, value: object) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise SpecError(f"{owner} was given {name}={value!r}; give True or False.")
+
+
+def check_count(owner: str, name: str, value: object, most: int) -> None:
+    """Raise unless `value` is a whole number from 1 to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise SpecError(f"{owner} was given {name}={value!r}; {name} is a whole number from 1 to {most}.")
 
 
 def check_rank(owner: str, rank: object) -> None:
@@ -67,8 +95,7 @@ class Node:
                 f"node '{self.indices}' has index '{twice[0]}' twice; a diagonal is not a node. "
                 "Give the second axis a name of its own."
             )
-        if not isinstance(self.trainable, bool):
-            raise SpecError(f"node '{self.indices}' was given trainable={self.trainable!r}; give True or False.")
+        check_flag(f"node '{self.indices}'", "trainable", self.trainable)
         if self.init not in INITS:
             raise SpecError(f"node '{self.indices}' was given init={self.init!r}; choose one of {', '.join(INITS)}.")
 
@@ -98,6 +125,7 @@ class CP:
 
     def __post_init__(self) -> None:
         check_rank("CP", self.rank)
+        check_flag("CP", "dense_if_large", self.dense_if_large)
 
 
 @dataclass(frozen=True)
@@ -115,6 +143,13 @@ class Tucker:
 
     def __post_init__(self) -> None:
         check_ranks("Tucker", self.rank)
+        if self.factors is None:
+            return
+        names = self.factors.split() if isinstance(self.factors, str) else []
+        if not names or len(set(names)) < len(names):
+            raise SpecError(
+                f"Tucker was given factors={self.factors!r}; name each factored mode once, such as 'out in', or None."
+            )
 
 
 @dataclass(frozen=True)
@@ -138,6 +173,15 @@ def _check_parts(owner: str, parts: tuple[object, ...]) -> None:
         if not isinstance(part, PARTS):
             names = ", ".join(p.__name__ for p in PARTS)
             raise SpecError(f"{owner} was given {part!r}; a part is one of {names}.")
+    if len(parts) > MAX_PARTS:
+        raise SpecError(f"{owner} was given {len(parts)} parts; at most {MAX_PARTS} are taken.")
+    if 1 + max(_depth(part) for part in parts) > MAX_DEPTH:
+        raise SpecError(f"{owner} nests deeper than {MAX_DEPTH} levels; write it flatter.")
+
+
+def _depth(part: object) -> int:
+    """Levels of nesting below and with a part."""
+    return 1 + max(map(_depth, part.parts)) if isinstance(part, Kronecker | Hadamard) else 1
 
 
 @dataclass(frozen=True, init=False)
@@ -187,7 +231,7 @@ def parse_modes(modes: str) -> tuple[tuple[str, ...], ...]:
     left_over = _MODE.sub(" ", modes).strip()
     if left_over:
         raise SpecError(f"Network cannot read the modes '{modes}': stray '{left_over}'. Write '(o1 o2) (i1 i2)'.")
-    groups = tuple(tuple((m[1] or m[2]).split()) for m in _MODE.finditer(modes))
+    groups = tuple(tuple((m[2] if m[1] is None else m[1]).split()) for m in _MODE.finditer(modes))
     if not groups or not all(groups):
         raise SpecError(f"Network was given the modes '{modes}', in which a mode is empty; name at least one index.")
     return groups
@@ -214,6 +258,10 @@ class Network:
     sizes: tuple[tuple[str, int], ...]
 
     def __init__(self, modes: str, sizes: Mapping[str, int] | None = None, **nodes: str | Node) -> None:
+        if len(nodes) > MAX_NODES:
+            raise SpecError(f"Network was given {len(nodes)} nodes; at most {MAX_NODES} are taken.")
+        if not isinstance(sizes or {}, Mapping) or not all(isinstance(k, str) for k in sizes or {}):
+            raise SpecError(f"Network was given sizes={sizes!r}; give a dict such as {{'r': 8}}.")
         made = tuple((name, n if isinstance(n, Node) else Node(n)) for name, n in nodes.items())
         object.__setattr__(self, "modes", modes)
         object.__setattr__(self, "nodes", made)

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import opt_einsum as oe
 
 from superlora_tn.graph import Graph
-from superlora_tn.steps import CPU, ITEM, TOKEN, Device, Indices, Step, best_orders, lay_out, volume
+from superlora_tn.nodes import TOKEN
+from superlora_tn.steps import CPU, ITEM, Device, Indices, Step, best_orders, lay_out, volume
 
 Route = Literal["apply", "delta"]
 # dp with outer products looks at 3^n pairs: 50 ms at 8 operands; without them chains stay cheap far longer.
@@ -182,7 +183,8 @@ def make_plan(
         optimize: "dp" searches all paths on our own price (with outer products up to 8 operands, without up to 14,
             above that opt_einsum's "auto"); any other name or optimizer object that opt_einsum takes is used as it is.
         memory_limit: the largest allowed intermediate, in bytes.
-        fixed: the member indices are chosen beforehand (the usual case); False contracts all members at once.
+        fixed: the member indices are chosen beforehand (the usual case); False contracts all members at once, with one
+            axis of the result for each member mode in front.
 
     Raises:
         PlanError: the route does not exist for this graph, or nothing fits the memory limit.
@@ -194,11 +196,13 @@ def _equation(graph: Graph, route: Route, tokens: int, fixed: bool) -> Equation:
     """The equation of a graph's route: dW, or x through it."""
     names, inputs = tuple(n.name for n in graph.nodes), tuple(graph.indices_of(n, fixed) for n in graph.nodes)
     shapes, trained = tuple(graph.shape_of(n, fixed) for n in graph.nodes), tuple(n.trainable for n in graph.nodes)
-    member = tuple((i,) for i in graph.open("member")) if not fixed else ()
     if route == "delta":
-        axes = (graph.open("flat"),) if graph.open("flat") else (graph.open("out"), graph.open("in"))
+        member = tuple(indices for mode, indices in graph.modes if mode.role == "member" and not fixed)
+        axes = (graph.open("flat"),) if graph.is_flat else (graph.open("out"), graph.open("in"))
         return Equation(names, inputs, shapes, trained, (*member, *axes), graph.sizes)
-    if graph.open("flat"):
+    if not fixed:
+        raise PlanError("the apply route is planned for one member: x belongs to one layer. Leave fixed=True.")
+    if graph.is_flat:
         raise PlanError("a flat fold has only the delta route: its modes are not the weight's in and out.")
     return Equation(
         ("x", *names),
@@ -377,6 +381,6 @@ def choose(
 ) -> RouteChoice:
     """Plan both routes of a graph for a number of tokens, for a weight of shape (out, in)."""
     delta = make_plan(graph, "delta", 1, device, optimize)  # dW itself is no intermediate, so no limit here
-    if graph.open("flat"):
+    if graph.is_flat:
         return RouteChoice(None, delta, tokens, shape)
     return RouteChoice(make_plan(graph, "apply", tokens, device, optimize, memory_limit), delta, tokens, shape)

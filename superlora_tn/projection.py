@@ -21,9 +21,9 @@ RADIX_BITS = 6
 
 
 def _raw(seed: int, purpose: str, count: int) -> np.ndarray:
-    """`count` raw 64-bit words for a seed and a purpose."""
-    key = np.frombuffer(hashlib.sha256(f"superlora_tn {purpose} {seed}".encode()).digest()[:16], np.uint64)
-    return np.random.Philox(key=key).random_raw(count)
+    """`count` raw 64-bit words for a seed and a purpose, the lowest byte first in memory on every machine."""
+    key = np.frombuffer(hashlib.sha256(f"superlora_tn {purpose} {seed}".encode()).digest()[:16], "<u8")
+    return np.random.Philox(key=key).random_raw(count).astype("<u8")
 
 
 def permutation(seed: int, count: int) -> Tensor:
@@ -44,7 +44,7 @@ def gaussians(seed: int, count: int) -> Tensor:
     Sums of twelve uniform 16-bit words (Irwin-Hall), a Gaussian to within 0.2 % of its distribution function, because
     a sum of whole numbers has the same bits everywhere.
     """
-    words = _raw(seed, "gaussians", 3 * count).view(np.uint16).reshape(count, 12)
+    words = _raw(seed, "gaussians", 3 * count).view("<u2").reshape(count, 12)
     total = words.astype(np.int64).sum(axis=1) * 2 - 12 * 65535
     # The variance of the doubled sum of 12 uniform words 0..65535 is 12 * (65536**2 - 1) / 3.
     return torch.from_numpy((total / math.sqrt(4 * (65536**2 - 1))).astype(np.float32))

@@ -11,7 +11,7 @@ from superlora_tn.codec import decode, encode
 from superlora_tn.fold import FlatFold, Fold, Group, PhysicalFold, Shape
 from superlora_tn.graph import Graph, lower_group
 from superlora_tn.maps import Fastfood, Projection, Shuffle
-from superlora_tn.nodes import PARTS, Part, SpecError, reference_rank
+from superlora_tn.nodes import PARTS, Part, SpecError, check_flag, check_number, reference_rank
 
 MAX_ELEMENTS = 1 << 48
 PER_WEIGHT = PhysicalFold()
@@ -49,15 +49,12 @@ class AdapterSpec:
             raise SpecError(f"AdapterSpec was given projection={self.projection!r}; give Fastfood(...), Shuffle(...) or None.")
         if self.projection is not None and isinstance(self.fold, PhysicalFold):
             raise SpecError("a projection maps a flat vector, but the fold is physical; use FlatFold(...), or no projection.")
-        for name, value in (("alpha", self.alpha), ("dropout", self.dropout)):
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
-            ):
-                raise SpecError(f"AdapterSpec was given {name}={value!r}; {name} is a finite number.")
+        if self.alpha is not None:
+            check_number("AdapterSpec", "alpha", self.alpha)
+        check_number("AdapterSpec", "dropout", self.dropout)
         if not 0.0 <= self.dropout < 1.0:
             raise SpecError(f"AdapterSpec was given dropout={self.dropout!r}; a probability from 0 up to, not including, 1.")
-        if not isinstance(self.rslora, bool):
-            raise SpecError(f"AdapterSpec was given rslora={self.rslora!r}; give True or False.")
+        check_flag("AdapterSpec", "rslora", self.rslora)
 
     @property
     def scale(self) -> float:

@@ -11,8 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from superlora_tn.nodes import TOKEN
+
 Indices = tuple[str, ...]
-TOKEN = "token"
 ITEM = 4
 # (swapped, flipped): the memory orders tried for a step without tokens, in networks of so many steps.
 ORDERS, ORDERED_UP_TO = ((False, False), (True, False), (False, True), (True, True)), 5

@@ -48,7 +48,7 @@ def match(model: nn.Module, targets: Targets, exclude: Targets = (), only_layers
     if not found:
         raise AttachError(f"targets={targets!r} leaves no layer to adapt (exclude={exclude!r}, only_layers={only_layers!r}).")
     for name in found:
-        _check_target(name, known)
+        check_target(name, known)
     return found
 
 
@@ -75,7 +75,8 @@ def _named(targets: Targets, known: Mapping[str, nn.Module], adaptable: list[str
     return [n for n in known if n in set(found)]
 
 
-def _check_target(name: str, known: Mapping[str, nn.Module]) -> None:
+def check_target(name: str, known: Mapping[str, nn.Module]) -> None:
+    """Raise unless the named module can be adapted."""
     if not layers.is_supported(known[name]):
         raise AttachError(
             f"'{name}' is a {type(known[name]).__name__}, which cannot be adapted; "
@@ -85,5 +86,5 @@ def _check_target(name: str, known: Mapping[str, nn.Module]) -> None:
     if isinstance(parent, nn.MultiheadAttention):
         raise AttachError(
             f"'{name}' belongs to nn.MultiheadAttention, which uses its weight without calling it, so an adapter there "
-            "would be ignored. Adapt other layers, or use an attention with separate projections."
+            "would be ignored. Leave it out (exclude=['out_proj']), or use an attention with separate projections."
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from superlora_tn.fold import FlatFold, PhysicalFold
 from superlora_tn.maps import Projection
-from superlora_tn.nodes import CP, Dense, Hadamard, Kronecker, Network, Node, Part, SpecError, Tucker
+from superlora_tn.nodes import CP, MAX_PARTS, Dense, Hadamard, Kronecker, Network, Node, Part, Tucker, check_count
 from superlora_tn.spec import AdapterSpec
 
 
@@ -52,6 +52,7 @@ def lotr(rank: int, alpha: float | None = None, rslora: bool = False) -> Adapter
 
 def lonkr(rank: int, splits: int = 3, alpha: float | None = None, rslora: bool = False) -> AdapterSpec:
     """LoNKr: a Kronecker product of `splits` low-rank matrices (SuperLoRA, table 1). ``lonkr(r, 2)`` is LoKr's paper form."""
+    check_count("lonkr", "splits", splits, MAX_PARTS)
     return AdapterSpec(Kronecker(*[CP(rank, dense_if_large=True)] * splits), alpha=alpha, rslora=rslora)
 
 
@@ -88,8 +89,7 @@ def superlora(
         splits: K, the number of Kronecker factors.
         projection: F.
     """
-    if not isinstance(splits, int) or isinstance(splits, bool) or splits < 1:
-        raise SpecError(f"superlora was given splits={splits!r}; the number of Kronecker splits is at least 1.")
+    check_count("superlora", "splits", splits, 32)
     part: Part = Dense() if order == 1 else CP(rank, dense_if_large=splits > 1) if order == 2 else Tucker(rank)
     network = Kronecker(*[part] * splits) if splits > 1 else part
     physical = groups == "weight" and order <= 2 and projection is None

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from superlora_tn.nodes import TOKEN
 from superlora_tn.plan import Plan
-from superlora_tn.steps import TOKEN
 
 NAME = "numpy_reference"
 

@@ -11,6 +11,8 @@ linear layer (`base`), its gradient for x accumulates into the layer's own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -62,6 +64,10 @@ class Program:
         """
         if not is_eager():
             return cast(Tensor, self.run(*tensors, out=out, alpha=alpha))
+        with _as_given(tensors[0]):
+            return self._eager(tensors, out, alpha, base)
+
+    def _eager(self, tensors: tuple[Tensor, ...], out: Tensor | None, alpha: float, base: Tensor | None) -> Tensor:
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
             joined = (
                 self.run(*tensors, out=out, alpha=alpha) if base is None else self._forward(*tensors, out=out, alpha=alpha)[0]
@@ -93,6 +99,21 @@ def _apply(function: Any, *arguments: Any) -> Any:
     return function.apply(*arguments)
 
 
+def _as_given(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Compute in the dtypes as they are: the caller has cast, and autocast would cast a second time."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _in_given_dtypes(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    @wraps(backward)
+    def run(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        with _as_given(grad):
+            return backward(ctx, grad)
+
+    return run
+
+
 class _Contraction(torch.autograd.Function):
     """The contraction of a plan's operands."""
 
@@ -104,8 +125,10 @@ class _Contraction(torch.autograd.Function):
         return result  # type: ignore[no-any-return]
 
     @staticmethod
+    @_in_given_dtypes
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        tensors, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors  # once: checkpointing unpacks it for a single reading
+        tensors, kept = saved[: ctx.count], saved[ctx.count :]
         wanted = tuple(ctx.needs_input_grad[2:])
         if torch.is_grad_enabled():
             return (None, None, *_twice_differentiable(ctx.program, ctx.alpha, tensors, wanted, grad))
@@ -127,8 +150,10 @@ class _FusedUpdate(torch.autograd.Function):
         return out
 
     @staticmethod
+    @_in_given_dtypes
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        base, tensors, kept = ctx.saved_tensors[0], ctx.saved_tensors[1 : ctx.count + 1], ctx.saved_tensors[ctx.count + 1 :]
+        base, *saved = ctx.saved_tensors
+        tensors, kept = tuple(saved[: ctx.count]), saved[ctx.count :]
         wanted = tuple(ctx.needs_input_grad[4:])
         through_base = grad @ base if wanted[0] else None
         if torch.is_grad_enabled():

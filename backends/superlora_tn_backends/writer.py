@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from superlora_tn.nodes import TOKEN
 from superlora_tn.plan import Plan
-from superlora_tn.steps import TOKEN, Indices, Step
+from superlora_tn.steps import Indices, Step
 
 Axes = tuple[Indices, ...]
 

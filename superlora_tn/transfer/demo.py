@@ -156,9 +156,8 @@ def _figures(out: Path, task: Task, results: Sequence[Result]) -> list[Path]:
     points = [draw.Point(r.variant, r.parameters, r.mean, r.spread) for r in results]
     title = "Printed digits to handwriting: q and v adapted, all else frozen"
     pareto = draw.pareto(points, out / "pareto.png", title, {"frozen base": task.zero_shot})
-    shapes = dict.fromkeys(("layers.0.q_proj", "layers.0.v_proj"), (64, 64))
-    spec = superlora(3, 3, 1, 2)
-    network = draw.network(spec.lay_out(shapes)[0][1], out / "network.png", "superlora(rank=3, order=3, splits=2)")
+    graph = superlora(3, 3, 1, 2).lay_out({"weight": (64, 64)})[0][1]
+    network = draw.network(graph, out / "network.png", "superlora(rank=3, order=3, splits=2) of one weight")
     return [pareto, network]
 
 

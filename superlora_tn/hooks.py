@@ -1,0 +1,54 @@
+"""The forward hooks of an adapted model. They are objects, so that copies of the model hold copies of the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
+
+from superlora_tn import layers
+from superlora_tn.adapter import Adapter, FlatAdapter
+from superlora_tn.eager import is_eager
+
+
+class UpdateHook:
+    """The forward hook of one layer: adds the adapter's update to the layer's output while the adapter is active."""
+
+    def __init__(self, layer: nn.Module, adapter: Adapter, target: str) -> None:
+        self.adapter, self.target = adapter, target
+        self._update = layers.update_of(layer)
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if not self.adapter.active:
+            return output
+        untouched = is_eager() and self._is_first(layer)
+        return self._update(layer, args[0] if args else kwargs["input"], output, self.adapter, self.target, untouched)
+
+    def _is_first(self, layer: nn.Module) -> bool:
+        """Whether no other hook has seen the output yet."""
+        return next(iter(layer._forward_hooks.values())) is self and not _global_forward_hooks
+
+
+class ShareHook:
+    """The model's forward pre-hook: flat folds build dW of all their weights once a pass."""
+
+    def __init__(self, adapters: Sequence[FlatAdapter]) -> None:
+        self.adapters = tuple(adapters)
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        for adapter in self.adapters:
+            adapter.release()
+            if adapter.active and is_eager():
+                adapter.share()
+
+
+class ReleaseHook(ShareHook):
+    """The model's forward hook: without gradients nothing needs dW after the pass."""
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        for adapter in self.adapters:
+            if not torch.is_grad_enabled():
+                adapter.release()

@@ -1,0 +1,135 @@
+"""Measure plans against the clock: this machine's balance, and a layer's step by each route and optimizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from superlora_tn.adapter import PhysicalAdapter, make_adapter
+from superlora_tn.fold import Shape
+from superlora_tn.plan import Optimizer, Route, choose
+from superlora_tn.spec import AdapterSpec
+from superlora_tn.steps import Device
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def fastest(run: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+    """Seconds of the fastest of several runs, after a first one."""
+    run()
+    times = []
+    for _ in range(repeats):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def calibrate(device: str | torch.device = "cpu") -> Device:
+    """Measure the present machine's balance, in about a second.
+
+    Args:
+        device: where to measure.
+
+    Returns:
+        A `Device` with the FLOP/s of a large float32 product, the bytes/s of a large copy, and the seconds of a small
+        operation, for `make_plan(..., device=...)` and `choose`.
+    """
+    place = torch.device(device)
+    side = 1024 if place.type == "cpu" else 8192
+    a, b = (torch.randn(side, side, device=place) for _ in range(2))
+    large = torch.randn(1 << (24 if place.type == "cpu" else 28), device=place)
+    copy, small = torch.empty_like(large), torch.randn(8, 8, device=place)
+    with torch.no_grad():
+        product = fastest(lambda: a @ b, place)
+        moved = fastest(lambda: copy.copy_(large), place)
+
+        def many() -> None:
+            x = small
+            for _ in range(100):
+                x = x @ small
+
+        operation = fastest(many, place) / 100
+    return Device(f"{place} as measured", 2 * side**3 / product, 2 * 4 * large.numel() / moved, operation)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One layer's step: predicted and measured seconds above the frozen layer's, by route."""
+
+    label: str
+    shape: Shape
+    tokens: int
+    optimizer: str
+    predicted: dict[str, float]
+    measured: dict[str, float]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the prediction and the clock name the same faster route."""
+        return min(self.predicted, key=self.predicted.__getitem__) == min(self.measured, key=self.measured.__getitem__)
+
+    @property
+    def regret(self) -> float:
+        """How much slower the predicted route is than the faster one, as a fraction."""
+        return self.measured[min(self.predicted, key=self.predicted.__getitem__)] / min(self.measured.values()) - 1
+
+    def row(self) -> dict[str, object]:
+        """As plain data."""
+        return {**asdict(self), "agrees": self.agrees, "regret": self.regret}
+
+
+def measure_routes(
+    label: str,
+    spec: AdapterSpec,
+    shape: Shape,
+    tokens: int,
+    profile: Device,
+    optimize: Optimizer = "dp",
+    backend: str = "tensorly_torch",
+    repeats: int = 7,
+) -> Measurement:
+    """Time a step (forward and backward) of the adapter alone by both routes, beside the prediction.
+
+    Args:
+        label: a name for the row.
+        spec: a declaration with a physical fold.
+        shape: (out, in) of the layer.
+        tokens: rows of x.
+        profile: the device to predict for.
+        optimize, backend: as in `attach`.
+        repeats: runs, of which the fastest counts.
+    """
+    [(group, graph)] = spec.lay_out({"layer": shape})
+    choice = choose(graph, shape, tokens, profile, optimize)
+    assert choice.apply is not None
+    predicted: dict[str, float] = {"apply": choice.apply.price, "delta": choice.delta_price}
+    measured: dict[str, float] = {}
+    weight = nn.Parameter(torch.randn(shape), requires_grad=False)
+    x, gradient = torch.randn(tokens, shape[1], requires_grad=True), torch.randn(tokens, shape[0])
+    frozen = fastest(lambda: _step(None, x, gradient, weight), x.device, repeats)
+    routes: Sequence[Route] = ("apply", "delta")
+    for route in routes:
+        adapter = make_adapter(spec, group, graph, backend=backend, route=route, optimize=optimize)
+        assert isinstance(adapter, PhysicalAdapter)
+        step = fastest(lambda a=adapter: _step(a, x, gradient, weight), x.device, repeats)  # type: ignore[misc]
+        measured[route] = max(step - frozen, 1e-9)
+    return Measurement(label, shape, tokens, str(optimize), predicted, measured)
+
+
+def _step(adapter: PhysicalAdapter | None, x: Tensor, gradient: Tensor, weight: Tensor) -> None:
+    x.grad = None
+    out = nn.functional.linear(x, weight)
+    if adapter is not None:
+        adapter.zero_grad(set_to_none=True)
+        out = adapter(x, "layer", out, weight)
+    torch.autograd.backward(out, gradient)

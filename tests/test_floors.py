@@ -1,0 +1,178 @@
+"""The house's order, read from the source: imports go strictly downward, files and functions stay small."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import superlora_tn
+
+ROOT = Path(superlora_tn.__file__).parents[1]
+CORE, BACKENDS = ROOT / "superlora_tn", ROOT / "backends" / "superlora_tn_backends"
+# design.md put the spec on the ground floor; a spec counts its own parameters, so it stands above the graph.
+FLOORS = [
+    ["nodes"],
+    ["maps", "fold", "eager"],
+    ["codec", "graph"],
+    ["steps"],
+    ["spec", "plan"],
+    ["variants", "execute", "projection", "initialise"],
+    ["adapter"],
+    ["layers"],
+    ["checkpoint", "targets", "hooks", "describe"],
+    ["attach"],
+]
+FLOOR = {name: k for k, names in enumerate(FLOORS) for name in names}
+TOP = len(FLOORS)
+NO_TORCH = ["nodes", "maps", "fold", "codec", "graph", "steps", "spec", "plan", "variants", "execute"]
+SOURCES = sorted([*CORE.rglob("*.py"), *BACKENDS.rglob("*.py")])
+each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda s: str(s.relative_to(ROOT)))
+
+
+def tree(source: Path) -> ast.Module:
+    return ast.parse(source.read_text())
+
+
+def imports(source: Path) -> Iterator[str]:
+    """Full names of all imported modules, those inside functions too."""
+    for node in ast.walk(tree(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source} imports relatively; write the whole name"
+            module = node.module or ""
+            # `from package import module` imports the module; the package's own names are its face.
+            inner = [f"{module}.{a.name}" for a in node.names if (ROOT / module.replace(".", "/") / f"{a.name}.py").exists()]
+            yield from inner if len(inner) == len(node.names) else [module, *inner]
+
+
+def floor(module: str) -> int:
+    """The floor of a module of the core by its full name; what is not in the list stands on top."""
+    return FLOOR.get(module.split(".")[1], TOP)
+
+
+def own_imports(source: Path) -> set[str]:
+    return {name for name in imports(source) if name.startswith("superlora_tn.")}
+
+
+def test_every_floor_is_built() -> None:
+    assert {s.stem for s in CORE.glob("*.py")} >= set(FLOOR)
+
+
+@pytest.mark.parametrize("name", sorted(FLOOR))
+def test_imports_go_strictly_downward(name: str) -> None:
+    for imported in own_imports(CORE / f"{name}.py"):
+        assert floor(imported) < FLOOR[name], f"{name} imports {imported}"
+    assert "superlora_tn" not in set(imports(CORE / f"{name}.py")), f"{name} imports the package's own face"
+
+
+def test_nothing_imports_the_top_floor() -> None:
+    for source in SOURCES:
+        if source.stem == "__init__" or floor(f"superlora_tn.{source.relative_to(ROOT).with_suffix('').parts[1]}") == TOP:
+            continue
+        assert all(floor(name) < TOP for name in own_imports(source)), source
+
+
+def test_the_face_imports_the_core_only() -> None:
+    assert all(floor(name) < TOP for name in own_imports(CORE / "__init__.py"))
+
+
+@pytest.mark.parametrize("source", sorted(BACKENDS.glob("*.py")), ids=lambda s: s.stem)
+def test_backends_import_nothing_above_the_plan(source: Path) -> None:
+    assert all(floor(name) <= FLOOR["plan"] for name in own_imports(source))
+    assert "superlora_tn" not in set(imports(source))
+
+
+def test_only_the_plan_imports_opt_einsum() -> None:
+    users = {s.relative_to(ROOT).as_posix() for s in SOURCES if any(n.split(".")[0] == "opt_einsum" for n in imports(s))}
+    assert users == {"superlora_tn/plan.py"}
+
+
+@pytest.mark.parametrize("name", NO_TORCH)
+def test_the_lower_floors_import_no_torch(name: str) -> None:
+    foreign = {n.split(".")[0] for n in imports(CORE / f"{name}.py")}
+    assert not foreign & {"torch", "tensorly", "safetensors", "transformers"}
+
+
+def test_the_core_imports_tensorly_in_backends_only() -> None:
+    assert not [s for s in SOURCES if CORE in s.parents and any(n.split(".")[0] == "tensorly" for n in imports(s))]
+
+
+@each_source
+def test_files_stay_below_400_lines(source: Path) -> None:
+    assert len(source.read_text().splitlines()) <= 400
+
+
+@each_source
+def test_functions_stay_below_80_lines(source: Path) -> None:
+    for node in ast.walk(tree(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno + 1 <= 80, f"{source.name}:{node.lineno} {node.name}"
+
+
+@each_source
+def test_no_guessing_and_no_global_backend(source: Path) -> None:
+    for node in ast.walk(tree(source)):
+        if isinstance(node, ast.Name):
+            assert node.id not in ("hasattr", "__getattr__"), f"{source.name}:{node.lineno}"
+        if isinstance(node, ast.FunctionDef):
+            assert node.name not in ("__getattr__", "__getattribute__"), f"{source.name}:{node.lineno}"
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("set_backend", "__getattr__"), f"{source.name}:{node.lineno}"
+
+
+@each_source
+def test_every_module_and_public_name_says_what_it_is(source: Path) -> None:
+    module = tree(source)
+    assert ast.get_docstring(module)
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{source.name}:{node.lineno} {node.name}"
+
+
+def fresh(code: str) -> str:
+    """What a new Python prints."""
+    path = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'backends')!r}]\n"
+    command = [sys.executable, "-W", "error", "-c", path + code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
+
+
+def test_importing_and_running_the_library_changes_nothing_global() -> None:
+    printed = fresh(
+        "import random, numpy, torch, tensorly as tl, warnings\n"
+        "def state():\n"
+        "    return (tl.get_backend(), torch.get_default_dtype(), torch.is_grad_enabled(),\n"
+        "            torch.get_num_threads(),\n"
+        "            hash(random.getstate()), hash(numpy.random.get_state()[1].tobytes()),\n"
+        "            hash(torch.get_rng_state().numpy().tobytes()), len(warnings.filters), numpy.geterr()['over'])\n"
+        "before = state()\n"
+        "import superlora_tn as sl\n"
+        "assert state() == before, (before, state())\n"
+        "m = torch.nn.Sequential(torch.nn.Linear(4, 4)); before = state()\n"
+        "t = sl.attach(m, sl.lorta(2, projection=sl.Fastfood(0.5)), ['0'], seed=0)\n"
+        "m(torch.zeros(2, 4)); t.merge(); t.detach()\n"
+        "assert state() == before, (before, state())\n"
+        "print(tl.get_backend())\n"
+    )
+    assert printed == "numpy"
+
+
+def test_importing_the_library_pulls_in_no_optional_package() -> None:
+    optional = [
+        "peft",
+        "transformers",
+        "lycoris",
+        "matplotlib",
+        "PIL",
+        "rich",
+        "sklearn",
+        "hypothesis",
+        "pytest",
+        "scipy.stats",
+    ]
+    assert fresh(f"import superlora_tn, sys; print([m for m in {optional} if m in sys.modules])") == "[]"

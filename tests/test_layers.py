@@ -1,0 +1,275 @@
+"""Each layer type with an adapter computes what the layer with the weight W + dW computes, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import noise, perturb
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import superlora_tn as sl
+from superlora_tn import layers
+
+SPECS = {
+    "lora": sl.lora(2, alpha=3),
+    "lokr": sl.lokr(1),
+    "lotr": sl.lotr(2),
+    "lorta": sl.lorta(2, groups=2),
+    "dense": sl.dense(),
+}
+each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+LINEAR = {
+    "bias": (6, 4, True),
+    "no bias": (6, 4, False),
+    "one out": (6, 1, True),
+    "one in": (1, 4, True),
+    "wide": (3, 40, True),
+}
+Convolution = tuple[type[nn.Module], dict[str, object], tuple[int, ...]]
+CONVOLUTIONS: dict[str, Convolution] = {
+    "1d": (nn.Conv1d, {"kernel_size": 3}, (2, 4, 9)),
+    "1d causal": (nn.Conv1d, {"kernel_size": 2, "dilation": 3, "padding": 3, "groups": 2}, (2, 4, 9)),
+    "1d same": (nn.Conv1d, {"kernel_size": 3, "padding": "same"}, (2, 4, 9)),
+    "2d": (nn.Conv2d, {"kernel_size": 3}, (2, 4, 7, 6)),
+    "2d strided": (nn.Conv2d, {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0)}, (2, 4, 7, 6)),
+    "2d dilated": (nn.Conv2d, {"kernel_size": 3, "dilation": 2, "padding": 2}, (2, 4, 7, 6)),
+    "2d grouped": (nn.Conv2d, {"kernel_size": 3, "groups": 2, "bias": False}, (2, 4, 7, 6)),
+    "2d depthwise": (nn.Conv2d, {"kernel_size": 3, "groups": 4, "padding": 1}, (2, 4, 7, 6)),
+    "2d pointwise": (nn.Conv2d, {"kernel_size": 1}, (2, 4, 7, 6)),
+    "2d circular": (nn.Conv2d, {"kernel_size": 3, "padding": 1, "padding_mode": "circular"}, (2, 4, 7, 6)),
+    "2d reflect": (nn.Conv2d, {"kernel_size": 3, "padding": (2, 1), "padding_mode": "reflect"}, (2, 4, 7, 6)),
+    "2d replicate": (nn.Conv2d, {"kernel_size": 3, "padding": 1, "padding_mode": "replicate", "stride": 2}, (2, 4, 7, 6)),
+    "2d valid": (nn.Conv2d, {"kernel_size": 2, "padding": "valid"}, (2, 4, 7, 6)),
+    "2d no batch": (nn.Conv2d, {"kernel_size": 3}, (4, 7, 6)),
+    "3d": (nn.Conv3d, {"kernel_size": (2, 1, 3), "stride": (1, 2, 1), "padding": (0, 0, 1)}, (2, 4, 4, 4, 3)),
+    "3d grouped": (nn.Conv3d, {"kernel_size": 2, "groups": 2, "padding": 1, "padding_mode": "circular"}, (2, 4, 4, 4, 3)),
+}
+# The layers' own functional forms, with no adapter near.
+FUNCTION: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+def adapted(layer: nn.Module, spec: sl.AdapterSpec) -> tuple[nn.Module, sl.Tuned, Tensor]:
+    """The layer in float64 with a trained adapter, and its dW (out, in)."""
+    model = nn.ModuleDict({"layer": layer.double()})
+    tuned = sl.attach(model, spec, ["layer"], seed=0, dtype=torch.float64)
+    perturb(tuned)
+    return model["layer"], tuned, tuned.delta("layer").detach()
+
+
+def padded(layer: nn.Module, x: Tensor) -> Tensor:
+    """x padded by hand, as padding_mode says."""
+    widths = [w for width in reversed(layer.padding) for w in (width, width)]
+    return F.pad(x, widths, mode=layer.padding_mode)
+
+
+@each_spec
+@pytest.mark.parametrize("sizes", LINEAR.values(), ids=LINEAR)
+def test_linear(spec: sl.AdapterSpec, sizes: tuple[int, int, bool]) -> None:
+    d_in, d_out, bias = sizes
+    if spec in (SPECS["lora"], SPECS["lotr"]) and min(d_in, d_out) < 2:
+        spec = sl.lora(1)
+    layer, _, delta = adapted(nn.Linear(d_in, d_out, bias=bias), spec)
+    x = noise(2, 3, d_in, dtype=torch.float64)
+    assert delta.shape == (d_out, d_in)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight + delta, layer.bias))
+
+
+@each_spec
+@pytest.mark.parametrize("case", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_convolutions(spec: sl.AdapterSpec, case: Convolution) -> None:
+    kind, options, shape = case
+    layer, tuned, delta = adapted(kind(4, 6 if options.get("groups", 1) < 4 else 8, **options), spec)
+    x = noise(*shape, dtype=torch.float64)
+    weight = layer.weight + delta.reshape(layer.weight.shape)
+    plain = layer.padding_mode == "zeros"
+    rest = (layer.stride, layer.padding if plain else 0, layer.dilation, layer.groups)
+    expected = FUNCTION[kind](x if plain else padded(layer, x), weight, layer.bias, *rest)
+    torch.testing.assert_close(layer(x), expected)
+    assert tuned.targets == {"layer": (layer.out_channels, layer.weight[0].numel())}
+    with tuned.disabled():
+        assert not torch.allclose(layer(x), expected, atol=1e-3)
+
+
+@pytest.fixture
+def gpt2_layer() -> nn.Module:
+    utils = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed", exc_type=ImportError)
+    layer = utils.Conv1D(5, 4)  # out, in; the weight is kept as (in, out)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+@each_spec
+def test_gpt2s_conv1d(spec: sl.AdapterSpec, gpt2_layer: nn.Module) -> None:
+    layer, tuned, delta = adapted(gpt2_layer, spec)
+    x = noise(2, 3, 4, dtype=torch.float64)
+    expected = x @ (layer.weight + delta.T) + layer.bias
+    assert delta.shape == (5, 4)
+    before = layer.weight.clone()
+    torch.testing.assert_close(layer(x), expected)
+    tuned.merge()
+    torch.testing.assert_close(layer(x), expected)
+    tuned.detach()
+    assert torch.equal(layer.weight, before)
+
+
+def test_all_linear_finds_gpt2s_conv1d(gpt2_layer: nn.Module) -> None:
+    model = nn.ModuleDict({"c_attn": gpt2_layer, "head": nn.Linear(2, 2), "conv": nn.Conv1d(2, 2, 1)})
+    assert sl.match(model, "all-linear") == ["c_attn", "head"]
+
+
+def test_subclasses_are_adapted_as_their_parents() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer, _, delta = adapted(Scaled(4, 3), sl.lora(2))
+    x = noise(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), 2 * F.linear(x, layer.weight, layer.bias) + x @ delta.T)
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind"),
+    [
+        (nn.LayerNorm(4), "LayerNorm"),
+        (nn.Embedding(4, 4), "Embedding"),
+        (nn.ConvTranspose2d(4, 4, 2), "ConvTranspose2d"),
+        (nn.ReLU(), "ReLU"),
+        (nn.LSTM(4, 4), "LSTM"),
+        (nn.Bilinear(2, 2, 2), "Bilinear"),
+        (nn.MultiheadAttention(4, 2), "MultiheadAttention"),
+        (nn.Sequential(nn.Linear(2, 2)), "Sequential"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_other_layers_raise_and_name_the_supported_ones(layer: nn.Module, kind: str) -> None:
+    model = nn.ModuleDict({"layer": layer})
+    with pytest.raises(sl.AttachError, match=f"'layer' is a {kind}, which cannot be adapted; supported are Conv1"):
+        sl.attach(model, sl.lora(1), ["layer"])
+    with pytest.raises(sl.LayerError, match=f"type {kind} cannot be adapted; supported are .*Linear"):
+        layers.weight(layer)
+    assert not layers.is_supported(layer)
+
+
+@pytest.mark.parametrize("targets", [["out_proj"], "all-linear", r".*out_proj"])
+def test_an_attentions_out_proj_raises(targets: object) -> None:
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "other": nn.Linear(4, 4)})
+    with pytest.raises(sl.AttachError) as caught:
+        sl.attach(model, sl.lora(2), targets)
+    for word in ("'attn.out_proj' belongs to nn.MultiheadAttention", "would be ignored", "separate projections"):
+        assert word in str(caught.value)
+    tuned = sl.attach(model, sl.lora(2), "all-linear", exclude=["out_proj"])
+    assert list(tuned.targets) == ["other"]
+
+
+def test_a_new_layer_type_registers_three_functions() -> None:
+    class Scale(nn.Module):
+        """A layer of our own: its matrix is kept transposed."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.matrix
+
+    layers.weight.register(Scale, lambda layer: layer.matrix.t())
+    layers.write.register(Scale, lambda layer, matrix: layer.matrix.copy_(matrix.t()))
+    layers.update.register(Scale, lambda layer, x, y, adapter, target, untouched: adapter(x, target, y))
+    layer, tuned, delta = adapted(Scale(), sl.lora(2))
+    x = noise(5, 4, dtype=torch.float64)
+    expected = x @ (layer.matrix + delta.T)
+    torch.testing.assert_close(layer(x), expected)
+    tuned.merge()
+    torch.testing.assert_close(layer(x), expected)
+    tuned.detach()
+    assert "Scale" in layers.supported()
+
+
+def test_adding_to_a_weight_rounds_once() -> None:
+    layer = nn.Linear(3, 2).to(torch.bfloat16)
+    before, delta = layer.weight.detach().clone(), noise(2, 3)
+    layers.add_to_weight(layer, delta)
+    assert torch.equal(layer.weight, (before.float() + delta).bfloat16())
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["hook before", "hook after"])
+@pytest.mark.parametrize("always", [True, False])
+def test_an_output_that_a_users_hook_kept_is_not_overwritten(before: bool, always: bool) -> None:
+    """The adapter may write into the layer's output only while nobody else has seen it."""
+    layer, kept = nn.Linear(4, 3), []
+    model = nn.ModuleDict({"layer": layer})
+    keep = lambda module, args, y: kept.append(y)  # noqa: E731
+    if before:
+        layer.register_forward_hook(keep, always_call=always)
+    tuned = sl.attach(model, sl.lora(2), ["layer"], seed=0)
+    perturb(tuned)
+    if not before:
+        layer.register_forward_hook(keep, always_call=always)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            x = noise(5, 4)
+            y = layer(x)
+        base = F.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(y, base + x @ tuned.delta("layer").T)
+        torch.testing.assert_close(kept[-1], base if before else y)
+
+
+def test_a_hook_that_replaces_the_output_goes_first() -> None:
+    layer, seen = nn.Linear(4, 3), noise(5, 3, seed=7)
+    layer.register_forward_hook(lambda module, args, y: seen)
+    model = nn.ModuleDict({"layer": layer})
+    tuned = sl.attach(model, sl.lora(2), ["layer"], seed=0)
+    perturb(tuned)
+    x, kept = noise(5, 4), seen.clone()
+    torch.testing.assert_close(layer(x), kept + x @ tuned.delta("layer").T)
+    assert torch.equal(seen, kept)
+
+
+def test_the_input_and_the_weight_are_never_written_to() -> None:
+    for layer in (nn.Linear(4, 4), nn.Conv1d(4, 4, 1)):
+        model = nn.ModuleDict({"layer": layer})
+        tuned = sl.attach(model, sl.lora(2), ["layer"], seed=0)
+        perturb(tuned)
+        x = noise(4, 4) if isinstance(layer, nn.Linear) else noise(2, 4, 3)
+        before = [t.detach().clone() for t in (x, *layer.parameters(), *tuned.parameters())]
+        layer(x).sum().backward()
+        with torch.no_grad():
+            layer(x)
+        assert all(torch.equal(a, b) for a, b in zip(before, (x, *layer.parameters(), *tuned.parameters()), strict=True))
+
+
+def test_a_bias_that_trains_gets_its_gradient() -> None:
+    layer = nn.Linear(4, 3)
+    tuned = sl.attach(nn.ModuleDict({"layer": layer}), sl.lora(2), ["layer"], seed=0)
+    perturb(tuned)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(True)
+    x = noise(5, 4)
+    layer(x).square().sum().backward()
+    y = layer(x).detach()
+    torch.testing.assert_close(layer.bias.grad, 2 * y.sum(0))
+    torch.testing.assert_close(layer.weight.grad, 2 * y.T @ x)
+
+
+def test_second_derivatives_exist() -> None:
+    layer = nn.Linear(3, 2).double()
+    tuned = sl.attach(nn.ModuleDict({"layer": layer}), sl.lora(1), ["layer"], seed=0, dtype=torch.float64)
+    perturb(tuned)
+    x = noise(4, 3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradgradcheck(layer, (x,))
+    inner = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)[0]
+    inner.square().sum().backward()
+    weight = (layer.weight + tuned.delta("layer")).detach().requires_grad_()
+    z = x.detach().requires_grad_()
+    expected = torch.autograd.grad(F.linear(z, weight, layer.bias).pow(3).sum(), z, create_graph=True)[0]
+    torch.testing.assert_close(inner, expected)
+    factors = [p.detach().clone().requires_grad_() for p in tuned.parameters()]
+    assert all(p.grad is not None for p in tuned.parameters())
+    again = layer.weight.detach() + factors[0] @ factors[1].T
+    torch.testing.assert_close(again, weight)
+    outer = torch.autograd.grad(F.linear(z, again, layer.bias).pow(3).sum(), z, create_graph=True)[0].square().sum()
+    for ours, theirs in zip(tuned.parameters(), torch.autograd.grad(outer, factors), strict=True):
+        torch.testing.assert_close(ours.grad, theirs)
