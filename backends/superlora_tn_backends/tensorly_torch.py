@@ -102,7 +102,8 @@ def _apply(function: Any, *arguments: Any) -> Any:
 def _as_given(tensor: Tensor) -> AbstractContextManager[Any]:
     """Compute in the dtypes as they are: the caller has cast, and autocast would cast a second time."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if casting else nullcontext()
 
 
 def _in_given_dtypes(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
