@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from superlora_tn.spec import AdapterSpec
 from superlora_tn.steps import CPU, DEVICES, Device
 
 # Plans are made for these numbers of tokens; a call takes the plan of the largest that is not above its own.
-TOKEN_STEPS = (1, 32, 1024, 32768)
+TOKEN_STEPS = (1, 32, 256, 2048, 16384)
 NOMINAL_TOKENS = 1024
 Run = Callable[..., Tensor]
 
@@ -103,6 +104,30 @@ class Adapter(nn.Module):
         return compiled(make_plan(lower(Dense(), modes), "apply", TOKEN_STEPS[-1], self.profile, self.optimize), self.backend)
 
 
+Schedule = tuple[tuple[int, Run | None], ...]
+
+
+@lru_cache(maxsize=4096)
+def _schedule(graph: Graph, shape: Shape, route: Route | None, profile: Device, optimize: Optimizer, backend: str) -> Schedule:
+    """(tokens from which on, apply program or None for the delta route), from many tokens to few."""
+    if route == "delta":
+        return ((0, None),)
+    runs: list[tuple[int, Run | None]] = []
+    for tokens in TOKEN_STEPS:
+        choice = choose(graph, shape, tokens, profile, optimize)
+        plan = choice.chosen if route is None else choice.apply
+        assert plan is not None  # a physical fold has both routes
+        runs.insert(0, (tokens if runs else 0, compiled(plan, backend) if plan.route == "apply" else None))
+    return tuple(runs)
+
+
+def _choose_run(runs: Schedule, tokens: int) -> Run | None:
+    for least, run in runs:
+        if tokens >= least:
+            return run
+    return runs[-1][1]
+
+
 class PhysicalAdapter(Adapter):
     """The adapter of weights of one shape, with physical modes; both routes."""
 
@@ -110,11 +135,12 @@ class PhysicalAdapter(Adapter):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        # For each target, which nodes have member axes and where this member is on them.
         self._select = {
-            target: tuple(s if any(isinstance(i, int) for i in s) else None for s in self.graph.select(positions))
+            target: [(k, s) for k, s in enumerate(self.graph.select(positions)) if any(isinstance(i, int) for i in s)]
             for target, positions in self.group.members.items()
         }
-        self._runs = self._schedule()
+        self._runs = _schedule(self.graph, self.group.shape, self.route, self.profile, self.optimize, self.backend)
         self._multiply = self._dense(self.group.shape)
 
     @property
@@ -122,30 +148,14 @@ class PhysicalAdapter(Adapter):
         """The members' in."""
         return self.group.shape[1]
 
-    def _schedule(self) -> tuple[tuple[int, Run | None], ...]:
-        """(tokens from which on, apply program or None for the delta route), from many tokens to few."""
-        if self.route == "delta":
-            return ((0, None),)
-        runs: list[tuple[int, Run | None]] = []
-        last = None
-        for tokens in TOKEN_STEPS:
-            choice = choose(self.graph, self.group.shape, tokens, self.profile, self.optimize)
-            plan = choice.chosen if self.route is None else choice.apply
-            assert plan is not None
-            same = (plan.route, plan.path)
-            if same != last:
-                run = compiled(plan, self.backend) if plan.route == "apply" else None
-                runs.insert(0, (tokens if runs else 0, run))
-            last = same
-        return tuple(runs)
-
     def _member(self, target: str, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The nodes' tensors for one member, in a dtype."""
-        chosen = []
-        for tensor, select in zip(self.tensors(), self._select[target], strict=True):
-            one = tensor if select is None else tensor[select]
-            chosen.append(one if dtype is None or one.dtype == dtype else one.to(dtype))
-        return chosen
+        nodes = self.tensors()
+        for k, select in self._select[target]:
+            nodes[k] = nodes[k][select]
+        if dtype is not None and any(tensor.dtype != dtype for tensor in nodes):
+            return [tensor.to(dtype) for tensor in nodes]
+        return nodes
 
     def delta(self, target: str) -> Tensor:
         """dW of a target, scale included, shape (out, in)."""
@@ -159,7 +169,7 @@ class PhysicalAdapter(Adapter):
         if self.spec.dropout:
             # The layer's own gradient goes through x itself, so the two can no longer be one.
             x, base = self.drop(x), None
-        run = next(run for least, run in self._runs if tokens >= least)
+        run = _choose_run(self._runs, tokens)
         if run is None:
             return self._multiply(x, self.delta(target).to(out.dtype), out=out, base=base)
         return run(x, *self._member(target, out.dtype), out=out, alpha=self.scale, base=base)

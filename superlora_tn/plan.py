@@ -16,7 +16,7 @@ import opt_einsum as oe
 
 from superlora_tn.graph import Graph
 from superlora_tn.nodes import TOKEN
-from superlora_tn.steps import CPU, ITEM, Device, Indices, Step, best_orders, lay_out, volume
+from superlora_tn.steps import CPU, FORMS, ITEM, Device, Indices, Step, best_orders, lay_out, volume
 
 Route = Literal["apply", "delta"]
 # dp with outer products looks at 3^n pairs: 50 ms at 8 operands; without them chains stay cheap far longer.
@@ -115,7 +115,7 @@ class Plan:
                 f"{label[s.large]}[{' '.join(s.large_indices)}] {label[s.small]}[{' '.join(s.small_indices)}]"
                 f" -> [{' '.join(s.result)}]"
             )
-            kind = "product" if not s.contracted else "matmul" if not s.after or not s.before else "batched matmul"
+            kind = "product" if not s.contracted else "batched matmul" if s.items else "matmul"
             kind += " + permute" if s.permuted else ""
             rows.append((label[len(self.names) + k], text, f"{s.flops:,}", f"{s.bytes:,}", kind))
         return "\n".join(
@@ -320,7 +320,9 @@ def _our_price(
         outside = [k for k in range(len(terms)) if not both >> k & 1]
         rest = {i for k in outside for i in terms[k]} | set(output)
         (left, left_grad), (right, right_grad) = held[s1], held[s2]
-        step = lay_out((0, 1), (left, right), (left_grad, right_grad), rest, output if both == whole else (), size)
+        arguments = ((0, 1), (left, right), (left_grad, right_grad), rest, output if both == whole else (), size)
+        steps = [found_step for form in FORMS if (found_step := lay_out(*arguments, form)) is not None]
+        step = min(steps, key=lambda one: one.price(device))
         seconds = step.price(device)
         if memory_limit is not None and both != whole and volume(step.result, size) * ITEM > memory_limit:
             seconds += 1e30
@@ -352,7 +354,9 @@ class RouteChoice:
         """Seconds to build dW and multiply x by it, forward plus backward."""
         d_out, d_in = self.shape
         moved = ITEM * (self.tokens * (d_in + d_out) + d_out * d_in)
-        return self.delta.price + 3 * self.delta.device.price(2 * self.tokens * d_out * d_in, moved, 1)
+        device = self.delta.device
+        product = 2 * self.tokens * d_out * d_in / device.flops + moved / device.bandwidth + device.latency
+        return self.delta.price + 3 * product
 
     @property
     def chosen(self) -> Plan:

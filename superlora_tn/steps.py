@@ -15,32 +15,33 @@ from superlora_tn.nodes import TOKEN
 
 Indices = tuple[str, ...]
 ITEM = 4
-# (swapped, flipped): the memory orders tried for a step without tokens, in networks of so many steps.
-ORDERS, ORDERED_UP_TO = ((False, False), (True, False), (False, True), (True, True)), 5
+# The forms of a step that are tried, in networks of up to so many steps; see `lay_out`.
+FORMS, ORDERED_UP_TO = ("keep", "swap", "flip", "swap flip", "lift", "copy"), 5
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a device does at best, to price a plan.
+    """What a device does, to price a plan.
 
     Args:
         name: for printing.
-        flops: FLOP/s of matrix products.
+        flops: FLOP/s of large matrix products.
         bandwidth: bytes/s of reads and writes.
         latency: seconds an operation costs beside its arithmetic.
+        item: seconds that one more product of a batched product costs.
+        width: how long the contiguous axis of a product's result has to be for full speed.
     """
 
     name: str
     flops: float
     bandwidth: float
     latency: float
-
-    def price(self, flops: float, size: float, operations: float) -> float:
-        """Seconds for the given FLOPs, bytes and operations, one after the other."""
-        return flops / self.flops + size / self.bandwidth + operations * self.latency
+    item: float = 0.0
+    width: int = 1
 
 
-CPU = Device("cpu", 1.5e11, 1.5e10, 4e-6)
+# Measured on a 2-core AMD EPYC (AVX-512), float32, 2026-11: see benchmarks/route_ranking.py. The GPUs are from data sheets.
+CPU = Device("cpu", 1.8e11, 6e10, 3e-6, item=5e-8, width=16)
 GPU = Device("gpu", 6e13, 1e12, 6e-6)
 H200 = Device("h200", 3e14, 4e12, 6e-6)
 DEVICES: Mapping[str, Device] = {"cpu": CPU, "cuda": H200, "mps": GPU}
@@ -51,9 +52,11 @@ class Step:
     """One pairwise contraction, as views of the two operands.
 
     The large operand is read as ``[batch, before, contracted, after]``, the small one as ``[batch, new, contracted]``;
-    the result is ``[batch, before, new, after]``. With nothing contracted, `result` is their broadcast product.
-    Operands are numbered: the plan's inputs first, then one number a step. `permuted` says that the large operand has
-    to be copied into another order; `products` counts the result and the gradients.
+    the result is ``[batch, before, new, after]``. With `lifted` indices the large operand is read as
+    ``[batch, before, lifted, contracted]`` and the result is ``[batch, before, new, lifted]``. With nothing contracted,
+    `result` is the operands' broadcast product. Operands are numbered: the plan's inputs first, then one number a
+    step. `permuted` says that the large operand has to be copied into another order; `items` counts the products of a
+    batched product, `row` is the length of the result's contiguous axis; `products` counts the result and the gradients.
     """
 
     large: int
@@ -64,16 +67,21 @@ class Step:
     before: Indices
     contracted: Indices
     after: Indices
+    lifted: Indices
     new: Indices
     result: Indices
     permuted: bool
     flops: int
     bytes: int
+    items: int
+    row: int
     products: int
 
     def price(self, device: Device) -> float:
         """Seconds, forward plus backward: one product for the result and one for each operand with a gradient."""
-        return device.price(self.flops, self.bytes, 1) * self.products
+        speed = device.flops * min(1.0, self.row / device.width) if self.contracted else device.flops
+        once = self.flops / speed + self.bytes / device.bandwidth + self.items * device.item + device.latency
+        return once * self.products
 
 
 def volume(indices: Sequence[str], size: Mapping[str, int]) -> int:
@@ -88,9 +96,8 @@ def lay_out(
     rest: set[str],
     final: Indices,
     size: Mapping[str, int],
-    swapped: bool = False,
-    flipped: bool = False,
-) -> Step:
+    form: str = "keep",
+) -> Step | None:
     """One step: the larger operand (or the one with the tokens) keeps its memory order, the smaller one adapts.
 
     Args:
@@ -100,61 +107,88 @@ def lay_out(
         rest: indices needed later: of the operands left and of the output.
         final: the output's order where this is the last step, else empty.
         size: index -> size.
-        swapped: let the smaller operand keep its order instead.
-        flipped: put the new indices of a product first.
+        form: ``"keep"`` as said; ``"swap"`` lets the smaller operand keep its order; ``"flip"`` puts the new indices of
+            an elementwise product first; ``"lift"`` sets them before the free indices behind the tokens, one product a
+            token; ``"copy"`` permutes an intermediate so that one matrix product does, where they would stand between.
+
+    Returns:
+        The step, or None where it has no such form.
     """
-    big = int(_weight(orders[0], size) < _weight(orders[1], size)) ^ swapped
+    big = int(_weight(orders[0], size) < _weight(orders[1], size)) ^ ("swap" in form)
     left, right = orders[big], orders[1 - big]
+    if TOKEN in right:
+        return None
     batch = tuple(i for i in left if i in right and i in rest)
     contracted = tuple(i for i in left if i in right and i not in rest)
     new = tuple(i for i in right if i not in left)
-    if final:
-        new = tuple(sorted(new, key=final.index))
-    if contracted:
-        before, after = _around(left, batch, contracted)
-        result = batch + before + new + after
-        permuted = batch + before + contracted + after != left
-    else:
-        before, after = tuple(i for i in left if i not in batch), ()
-        result = final or (new + left if flipped else left + new)
+    new = tuple(sorted(new, key=final.index)) if final else new
+    if not contracted:
+        if form in ("lift", "copy"):
+            return None
+        before, after, lifted = tuple(i for i in left if i not in batch), Indices(), Indices()
+        result = final or (new + left if "flip" in form else left + new)
         permuted = tuple(i for i in result if i in left) != left
-    flops = (2 if contracted else 1) * volume(left + new, size)
+    else:
+        spread = _spread(left, batch, contracted, form, ids[big])
+        if spread is None or "flip" in form:
+            return None
+        before, after, lifted = spread
+        result = batch + before + new + lifted + after
+        permuted = batch + before + lifted + contracted + after != left
+    return _priced(
+        ids, big, grads, (left, right), (batch, before, contracted, after, lifted, new), result, permuted, final, size
+    )
+
+
+def _spread(
+    left: Indices, batch: Indices, contracted: Indices, form: str, operand: int
+) -> tuple[Indices, Indices, Indices] | None:
+    """The large operand's free indices as (before, after, lifted); all before where the contracted ones are torn apart."""
+    free = tuple(i for i in left if i not in batch and i not in contracted)
+    start = left.index(contracted[0])
+    together = left[start : start + len(contracted)] == contracted and left[: len(batch)] == batch
+    before = tuple(i for i in free if left.index(i) < start)
+    after = tuple(i for i in free if left.index(i) > start)
+    if form == "lift":
+        fits = together and not after and not batch and before[:1] == (TOKEN,) and len(before) > 1
+        return ((TOKEN,), (), before[1:]) if fits else None
+    if form == "copy":
+        # x itself is never permuted: that costs more than the product it serves.
+        fits = bool(together and before and after) and not (operand == 0 and TOKEN in left)
+        return (before + after, (), ()) if fits else None
+    return (before, after, ()) if together else (free, (), ())
+
+
+def _priced(
+    ids: tuple[int, int],
+    big: int,
+    grads: tuple[bool, bool],
+    orders: tuple[Indices, Indices],
+    parts: tuple[Indices, Indices, Indices, Indices, Indices, Indices],
+    result: Indices,
+    permuted: bool,
+    final: Indices,
+    size: Mapping[str, int],
+) -> Step:
+    """The step with its FLOPs and its bytes, copies into another order included."""
+    left, right = orders
+    batch, before, contracted, after, lifted, new = parts
     inward, outward = volume(left, size), volume(result, size)
     moved = inward + volume(right, size) + outward
     moved += 2 * inward * permuted + 2 * outward * bool(final and result != final)
     if contracted and right not in (batch + new + contracted, batch + contracted + new):
         moved += 2 * volume(right, size)
-    products = 1 + sum(grads)
+    flops = (2 if contracted else 1) * volume(left + new, size)
+    items = volume(batch, size) * (volume(before, size) if lifted or (before and after) else 1) if contracted else 0
+    row = volume(lifted or after or new, size)
     return Step(
-        ids[big],
-        ids[1 - big],
-        left,
-        right,
-        batch,
-        before,
-        contracted,
-        after,
-        new,
-        result,
-        permuted,
-        flops,
-        moved * ITEM,
-        products,
-    )
+        ids[big], ids[1 - big], left, right, batch, before, contracted, after, lifted, new, result,
+        permuted, flops, moved * ITEM, items if items > 1 else 0, row, 1 + sum(grads),
+    )  # fmt: skip
 
 
 def _weight(indices: Indices, size: Mapping[str, int]) -> tuple[bool, int]:
     return TOKEN in indices, volume(indices, size)
-
-
-def _around(left: Indices, batch: Indices, contracted: Indices) -> tuple[Indices, Indices]:
-    """The free indices before and after the contracted ones; all before (a permutation) where those are torn apart."""
-    free = [i for i in left if i not in batch and i not in contracted]
-    start = left.index(contracted[0])
-    together = left[start : start + len(contracted)] == contracted and left[: len(batch)] == batch
-    if not together:
-        return tuple(free), ()
-    return tuple(i for i in free if left.index(i) < start), tuple(i for i in free if left.index(i) > start)
 
 
 def best_orders(
@@ -173,11 +207,10 @@ def best_orders(
     ahead = {k for pair in later for k in pair if k < made} - {a, b}
     rest = {i for k in ahead for i in terms[k]} | set(output)
     arguments = ((a, b), (terms[a], terms[b]), (grads[a], grads[b]), rest, output if not later else (), size)
-    orders = ORDERS if len(pairs) <= ORDERED_UP_TO and TOKEN not in (*terms[a], *terms[b]) else ORDERS[:1]
     found: list[tuple[Step, ...]] = []
-    for swapped, flipped in orders:
-        step = lay_out(*arguments, swapped, flipped)
-        if all(step.result != other[0].result for other in found):
+    for form in FORMS if len(pairs) <= ORDERED_UP_TO else FORMS[:1]:
+        step = lay_out(*arguments, form)
+        if step is not None and all(step.result != other[0].result for other in found):
             found.append(
                 (step, *best_orders(later, (*terms, step.result), (*grads, grads[a] or grads[b]), output, size, device))
             )

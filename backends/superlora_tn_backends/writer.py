@@ -111,9 +111,26 @@ class _Writer:
     def pair(self, step: Step) -> tuple[tuple[str, int], tuple[str, int]]:
         """The two operands of a matmul as (expression, number of axes), in the order the result's memory wants."""
         large, small = operand_axes(step)
-        first = (self.view(self.values[step.large], large), len(large))
+        mark = ".mT" if step.lifted else ""
+        first = (f"{self.view(self.values[step.large], large)}{mark}", len(large))
         second = (self.view(self.values[step.small], small), len(small))
-        return (second, first) if step.after else (first, second)
+        if step.after or step.lifted:
+            return second, first
+        return first, (self._thin(second[0], step, step.contracted, step.new), len(small))
+
+    def _thin(self, text: str, step: Step, rows: Indices, columns: Indices) -> str:
+        """The small operand as the right side (rows, columns) of a product, its columns contiguous where that pays.
+
+        With few columns the product reads a matrix of contiguous columns twice as fast: about 0.2 ns less for each
+        element of the left side (measured on a CPU with MKL), against 0.8 ns an element and 2 us for the copy.
+        """
+        tall, thin = (math.prod(self.plan.size[i] for i in s) for s in (rows, columns))
+        contiguous = self.values[step.small].order == step.batch + columns + rows
+        large = math.prod(self.plan.size[i] for i in step.before)
+        gain = 0.2 * large * tall - 0.8 * tall * thin - 2000
+        if contiguous or thin >= 32 or tall <= thin or gain <= 0 or self.plan.device.width == 1:
+            return text
+        return f"{text}.mT.contiguous().mT"
 
     def broadcast(self, step: Step) -> tuple[str, str]:
         """The two operands of an elementwise product, with axes of 1 where they lack an index."""
@@ -166,11 +183,18 @@ class _Writer:
         if not step.contracted:
             self._product_back(step, result, grads, needs)
             return
+        if step.lifted:
+            # One copy into the order without lifting serves both gradients as plain products.
+            step = replace(step, before=step.before + step.lifted, lifted=())
+            name = f"c{step.large}_{step.small}"
+            self.lines.append(f"{name} = TL.reshape({result}.mT, {_text(self.sizes(grouped(step)))})")
+            result = name
         large_axes, small_axes = operand_axes(step)
         if needs[step.large]:
             small = self.view(self.values[step.small], small_axes)
             small = f"({small} if alpha == 1.0 else {small} * alpha)" if alpha else small
-            sides = (f"{small}.mT", result) if step.after else (result, f"{small}.mT")
+            back = f"{small}.mT"
+            sides = (back, result) if step.after else (result, self._thin(back, step, step.new, step.contracted))
             self._large_grad(step, sides, large_axes, grads)
         if needs[step.small]:
             text, axes = self._small_grad(step, result, large_axes)
@@ -194,11 +218,10 @@ class _Writer:
         grads[step.large] = Variable(f"g{step.large}", order, self.sizes(axes))
 
     def _small_grad(self, step: Step, result: str, large_axes: Axes) -> tuple[str, Axes]:
-        """The small operand's gradient, in the orientation it is stored in."""
+        """The small operand's gradient, its shorter axis first: with few rows the product is up to four times as fast."""
         batch = (step.batch,) if step.batch else ()
         large = self.view(self.values[step.large], large_axes)
-        stored = self.values[step.small].order
-        new_first = stored == step.batch + step.new + step.contracted or not step.new
+        new_first = math.prod(self.sizes((step.new,))) <= math.prod(self.sizes((step.contracted,)))
         if not step.after:
             # result (b, P, N), large (b, P, K)
             if new_first:
@@ -260,8 +283,10 @@ class _Writer:
 
 
 def operand_axes(step: Step) -> tuple[Axes, Axes]:
-    """The axes in which the large and the small operand enter a matmul."""
+    """The axes in which the large and the small operand enter a matmul (with lifted axes, the large one transposed)."""
     batch = (step.batch,) if step.batch else ()
+    if step.lifted:
+        return (step.before, step.lifted, step.contracted), (step.new, step.contracted)
     if not step.after:
         return (*batch, step.before, step.contracted), (*batch, step.contracted, step.new)
     middle = (step.before,) if step.before else ()
@@ -274,6 +299,8 @@ def grouped(step: Step) -> Axes:
     """The axes of a step's result as its product leaves them."""
     if step.contracted:
         batch = (step.batch,) if step.batch else ()
+        if step.lifted:
+            return (step.before, step.new, step.lifted)
         if not step.after:
             return (*batch, step.before, step.new)
         return (*batch, *((step.before,) if step.before else ()), step.new, step.after)

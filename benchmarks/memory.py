@@ -1,0 +1,42 @@
+"""How much more memory does a training step peak at than the frozen layer's, beside PEFT's LoRA?
+
+Counted by torch's profiler of allocations, so exact: the highest sum of live bytes within a step, less that of the
+frozen layer, gradients of the parameters included.
+"""
+
+from __future__ import annotations
+
+import harness
+import torch
+from layer_overhead import SHAPES, contestants, step
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak(run: object) -> int:
+    """The highest sum of live bytes that one call of `run` allocates."""
+    run()  # type: ignore[operator]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()  # type: ignore[operator]
+    live = highest = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            highest = max(highest, live)
+    return highest
+
+
+def main() -> None:
+    """Measure all shapes."""
+    args = harness.arguments(__doc__ or "")
+    rows = []
+    for width, tokens in SHAPES:
+        x = torch.randn(1, tokens, width, requires_grad=True)
+        gradient = torch.randn(1, tokens, width)
+        peaks = {name: peak(step(layer, x, gradient)) for name, layer in contestants(width).items()}
+        frozen = peaks.pop("frozen")
+        rows.append({"width": width, "tokens": tokens, "frozen MB": frozen / 1e6, **{n: (p - frozen) / 1e6 for n, p in peaks.items()}})
+    harness.report("memory", args, rows)
+
+
+if __name__ == "__main__":
+    main()
