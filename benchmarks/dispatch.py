@@ -63,7 +63,9 @@ def main() -> None:
         runs = {"ours": repeated(step(ours(WIDTH, spec), x, gradient)), "hand": repeated(step(hand, x, gradient))}
         times = harness.interleaved(runs, args.repeats)
         middle = {k: sorted(v)[len(v) // 2] / LOOPS * 1e6 for k, v in times.items()}
-        rows.append({"variant": name, "ours us": middle["ours"], "hand us": middle["hand"], "ratio": middle["ours"] / middle["hand"]})
+        rows.append(
+            {"variant": name, "ours us": middle["ours"], "hand us": middle["hand"], "ratio": middle["ours"] / middle["hand"]}
+        )
     harness.report("dispatch", args, rows)
 
 

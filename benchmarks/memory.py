@@ -34,7 +34,9 @@ def main() -> None:
         gradient = torch.randn(1, tokens, width)
         peaks = {name: peak(step(layer, x, gradient)) for name, layer in contestants(width).items()}
         frozen = peaks.pop("frozen")
-        rows.append({"width": width, "tokens": tokens, "frozen MB": frozen / 1e6, **{n: (p - frozen) / 1e6 for n, p in peaks.items()}})
+        rows.append(
+            {"width": width, "tokens": tokens, "frozen MB": frozen / 1e6, **{n: (p - frozen) / 1e6 for n, p in peaks.items()}}
+        )
     harness.report("memory", args, rows)
 
 

@@ -75,9 +75,7 @@ def rebuild() -> nn.Module:
         if name.endswith(tuple(TARGETS)):
             kind = int(name.endswith("v_proj"))
             layer += kind == 0
-            module.register_forward_hook(
-                lambda m, x, y, at=(layer, kind): y + functional.linear(x[0], shared.delta(*at))
-            )
+            module.register_forward_hook(lambda m, x, y, at=(layer, kind): y + functional.linear(x[0], shared.delta(*at)))
     model.shared = shared
     return model
 
@@ -99,7 +97,6 @@ def main() -> None:
     args = harness.arguments(__doc__ or "", repeats=8, rebuild=1)
     physical = sl.PhysicalFold("layer type head out in", heads=12)
     models = {
-        "frozen_forward_backward": adapted(sl.AdapterSpec(sl.CP(1))),
         "peft_lora": peft_lora(),
         "lora": adapted(sl.lora(RANK)),
         "lotr": adapted(sl.lotr(RANK)),
@@ -109,13 +106,14 @@ def main() -> None:
         "flat_lorta": adapted(sl.lorta(5, 3, 12)),
         "flat_lorta_1_group": adapted(sl.lorta(8, 3, 1)),
     }
-    del models["frozen_forward_backward"]
     pixels = torch.randn(BATCH, 3, 224, 224, device=args.device)
     runs = {name: step(model.to(args.device), pixels) for name, model in models.items()}
     times = harness.interleaved(runs, args.repeats, args.device, warmup=1)
     middle = {name: sorted(own)[len(own) // 2] for name, own in times.items()}
     if args.rebuild:
-        middle["rebuild"] = sorted(harness.interleaved({"r": step(rebuild().to(args.device), pixels)}, 3, args.device, 1)["r"])[1]
+        middle["rebuild"] = sorted(harness.interleaved({"r": step(rebuild().to(args.device), pixels)}, 3, args.device, 1)["r"])[
+            1
+        ]
     rows = [
         {"model": name, "ms": t * 1e3, "over peft_lora": t / middle["peft_lora"], "over dense": t / middle["dense"]}
         for name, t in middle.items()

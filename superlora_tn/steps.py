@@ -41,7 +41,7 @@ class Device:
 
 
 # Measured on a 2-core AMD EPYC (AVX-512), float32, 2026-11: see benchmarks/route_ranking.py. The GPUs are from data sheets.
-CPU = Device("cpu", 1.8e11, 6e10, 3e-6, item=5e-8, width=16)
+CPU = Device("cpu", 1.8e11, 6e10, 8e-6, item=5e-8, width=16)
 GPU = Device("gpu", 6e13, 1e12, 6e-6)
 H200 = Device("h200", 3e14, 4e12, 6e-6)
 DEVICES: Mapping[str, Device] = {"cpu": CPU, "cuda": H200, "mps": GPU}

@@ -14,6 +14,8 @@ from superlora_tn.plan import Plan
 from superlora_tn.steps import Indices, Step
 
 Axes = tuple[Indices, ...]
+# Products with fewer columns (or rows of the result) than this are worth another memory order.
+THIN = 32
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class _Writer:
         contiguous = self.values[step.small].order == step.batch + columns + rows
         large = math.prod(self.plan.size[i] for i in step.before)
         gain = 0.2 * large * tall - 0.8 * tall * thin - 2000
-        if contiguous or thin >= 32 or tall <= thin or gain <= 0 or self.plan.device.width == 1:
+        if contiguous or thin >= THIN or tall <= thin or gain <= 0 or self.plan.device.width == 1:
             return text
         return f"{text}.mT.contiguous().mT"
 
@@ -218,10 +220,13 @@ class _Writer:
         grads[step.large] = Variable(f"g{step.large}", order, self.sizes(axes))
 
     def _small_grad(self, step: Step, result: str, large_axes: Axes) -> tuple[str, Axes]:
-        """The small operand's gradient, its shorter axis first: with few rows the product is up to four times as fast."""
+        """The small operand's gradient, as it is stored, or with a thin axis first: few rows are up to four times as fast."""
         batch = (step.batch,) if step.batch else ()
         large = self.view(self.values[step.large], large_axes)
-        new_first = math.prod(self.sizes((step.new,))) <= math.prod(self.sizes((step.contracted,)))
+        new, contracted = self.sizes((step.new, step.contracted))
+        new_first = new <= contracted
+        if min(new, contracted) >= THIN:
+            new_first = self.values[step.small].order == step.batch + step.new + step.contracted
         if not step.after:
             # result (b, P, N), large (b, P, K)
             if new_first:
