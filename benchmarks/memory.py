@@ -6,17 +6,25 @@ frozen layer, gradients of the parameters included.
 
 from __future__ import annotations
 
+import gc
+
 import harness
 import torch
 from layer_overhead import SHAPES, contestants, step
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak(run: object) -> int:
-    """The highest sum of live bytes that one call of `run` allocates."""
-    run()  # type: ignore[operator]
+def peak(layer: nn.Module, x: Tensor, gradient: Tensor) -> int:
+    """The highest sum of live bytes within one step, counted from a state without gradients."""
+    run = step(layer, x, gradient)
+    run()
+    # What the step would free at its start was not seen being allocated, and would count as negative.
+    x.grad = None
+    layer.zero_grad(set_to_none=True)
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()  # type: ignore[operator]
+        run()
     live = highest = 0
     for event in recorded.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -32,7 +40,7 @@ def main() -> None:
     for width, tokens in SHAPES:
         x = torch.randn(1, tokens, width, requires_grad=True)
         gradient = torch.randn(1, tokens, width)
-        peaks = {name: peak(step(layer, x, gradient)) for name, layer in contestants(width).items()}
+        peaks = {name: peak(layer, x, gradient) for name, layer in contestants(width).items()}
         frozen = peaks.pop("frozen")
         rows.append(
             {"width": width, "tokens": tokens, "frozen MB": frozen / 1e6, **{n: (p - frozen) / 1e6 for n, p in peaks.items()}}
