@@ -11,6 +11,7 @@ from superlora_tn.fold import FlatFold, PhysicalFold
 from superlora_tn.graph import lower
 from superlora_tn.layers import LayerError
 from superlora_tn.maps import Fastfood, Shuffle
+from superlora_tn.measure import calibrate
 from superlora_tn.nodes import CP, Dense, Hadamard, Kronecker, Network, Node, SpecError, TensorTrain, Tucker
 from superlora_tn.plan import PlanError, choose, make_plan
 from superlora_tn.spec import AdapterSpec
@@ -44,6 +45,7 @@ __all__ = [
     "attach",
     "backend",
     "backends",
+    "calibrate",
     "choose",
     "dense",
     "load",

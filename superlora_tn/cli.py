@@ -1,4 +1,4 @@
-"""The command line: ``superlora-tn demo | variants | plan | draw``."""
+"""The command line: ``superlora-tn demo | variants | plan | bench | draw``."""
 
 from __future__ import annotations
 
@@ -116,6 +116,37 @@ def _plan_data(choice: RouteChoice) -> dict[str, Any]:
     return {"chosen": choice.route, "tokens": choice.tokens, "routes": routes}
 
 
+def bench_command(args: argparse.Namespace) -> None:
+    """Measure both routes under several optimizers, beside what the cost model predicts."""
+    from superlora_tn.measure import calibrate, measure_routes
+
+    spec, profile = make_spec(args), calibrate()
+    cases = [(w, t, o) for w in args.widths for t in args.tokens for o in args.optimizers]
+    found = []
+    for k, (width, tokens, optimizer) in enumerate(cases):
+        print(f"{k + 1}/{len(cases)}: width {width}, {tokens} tokens, {optimizer}", file=sys.stderr)
+        found.append(
+            measure_routes(args.variant or args.network, spec, (width, width), tokens, profile, optimizer, args.backend)
+        )
+    agree = sum(m.agrees for m in found)
+    if args.json:
+        print(json.dumps({"device": asdict(profile), "agree": agree, "rows": [m.row() for m in found]}, indent=1))
+    else:
+        rows: list[tuple[str, ...]] = [
+            ("width", "tokens", "optimizer", "apply ms", "predicted", "delta ms", "predicted", "ranked")
+        ]
+        for m in found:
+            times = [f"{1e3 * side[route]:.3f}" for route in ("apply", "delta") for side in (m.measured, m.predicted)]
+            rows.append((f"{m.shape[0]}", f"{m.tokens}", m.optimizer, *times, "right" if m.agrees else f"+{m.regret:.0%}"))
+        print("\n".join(table(rows, "width tokens ms predicted apply delta")))
+        print(f"{agree} of {len(found)} settings ranked as measured, on {profile.name}")
+    if args.draw:
+        from superlora_tn import draw
+
+        points = [(m.predicted[r], m.measured[r], r) for m in found for r in m.predicted]
+        print(f"drawn: {draw.predictions(points, args.draw)}", file=sys.stderr)
+
+
 def draw_command(args: argparse.Namespace) -> None:
     """Draw the network of a variant."""
     from superlora_tn import draw
@@ -187,13 +218,20 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--optimize", default="dp", help="dp, or any of opt_einsum's optimizers by name")
     plan.add_argument("--memory-limit", type=int, help="bytes of the largest intermediate")
     plan.add_argument("--draw", metavar="PNG", help="draw the contraction tree")
+    bench = add("bench", bench_command, "measure routes and optimizers beside the predicted cost")
+    _network_arguments(bench)
+    bench.add_argument("--widths", type=int, nargs="+", default=[256, 768], help="in and out of the layer")
+    bench.add_argument("--tokens", type=int, nargs="+", default=[64, 1024], help="rows of the activation")
+    bench.add_argument("--optimizers", nargs="+", default=["dp", "greedy"], help="dp, or opt_einsum's by name")
+    bench.add_argument("--backend", default="tensorly_torch", help="the backend")
+    bench.add_argument("--draw", metavar="PNG", help="plot predicted against measured")
     drawing = add("draw", draw_command, "draw the network of a variant or of any network")
     _network_arguments(drawing)
     drawing.add_argument("--out", default="network.png", help="where the picture goes")
     for made in (listing, plan, drawing):
         made.add_argument("--shape", default="768x768", help="OUTxIN of a weight")
         made.add_argument("--weights", type=int, default=24, help="how many such weights")
-    for made in (demo, listing, plan):
+    for made in (demo, listing, plan, bench):
         made.add_argument("--json", action="store_true", help="machine-readable output")
     return top
 

@@ -305,3 +305,26 @@ def pareto(points: Sequence[Point], path: str | Path, title: str, references: Ma
     axes.grid(alpha=0.25, which="both")
     axes.legend(fontsize=8, framealpha=0.9)
     return _save(figure, path)
+
+
+def predictions(points: Sequence[tuple[float, float, str]], path: str | Path) -> Path:
+    """Draw predicted against measured seconds, both on log axes, with the line where they are equal.
+
+    Args:
+        points: (predicted, measured, route).
+        path: where the PNG goes.
+    """
+    figure, axes = _figure(5.6, 4.8)
+    for k, route in enumerate(dict.fromkeys(p[2] for p in points)):
+        own = [p for p in points if p[2] == route]
+        axes.plot([1e3 * p[0] for p in own], [1e3 * p[1] for p in own], "o", color=PALETTE[k], label=route, alpha=0.8)
+    values = [1e3 * value for p in points for value in p[:2]]
+    ends = [min(values), max(values)]
+    axes.plot(ends, ends, "--", color=OPEN, linewidth=1, label="as predicted")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("predicted, ms a step")
+    axes.set_ylabel("measured above the frozen layer, ms a step")
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(fontsize=8)
+    return _save(figure, path)

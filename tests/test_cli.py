@@ -55,6 +55,7 @@ def test_variants_lists_each_with_its_count(capsys):
         (["plan", "lora", "--rank", "0"], "rank=0; a rank is a whole number of at least 1"),
         (["plan", "lora", "--shape", "768"], "is not OUTxIN; write for instance 768x768"),
         (["plan", "lora", "--device", "abacus"], "no device profile 'abacus'; choose one of cpu"),
+        (["bench", "lorta"], "lorta has a flat fold and so one route alone"),
         (["plan", "loha", "--memory-limit", "10"], "raise the limit, plan for fewer tokens, or take the other route"),
     ],
 )
@@ -63,8 +64,18 @@ def test_a_wrong_request_is_answered_in_words_with_status_2(arguments, expected,
     assert expected in capsys.readouterr().err
 
 
+def test_bench_measures_each_route_beside_its_prediction(tmp_path, capsys):
+    arguments = ["bench", "lora", "--rank", "2", "--widths", "16", "--tokens", "8", "--optimizers", "dp", "greedy"]
+    assert main([*arguments, "--json", "--draw", str(tmp_path / "bench.png")]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [row["optimizer"] for row in data["rows"]] == ["dp", "greedy"]
+    assert all(set(row["measured"]) == set(row["predicted"]) == {"apply", "delta"} for row in data["rows"])
+    assert data["device"]["flops"] > data["device"]["latency"] > 0
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_help_of_every_command_runs():
-    for command in ("demo", "variants", "plan", "draw"):
+    for command in ("demo", "variants", "plan", "bench", "draw"):
         done = subprocess.run([sys.executable, "-m", "superlora_tn.cli", command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0
         assert "usage: superlora-tn" in done.stdout

@@ -24,7 +24,7 @@ FLOORS = [
     ["variants", "execute", "projection", "initialise"],
     ["adapter"],
     ["layers"],
-    ["checkpoint", "targets", "hooks", "describe"],
+    ["checkpoint", "targets", "hooks", "describe", "measure"],
     ["attach"],
 ]
 FLOOR = {name: k for k, names in enumerate(FLOORS) for name in names}

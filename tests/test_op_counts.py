@@ -1,0 +1,62 @@
+"""A guard against slower programs that needs no clock: what the generated lines do, counted.
+
+Numbers are upper bounds seen when each program was measured (benchmarks/results); a change that needs more operations
+has to show by measurement that it is worth it, and then raise them here.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from superlora_tn_backends.writer import backward_source, forward_source
+
+import superlora_tn as sl
+from superlora_tn.plan import make_plan
+
+HEADS = sl.AdapterSpec(sl.CP(8), sl.PhysicalFold("layer type head out in", heads=12))
+# spec: (products forward, products backward), for a 768 x 768 weight and 2048 tokens.
+LIMITS = {
+    "lora": (sl.lora(8), 2, 4),
+    "lokr": (sl.lokr(8), 3, 6),
+    "loha": (sl.loha(8), 2, 4),
+    "lotr": (sl.lotr(8), 3, 6),
+    "lorta_cp": (HEADS, 2, 4),
+    "vera": (sl.vera(8), 2, 4),
+}
+
+
+def products(source: str) -> int:
+    """Matrix products on the longest way through the source: of an if and its else, one runs."""
+    lines = [line for line in source.split("\n") if "TL.matmul" in line or "addmm_" in line]
+    # The line before an addmm_ into a given buffer is its alternative for when there is none.
+    alternatives = sum("addmm_" in line for line in lines)
+    return sum(len(re.findall(r"TL\.matmul|addmm_", line.split(" if alpha")[0])) for line in lines) - alternatives
+
+
+def sources(spec: sl.AdapterSpec) -> tuple[str, str]:
+    shapes = {f"layers.{k}.{t}_proj": (768, 768) for k in range(2) for t in "qv"}
+    plan = make_plan(spec.lay_out(shapes)[0][1], "apply", 2048)
+    return forward_source(plan), backward_source(plan, (True, *(n.trainable for n in spec.lay_out(shapes)[0][1].nodes)))
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_step_needs_no_more_products_than_when_it_was_measured(name: str) -> None:
+    spec, ahead, back = LIMITS[name]
+    forward, backward = sources(spec)
+    assert 0 < products(forward) <= ahead, forward
+    assert 0 < products(backward) <= back, backward
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_update_and_gradient_of_x_are_added_in_place(name: str) -> None:
+    forward, backward = sources(LIMITS[name][0])
+    assert re.search(r"TL\.reshape\(out, .*\)\.addmm_\(", forward), forward
+    assert re.search(r"TL\.reshape\(into, .*\)\.addmm_\(", backward), backward
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_activation_is_only_reshaped(name: str) -> None:
+    for source in sources(LIMITS[name][0]):
+        assert not re.search(r"transpose\((TL\.reshape\()?v0\b", source), source
+        assert "v0.contiguous" not in source
