@@ -4,7 +4,9 @@ import superlora_tn as sl
 tuned = sl.attach(model, sl.lokr(rank=8), targets=["q_proj", "v_proj"])
 """
 
+from superlora_tn import geometry
 from superlora_tn.attach import Tuned, attach, load, tuned
+from superlora_tn.budget import Budget, Choice, fit, within
 from superlora_tn.checkpoint import CheckpointError
 from superlora_tn.execute import BackendError, backend, backends
 from superlora_tn.fold import FlatFold, PhysicalFold
@@ -18,6 +20,7 @@ from superlora_tn.spec import AdapterSpec
 from superlora_tn.steps import Device
 from superlora_tn.targets import AttachError, match
 from superlora_tn.variants import dense, loha, lokr, lonkr, lora, lorta, lotr, superlora, vera
+from superlora_tn.verification import Certificate, VerifyError, verify, verify_reductions
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,7 +28,10 @@ __all__ = [
     "AdapterSpec",
     "AttachError",
     "BackendError",
+    "Budget",
+    "Certificate",
     "CheckpointError",
+    "Choice",
     "Dense",
     "Device",
     "Fastfood",
@@ -42,12 +48,15 @@ __all__ = [
     "TensorTrain",
     "Tucker",
     "Tuned",
+    "VerifyError",
     "attach",
     "backend",
     "backends",
     "calibrate",
     "choose",
     "dense",
+    "fit",
+    "geometry",
     "load",
     "loha",
     "lokr",
@@ -61,4 +70,7 @@ __all__ = [
     "superlora",
     "tuned",
     "vera",
+    "verify",
+    "verify_reductions",
+    "within",
 ]

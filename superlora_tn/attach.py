@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from superlora_tn import layers
 from superlora_tn.adapter import Adapter, FlatAdapter, make_adapter
+from superlora_tn.budget import Budget
 from superlora_tn.checkpoint import CheckpointError, read, write
 from superlora_tn.describe import summary
 from superlora_tn.execute import DEFAULT
@@ -62,7 +63,7 @@ class Tuned(nn.Module):
     @property
     def targets(self) -> dict[str, Shape]:
         """Adapted weights: module name -> (out, in)."""
-        return {name: tuple(layers.weight(layer).shape) for name, layer in self._layers.items()}  # type: ignore[misc]
+        return _shapes(self._layers)
 
     @property
     def num_parameters(self) -> int:
@@ -225,6 +226,12 @@ class Tuned(nn.Module):
     __repr__ = __str__
 
 
+def _shapes(modules: Mapping[str, nn.Module]) -> dict[str, Shape]:
+    """(out, in) of each module's weight."""
+    matrices = {name: layers.weight(module) for name, module in modules.items()}
+    return {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in matrices.items()}
+
+
 def _memory(parameter: Tensor) -> int:
     """What tells parameters apart that share memory; the meta device has none."""
     return parameter.untyped_storage().data_ptr() or id(parameter)
@@ -232,7 +239,7 @@ def _memory(parameter: Tensor) -> int:
 
 def attach(
     model: nn.Module,
-    spec: AdapterSpec,
+    spec: AdapterSpec | Budget,
     targets: Targets,
     *,
     exclude: Targets = (),
@@ -248,7 +255,7 @@ def attach(
 
     Args:
         model: any torch model.
-        spec: the declaration.
+        spec: the declaration, or a budget, which buys one for the targets' shapes (see `variants.superlora`).
         targets, exclude, only_layers: which modules, see `match`.
         name: under which name the handle is registered in the model.
         dtype: of the adapter's parameters, whatever the model's.
@@ -264,9 +271,11 @@ def attach(
         AttachError: a target that is not there, cannot be adapted or is adapted already, or a name in use.
         SpecError: the declaration does not fit the targets' shapes.
     """
-    if not isinstance(spec, AdapterSpec):
+    if not isinstance(spec, AdapterSpec | Budget):
         raise AttachError(f"attach was given spec={spec!r}; give an AdapterSpec such as superlora_tn.lora(8).")
     names = match(model, targets, exclude, only_layers)
+    if isinstance(spec, Budget):
+        spec = spec.choose(_shapes({n: model.get_submodule(n) for n in names})).spec
     return _attach(model, spec, names, name, dtype, route, backend, optimize, seed)
 
 
@@ -292,12 +301,10 @@ def _attach(
             if target in other.targets:
                 raise AttachError(f"'{target}' is adapted already; detach() that adapter first, or choose other targets.")
     targets = {n: model.get_submodule(n) for n in names}
-    matrices = {n: layers.weight(layer) for n, layer in targets.items()}
-    shapes: dict[str, Shape] = {n: (w.shape[0], w.shape[1]) for n, w in matrices.items()}
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     adapters = []
-    for group, graph in spec.lay_out(shapes):
-        device = matrices[next(iter(group.members))].device
+    for group, graph in spec.lay_out(_shapes(targets)):
+        device = layers.weight(targets[next(iter(group.members))]).device
         adapters.append(
             make_adapter(
                 spec,

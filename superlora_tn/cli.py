@@ -1,4 +1,4 @@
-"""The command line: ``superlora-tn demo | variants | plan | bench | draw``."""
+"""The command line: ``superlora-tn demo | variants | plan | bench | verify | draw``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from superlora_tn.nodes import Network, SpecError
 from superlora_tn.plan import Plan, PlanError, RouteChoice, choose, table
 from superlora_tn.spec import AdapterSpec
 from superlora_tn.steps import DEVICES
+from superlora_tn.verification import VerifyError
 
 VARIANTS: dict[str, Callable[..., AdapterSpec]] = {
     name: getattr(variants, name) for name in ("dense", "lora", "loha", "lokr", "lotr", "lonkr", "lorta", "superlora", "vera")
@@ -147,6 +148,13 @@ def bench_command(args: argparse.Namespace) -> None:
         print(f"drawn: {draw.predictions(points, args.draw)}", file=sys.stderr)
 
 
+def verify_command(args: argparse.Namespace) -> int:
+    """Verify presets by property and against references."""
+    from superlora_tn.verification import run
+
+    return run(args.variants, args.examples, args.json, args.seed)
+
+
 def draw_command(args: argparse.Namespace) -> None:
     """Draw the network of a variant."""
     from superlora_tn import draw
@@ -199,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="superlora-tn", description="Adapters as tensor networks.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], help_text: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[argparse.Namespace], int | None], help_text: str) -> argparse.ArgumentParser:
         made = commands.add_parser(
             name, help=help_text, description=help_text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
@@ -225,13 +233,17 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--optimizers", nargs="+", default=["dp", "greedy"], help="dp, or opt_einsum's by name")
     bench.add_argument("--backend", default="tensorly_torch", help="the backend")
     bench.add_argument("--draw", metavar="PNG", help="plot predicted against measured")
+    proof = add("verify", verify_command, "verify variants by property, and against formulas, TensorLy, PEFT and LyCORIS")
+    proof.add_argument("variants", nargs="*", metavar="VARIANT", help="none: all, the reductions, and where peers differ")
+    proof.add_argument("--examples", type=int, default=25, help="cases drawn for each claim")
+    proof.add_argument("--seed", type=int, default=0, help="of the draws")
     drawing = add("draw", draw_command, "draw the network of a variant or of any network")
     _network_arguments(drawing)
     drawing.add_argument("--out", default="network.png", help="where the picture goes")
     for made in (listing, plan, drawing):
         made.add_argument("--shape", default="768x768", help="OUTxIN of a weight")
         made.add_argument("--weights", type=int, default=24, help="how many such weights")
-    for made in (demo, listing, plan, bench):
+    for made in (demo, listing, plan, bench, proof):
         made.add_argument("--json", action="store_true", help="machine-readable output")
     return top
 
@@ -240,11 +252,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status: 0, or 2 for a wrong request."""
     args = parser().parse_args(argv)
     try:
-        args.run(args)
-    except (SpecError, PlanError, UsageError) as error:
+        status: int = args.run(args) or 0
+    except (SpecError, PlanError, UsageError, VerifyError) as error:
         print(f"superlora-tn {args.command}: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -198,24 +198,26 @@ class FlatFold:
         order: M, the number of modes.
         groups: G, how many groups; where G does not divide N, the first N mod G groups hold one element more.
             ``"weight"`` makes every weight a group of its own.
-        splits: K, into how many Kronecker factors each side must split.
+        splits: K, into how many Kronecker factors each side must split; None takes the number of parts of the network's
+            outermost Kronecker (`AdapterSpec` fills it in).
         stacked: for order 2, stack to the width of the widest weight (its in): sides (width, ceil(n / width)), the
             paper's "2D".
     """
 
     order: int = 3
     groups: int | str = 1
-    splits: int = 1
+    splits: int | None = None
     stacked: bool = False
 
     def __post_init__(self) -> None:
         check_count("FlatFold", "order", self.order, 32)
-        check_count("FlatFold", "splits", self.splits, 32)
+        if self.splits is not None:
+            check_count("FlatFold", "splits", self.splits, 32)
         check_flag("FlatFold", "stacked", self.stacked)
         good = self.groups == "weight" or (isinstance(self.groups, int) and not isinstance(self.groups, bool))
         if not good or (isinstance(self.groups, int) and self.groups < 1):
             raise SpecError(f"FlatFold was given groups={self.groups!r}; give a number of at least 1, or 'weight'.")
-        if self.stacked and (self.order != 2 or self.splits != 1):
+        if self.stacked and (self.order != 2 or self.splits not in (None, 1)):
             raise SpecError(
                 f"FlatFold(stacked=True) is two-dimensional; it was given order={self.order}, splits={self.splits}."
             )
@@ -243,7 +245,8 @@ class FlatFold:
     def _sides(self, inner: int, width: int) -> tuple[int, ...]:
         if self.stacked:
             return (width, -(-inner // width))
-        return (equal_side(inner, self.order * self.splits) ** self.splits,) * self.order
+        splits = self.splits or 1
+        return (equal_side(inner, self.order * splits) ** splits,) * self.order
 
 
 Fold = PhysicalFold | FlatFold

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from functools import lru_cache, singledispatch
+from functools import singledispatch
 
 import numpy as np
 import torch
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from superlora_tn.maps import Fastfood, Projection, Shuffle
 from superlora_tn.nodes import SpecError
-
-RADIX_BITS = 6
+from superlora_tn.walsh import hadamard
 
 
 def _raw(seed: int, purpose: str, count: int) -> np.ndarray:
@@ -48,41 +47,6 @@ def gaussians(seed: int, count: int) -> Tensor:
     total = words.astype(np.int64).sum(axis=1) * 2 - 12 * 65535
     # The variance of the doubled sum of 12 uniform words 0..65535 is 12 * (65536**2 - 1) / 3.
     return torch.from_numpy((total / math.sqrt(4 * (65536**2 - 1))).astype(np.float32))
-
-
-@lru_cache(maxsize=64)
-def _hadamard_matrix(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The Sylvester Hadamard matrix of size 2**bits, entries +-1."""
-    matrix = torch.ones(1, 1, dtype=dtype, device=device)
-    block = torch.tensor([[1, 1], [1, -1]], dtype=dtype, device=device)
-    for _ in range(bits):
-        matrix = torch.kron(block, matrix)
-    return matrix
-
-
-def hadamard(x: Tensor) -> Tensor:
-    """The fast Walsh-Hadamard transform along the last axis, ``y = H x`` with entries +-1 (not normalised).
-
-    H of size 2**k is a Kronecker product of small Hadamard matrices, so the transform is that network contracted
-    with x, one matmul of 64 x 64 for every six bits: O(n log n) with few passes over memory.
-
-    Args:
-        x: (..., n), n a power of two.
-
-    Raises:
-        ValueError: n is not a power of two.
-    """
-    size = x.shape[-1]
-    if size < 1 or size & (size - 1):
-        raise ValueError(f"the Walsh-Hadamard transform was given a last axis of {size}; it must be a power of two.")
-    left, y = size.bit_length() - 1, x
-    stride = 1
-    while left:
-        bits = min(RADIX_BITS, left)
-        matrix = _hadamard_matrix(bits, x.dtype, x.device)
-        y = y.reshape(-1, 2**bits) @ matrix if stride == 1 else matrix @ y.reshape(-1, 2**bits, stride)
-        stride, left = stride * 2**bits, left - bits
-    return y.reshape(x.shape)
 
 
 class FixedMap(nn.Module):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from superlora_tn.codec import decode, encode
 from superlora_tn.fold import FlatFold, Fold, Group, PhysicalFold, Shape
 from superlora_tn.graph import Graph, lower_group
 from superlora_tn.maps import Fastfood, Projection, Shuffle
-from superlora_tn.nodes import PARTS, Part, SpecError, check_flag, check_number, reference_rank
+from superlora_tn.nodes import PARTS, Kronecker, Part, SpecError, check_flag, check_number, reference_rank
 
 MAX_ELEMENTS = 1 << 48
 PER_WEIGHT = PhysicalFold()
@@ -43,6 +43,9 @@ class AdapterSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.network, PARTS):
             raise SpecError(f"AdapterSpec was given network={self.network!r}; give a part such as CP(8) or Network(...).")
+        if isinstance(self.fold, FlatFold) and self.fold.splits is None:
+            parts = len(self.network.parts) if isinstance(self.network, Kronecker) and not self.fold.stacked else 1
+            object.__setattr__(self, "fold", replace(self.fold, splits=parts))
         if not isinstance(self.fold, PhysicalFold | FlatFold):
             raise SpecError(f"AdapterSpec was given fold={self.fold!r}; give PhysicalFold(...) or FlatFold(...).")
         if self.projection is not None and not isinstance(self.projection, Shuffle | Fastfood):

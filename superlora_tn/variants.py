@@ -5,9 +5,13 @@ SuperLoRA: Chen et al., arXiv 2403.11887. ``o`` out, ``i`` in, ``m`` which weigh
 
 from __future__ import annotations
 
+from functools import partial
+from typing import overload
+
+from superlora_tn.budget import Budget
 from superlora_tn.fold import FlatFold, PhysicalFold
 from superlora_tn.maps import Projection
-from superlora_tn.nodes import CP, MAX_PARTS, Dense, Hadamard, Kronecker, Network, Node, Part, Tucker, check_count
+from superlora_tn.nodes import CP, MAX_PARTS, Dense, Hadamard, Kronecker, Network, Node, Part, SpecError, Tucker, check_count
 from superlora_tn.spec import AdapterSpec
 
 
@@ -71,7 +75,7 @@ def lorta(
     return AdapterSpec(Tucker(rank), FlatFold(order, groups), projection, alpha=alpha, rslora=rslora)
 
 
-def superlora(
+def _superlora(
     rank: int,
     order: int = 2,
     groups: int | str = 1,
@@ -80,6 +84,53 @@ def superlora(
     alpha: float | None = None,
     rslora: bool = False,
 ) -> AdapterSpec:
+    check_count("superlora", "splits", splits, 32)
+    part: Part = Dense() if order == 1 else CP(rank, dense_if_large=splits > 1) if order == 2 else Tucker(rank)
+    network = Kronecker(*[part] * splits) if splits > 1 else part
+    physical = groups == "weight" and order <= 2 and projection is None
+    fold = PhysicalFold() if physical else FlatFold(order, groups)
+    return AdapterSpec(network, fold, projection, alpha=alpha, rslora=rslora)
+
+
+@overload
+def superlora(
+    rank: int,
+    order: int = 2,
+    groups: int | str = 1,
+    splits: int = 1,
+    projection: Projection | None = None,
+    alpha: float | None = None,
+    rslora: bool = False,
+) -> AdapterSpec: ...
+
+
+@overload
+def superlora(
+    rank: int | None = None,
+    order: int | None = 2,
+    groups: int | str | None = 1,
+    splits: int = 1,
+    projection: Projection | None = None,
+    alpha: float | None = None,
+    rslora: bool = False,
+    *,
+    ratio: float | None = 1.0,
+    budget: int,
+) -> Budget: ...
+
+
+def superlora(
+    rank: int | None = None,
+    order: int | None = 2,
+    groups: int | str | None = 1,
+    splits: int = 1,
+    projection: Projection | None = None,
+    alpha: float | None = None,
+    rslora: bool = False,
+    *,
+    ratio: float | None = 1.0,
+    budget: int | None = None,
+) -> AdapterSpec | Budget:
     """The whole formula: ``dW_g = F(kron_k(C_gk x_1 A_gk1 ... x_M A_gkM))`` (SuperLoRA, equation 4).
 
     Args:
@@ -88,13 +139,19 @@ def superlora(
         groups: G over all targets, or ``"weight"``.
         splits: K, the number of Kronecker factors.
         projection: F.
+        budget: at most so many parameters: gives a `Budget`, which `attach` (or `choose(shapes)`) turns into the spec
+            with the largest count not above it; rank, order, groups and ratio are searched where they are None.
+        ratio: with a budget, the projection's rho.
     """
-    check_count("superlora", "splits", splits, 32)
-    part: Part = Dense() if order == 1 else CP(rank, dense_if_large=splits > 1) if order == 2 else Tucker(rank)
-    network = Kronecker(*[part] * splits) if splits > 1 else part
-    physical = groups == "weight" and order <= 2 and projection is None
-    fold = PhysicalFold() if physical else FlatFold(order, groups, splits)
-    return AdapterSpec(network, fold, projection, alpha=alpha, rslora=rslora)
+    if budget is not None:
+        formula = partial(_superlora, rslora=True) if rslora else _superlora
+        return Budget(budget, formula, rank, order, groups, splits, ratio, projection, alpha)
+    if rank is None or order is None or groups is None or ratio != 1.0:
+        raise SpecError(
+            f"superlora was given rank={rank}, order={order}, groups={groups}, ratio={ratio}; only with budget=... "
+            "may a setting be left free (None), and a ratio be given apart from its projection."
+        )
+    return _superlora(rank, order, groups, splits, projection, alpha, rslora)
 
 
 def vera(rank: int, alpha: float | None = None) -> AdapterSpec:

@@ -75,7 +75,7 @@ def test_bench_measures_each_route_beside_its_prediction(tmp_path, capsys):
 
 
 def test_help_of_every_command_runs():
-    for command in ("demo", "variants", "plan", "bench", "draw"):
+    for command in ("demo", "variants", "plan", "bench", "verify", "draw"):
         done = subprocess.run([sys.executable, "-m", "superlora_tn.cli", command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0
         assert "usage: superlora-tn" in done.stdout

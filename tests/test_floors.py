@@ -17,19 +17,22 @@ CORE, BACKENDS = ROOT / "superlora_tn", ROOT / "backends" / "superlora_tn_backen
 # design.md put the spec on the ground floor; a spec counts its own parameters, so it stands above the graph.
 FLOORS = [
     ["nodes"],
-    ["maps", "fold", "eager"],
+    ["maps", "fold", "eager", "walsh"],
     ["codec", "graph"],
     ["steps"],
     ["spec", "plan"],
+    ["budget"],
     ["variants", "execute", "projection", "initialise"],
     ["adapter"],
     ["layers"],
     ["checkpoint", "targets", "hooks", "describe", "measure"],
     ["attach"],
+    ["draw"],
+    ["geometry"],
 ]
 FLOOR = {name: k for k, names in enumerate(FLOORS) for name in names}
 TOP = len(FLOORS)
-NO_TORCH = ["nodes", "maps", "fold", "codec", "graph", "steps", "spec", "plan", "variants", "execute"]
+NO_TORCH = ["budget", "nodes", "maps", "fold", "codec", "graph", "steps", "spec", "plan", "variants", "execute"]
 SOURCES = sorted([*CORE.rglob("*.py"), *BACKENDS.rglob("*.py")])
 each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda s: str(s.relative_to(ROOT)))
 
@@ -79,7 +82,7 @@ def test_nothing_imports_the_top_floor() -> None:
 
 
 def test_the_face_imports_the_core_only() -> None:
-    assert all(floor(name) < TOP for name in own_imports(CORE / "__init__.py"))
+    assert all(floor(name) < TOP or name == "superlora_tn.verification" for name in own_imports(CORE / "__init__.py"))
 
 
 @pytest.mark.parametrize("source", sorted(BACKENDS.glob("*.py")), ids=lambda s: s.stem)
@@ -131,7 +134,8 @@ def test_every_module_and_public_name_says_what_it_is(source: Path) -> None:
     module = tree(source)
     assert ast.get_docstring(module)
     for node in module.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+        overloads = any(isinstance(d, ast.Name) and d.id == "overload" for d in getattr(node, "decorator_list", []))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and not overloads:
             assert ast.get_docstring(node), f"{source.name}:{node.lineno} {node.name}"
 
 

@@ -13,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import EPS
 
+from superlora_tn import walsh
 from superlora_tn.adapter import make_adapter
 from superlora_tn.fold import FlatFold
 from superlora_tn.maps import Fastfood, Projection, Shuffle
 from superlora_tn.nodes import CP, SpecError
-from superlora_tn.projection import FixedMap, fixed_map, gaussians, hadamard, permutation, signs
+from superlora_tn.projection import FixedMap, fixed_map, gaussians, permutation, signs
 from superlora_tn.spec import AdapterSpec
+from superlora_tn.walsh import hadamard
 
 
 def made(projection: Projection, size_in: int, size_out: int) -> FixedMap:
@@ -228,3 +230,37 @@ def test_shuffle_refuses_to_change_the_length() -> None:
 
 def test_no_projection_is_no_map() -> None:
     assert fixed_map(None, 4, 4) is None
+
+
+# --- the transform in runs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[4, 5, 7, 9])
+def small_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path for large sizes, which takes runs of 2**20, with runs small enough to compare with a dense matrix."""
+    monkeypatch.setattr(walsh, "RUN_BITS", request.param)
+    monkeypatch.setattr(walsh, "PLAIN_BITS", 2)
+
+
+@pytest.mark.usefixtures("small_runs")
+@pytest.mark.parametrize("shape", [(8,), (64,), (512,), (3, 2, 256), (5, 1024), (2, 4096), (1, 2, 2048)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_transform_in_runs_is_scipys_too(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randint(-4, 5, shape).to(dtype)
+    dense = torch.from_numpy(scipy.linalg.hadamard(shape[-1])).to(dtype)
+    assert torch.equal(hadamard(x), x @ dense)  # small whole numbers: sums are exact
+
+
+# torch's own forward-mode rules compile with torch.jit.script when they are first used.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.usefixtures("small_runs")
+def test_the_transform_in_runs_differentiates_twice_and_maps() -> None:
+    x = torch.randn(3, 128, dtype=torch.float64, requires_grad=True)
+    dense = torch.from_numpy(scipy.linalg.hadamard(128)).double()
+    assert torch.autograd.gradcheck(hadamard, x[:1])
+    assert torch.autograd.gradgradcheck(hadamard, x[:1].detach().requires_grad_())
+    plain, way = x.detach(), torch.randn_like(x)
+    # Sums of 128 products of sizes about 1: 128 roundings of 1e-16 each stay far below 1e-12.
+    torch.testing.assert_close(torch.func.vmap(hadamard, in_dims=1)(plain.T.contiguous()), plain @ dense, atol=1e-12, rtol=0)
+    torch.testing.assert_close(torch.func.jvp(hadamard, (plain,), (way,))[1], way @ dense, atol=1e-12, rtol=0)
+    torch.testing.assert_close(hadamard(plain.T[:, :2].T), plain[:2] @ dense, atol=1e-12, rtol=0)

@@ -1,0 +1,196 @@
+"""One concrete case: a spec on weights of given sizes with seeded values, and the rounding bound of its results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from superlora_tn.adapter import Adapter, make_adapter
+from superlora_tn.fold import FlatGroup, Group, Shape
+from superlora_tn.graph import Graph
+from superlora_tn.plan import Route
+from superlora_tn.spec import AdapterSpec
+from superlora_tn.verification import references
+from superlora_tn.verification.references import Array, Values
+from superlora_tn.verification.source import source
+
+UNIT = {"float64": 2.0**-53, "float32": 2.0**-24}  # half the distance from 1 to the next number
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+class NotApplicable(Exception):
+    """The property says nothing about this case; another is drawn."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A spec on weights, with all that decides its numbers.
+
+    Attributes:
+        shapes: (name, (out, in)) of each weight.
+        seed: of the nodes' values and of the activations.
+        dtype: ``float64`` or ``float32``, of the code under test; references compute in float64.
+        batch: shape of the activation before its last axis.
+        other: the declaration that this one is compared with, for a reduction.
+    """
+
+    spec: AdapterSpec
+    shapes: tuple[tuple[str, Shape], ...]
+    seed: int = 0
+    dtype: str = "float64"
+    batch: tuple[int, ...] = (2,)
+    other: AdapterSpec | None = None
+
+    def groups(self) -> list[Sized]:
+        """The groups of weights that share a network, each with its values."""
+        return [Sized(self, group, graph) for group, graph in self.spec.lay_out(dict(self.shapes))]
+
+    def in_float64(self) -> Case:
+        """The same case in double precision."""
+        return replace(self, dtype="float64")
+
+    def activation(self, d_in: int) -> Array:
+        """A seeded activation of shape (*batch, in), exact in the case's dtype."""
+        drawn = np.random.default_rng(self.seed + 1).standard_normal((*self.batch, d_in))
+        return drawn.astype(self.dtype).astype(np.float64)
+
+    def line(self, claim: str, reference: str) -> str:
+        """The call of `check` that repeats this case, to paste."""
+        words = [source(self.spec), repr(dict(self.shapes)), repr(claim), reference, f"seed={self.seed}"]
+        words += [f"dtype={self.dtype!r}", f"batch={self.batch!r}"]
+        words += [f"other={source(self.other)}"] if self.other else []
+        return f"import superlora_tn as sl; from superlora_tn.verification import check; check({', '.join(words)})"
+
+
+@dataclass(frozen=True)
+class Sized:
+    """One group of a case."""
+
+    case: Case
+    group: Group
+    graph: Graph
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """The declaration."""
+        return self.case.spec
+
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """(out, in) of the group's weights, in order."""
+        known = dict(self.case.shapes)
+        return {name: known[name] for name in self.group.members}
+
+    @cached_property
+    def values(self) -> dict[str, Array]:
+        """Seeded normal values of every node, zero and frozen ones too, exact in the case's dtype."""
+        generator = np.random.default_rng(self.case.seed)
+        drawn = {n.name: generator.standard_normal(n.shape) for n in self.graph.nodes}
+        return {name: v.astype(self.case.dtype).astype(np.float64) for name, v in drawn.items()}
+
+    def fresh(self, route: Route | None = None) -> Adapter:
+        """An adapter with its own first values, in float64."""
+        generator = torch.Generator().manual_seed(self.case.seed)
+        made = make_adapter(self.spec, self.group, self.graph, dtype=torch.float64, route=route, generator=generator)
+        return made.eval()  # dropout is no part of the formula
+
+    def adapter(self, route: Route | None = None, values: Values | None = None) -> Adapter:
+        """An adapter that holds the case's values (or others), in the case's dtype."""
+        made = self.fresh(route)
+        fill(made, self.values if values is None else values)
+        return made.to(DTYPES[self.case.dtype])
+
+    def delta(self, values: Values) -> dict[str, Array]:
+        """dW of each weight by the code under test, with other values."""
+        adapter = self.adapter(values=values)
+        return {t: as_array(adapter.delta(t)) for t in self.shapes}
+
+    def formula(self, values: Values | None = None) -> dict[str, Array]:
+        """dW of each weight by the textbook."""
+        return references.delta(self.spec, self.shapes, self.values if values is None else values)
+
+    def magnitude(self, values: Values | None = None) -> dict[str, Array]:
+        """The same sums with each term at its absolute value: what rounding errors are relative to."""
+        given = self.values if values is None else values
+        return references.delta(self.spec, self.shapes, {n: np.abs(v) for n, v in given.items()}, absolute=True)
+
+    @cached_property
+    def terms(self) -> int:
+        """Products that are summed into one element of dW: the sizes of all indices that are summed over."""
+        open_ = {i for _, indices in self.graph.modes for i in indices}
+        return math.prod(s for i, s in self.graph.sizes if i not in open_)
+
+    @cached_property
+    def roundings(self) -> int:
+        """Roundings on the way to one element of dW, whatever the order of contraction.
+
+        Contracting pair by pair sums at most `terms` numbers in all and multiplies once a node; the scale and the
+        casts of values are 4 more, and each of two Hadamard transforms of p numbers adds p at most. Twice, since the
+        other side rounds too.
+        """
+        transforms = 0
+        if self.spec.projection is not None and isinstance(self.group, FlatGroup):
+            transforms = 4 * (max(self.group.inner, self.group.length) + 8)
+        return 2 * (self.terms + len(self.graph.nodes) + 4 + transforms)
+
+    @property
+    def unit(self) -> float:
+        """The unit roundoff of the case's dtype."""
+        return UNIT[self.case.dtype]
+
+    def allowed(self, target: str, values: Values | None = None, more: int = 0) -> Array:
+        """The bound of each element of dW: roundings x unit roundoff x sum of absolute values."""
+        return (self.roundings + more) * self.unit * self.magnitude(values)[target]
+
+
+def fill(adapter: Adapter, values: Values) -> None:
+    """Write values into an adapter's nodes."""
+    with torch.no_grad():
+        for node, tensor in zip(adapter.graph.nodes, adapter.tensors(), strict=True):
+            tensor.copy_(torch.from_numpy(np.ascontiguousarray(values[node.name])).reshape(tensor.shape))
+
+
+def as_array(value: Tensor | Array) -> Array:
+    """A tensor as a float64 array of its own: a merge writes into what it came from."""
+    return value.detach().cpu().double().numpy().copy() if isinstance(value, Tensor) else np.asarray(value, dtype=np.float64)
+
+
+def ratio(got: Array, expected: Array, allowed: Array | float) -> float:
+    """The largest error in units of what is allowed; infinite for a NaN, a wrong shape, or any error where none is."""
+    if got.shape != expected.shape:
+        return math.inf
+    error = np.abs(got - expected)
+    if not error.size or not error.any():
+        return 0.0
+    if not np.isfinite(error).all():
+        return math.inf
+    with np.errstate(divide="ignore", invalid="ignore"):
+        parts = np.where(error > 0, error / allowed, 0.0)
+    return float(parts.max())
+
+
+def linear_model(shapes: Mapping[str, Shape], dtype: torch.dtype, seed: int) -> nn.Module:
+    """A model with one seeded `nn.Linear` a name."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Module()
+    for name, shape in shapes.items():
+        parent, words = model, name.split(".")
+        for word in words[:-1]:
+            if word not in dict(parent.named_children()):
+                parent.add_module(word, nn.Module())
+            parent = parent.get_submodule(word)
+        parent.add_module(words[-1], linear(torch.randn(shape, generator=generator, dtype=torch.float64), dtype))
+    return model
+
+
+def linear(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
+    """A bias-free layer with a given (out, in) weight; torch's global random state is left alone."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=dtype)
+    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    return layer

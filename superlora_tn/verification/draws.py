@@ -1,0 +1,128 @@
+"""Hypothesis strategies: sizes that a declaration fits, scales, dtypes, batches, and the presets' settings.
+
+Imported only where Hypothesis is there (`engine`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from hypothesis import strategies as st
+
+from superlora_tn import variants
+from superlora_tn.fold import FlatFold, Fold, Shape
+from superlora_tn.maps import Fastfood, Projection, Shuffle
+from superlora_tn.nodes import Part, SpecError
+from superlora_tn.spec import AdapterSpec
+from superlora_tn.verification.cases import Case
+
+Shapes = tuple[tuple[str, Shape], ...]
+SIZES = (1, 2, 3, 4, 6, 8, 9, 12, 18)
+GRIDS = ((1, 1), (2, 1), (2, 2), (3, 1))  # layers x types
+ALPHAS = (None, 1.0, 0.5, 3.0, 16.0)
+BATCHES = ((2,), (1,), (), (3, 2), (0,))
+ENOUGH = 8
+
+
+def grid(layers: int, types: int, shape: Shape) -> Shapes:
+    """`layers` x `types` weights of one shape, named as in a model."""
+    return tuple((f"model.layer.{k}.attention.{'qkv'[t]}_proj", shape) for k in range(layers) for t in range(types))
+
+
+def mixed(first: Shape, second: Shape) -> Shapes:
+    """Weights of two shapes, as a model with grouped queries has them."""
+    names = ("model.layer.0.q_proj", "model.layer.0.v_proj", "model.layer.1.q_proj", "model.layer.1.v_proj")
+    return tuple(zip(names, (first, second, first, second), strict=True))
+
+
+def candidates(factor: int) -> list[Shapes]:
+    """Sets of weights to try, small ones first; `factor` widens all of them."""
+    sizes = [s * factor for s in SIZES]
+    pairs = [(o, i) for o in sizes for i in sizes]
+    found = [grid(*g, pair) for pair in pairs for g in GRIDS[: 1 if factor > 4 else 4]]
+    found += [mixed(a, b) for a, b in zip(pairs[1::5], pairs[3::5], strict=False)]
+    return sorted(found, key=lambda shapes: (sum(o * i for _, (o, i) in shapes), len(shapes)))
+
+
+@lru_cache(maxsize=512)
+def layouts(network: Part, fold: Fold, projection: Projection | None) -> tuple[Shapes, ...]:
+    """The sets of weights that a declaration fits, the smallest first; wider ones where its ranks need them."""
+    spec = AdapterSpec(network, fold, projection)
+    found: list[Shapes] = []
+    for factor in (1, 4, 16, 64):
+        found += [shapes for shapes in candidates(factor) if fits(spec, shapes)]
+        if len(found) >= ENOUGH:
+            break
+    return tuple(found)
+
+
+def fits(spec: AdapterSpec, shapes: Shapes) -> bool:
+    """Whether a declaration has sizes on these weights."""
+    try:
+        spec.lay_out(dict(shapes))
+    except SpecError:
+        return False
+    return True
+
+
+@st.composite
+def cases(draw: st.DrawFn, specs: st.SearchStrategy[AdapterSpec], given: Sequence[Shapes] = ()) -> Case:
+    """A case of a drawn spec on drawn weights (or on given ones)."""
+    spec = draw(specs)
+    pool = [shapes for shapes in given if fits(spec, shapes)] or layouts(spec.network, spec.fold, spec.projection)
+    shapes = draw(st.sampled_from(pool) if pool else st.nothing())
+    seed, dtype = draw(st.integers(0, 2**16)), draw(st.sampled_from(("float64", "float32")))
+    return Case(spec, shapes, seed, dtype, draw(st.sampled_from(BATCHES)))
+
+
+@st.composite
+def rescaled(draw: st.DrawFn, spec: AdapterSpec) -> AdapterSpec:
+    """The spec as it is, or with another scale."""
+    if not draw(st.booleans()):
+        return spec
+    return replace(spec, alpha=draw(st.sampled_from(ALPHAS)), rslora=draw(st.booleans()))
+
+
+def named(shapes: Mapping[str, Shape] | Sequence[Shape] | None) -> list[Shapes]:
+    """The caller's weights: by name, or as a list taken as one weight a layer."""
+    if not shapes:
+        return []
+    if isinstance(shapes, Mapping):
+        return [tuple(shapes.items())]
+    return [tuple((f"layer.{k}.weight", (int(o), int(i))) for k, (o, i) in enumerate(shapes))]
+
+
+# --- presets --------------------------------------------------------------------------------------------------------
+
+alphas = st.sampled_from(ALPHAS)
+rslora = st.sampled_from((False, False, True))
+maps: st.SearchStrategy[Projection | None] = st.none() | st.builds(Shuffle, st.integers(0, 99))
+maps |= st.builds(Fastfood, st.sampled_from((1.0, 0.5, 0.3)), st.integers(0, 99), st.booleans())
+counts = st.integers
+
+
+@st.composite
+def superloras(draw: st.DrawFn) -> AdapterSpec:
+    """The whole formula at small settings."""
+    order = draw(counts(1, 4))
+    splits = draw(counts(1, 2)) if order <= 2 else 1
+    groups: int | str = draw(st.just("weight") | counts(1, 3))
+    projection = draw(maps)
+    spec = variants.superlora(draw(counts(1, 2)), order, groups, splits, projection, draw(alphas), draw(rslora))
+    assert isinstance(spec.fold, FlatFold) or projection is None
+    return spec
+
+
+PRESETS: dict[str, st.SearchStrategy[AdapterSpec]] = {
+    "dense": st.builds(variants.dense, alphas, rslora),
+    "lora": st.builds(variants.lora, counts(1, 4), alphas, rslora),
+    "loha": st.builds(variants.loha, counts(1, 4), alphas, rslora),
+    "lokr": st.builds(variants.lokr, counts(1, 3), st.sampled_from((-1, 2, 3, 4)), st.booleans(), alphas, rslora),
+    "lotr": st.builds(variants.lotr, counts(1, 3), alphas, rslora),
+    "lonkr": st.builds(variants.lonkr, counts(1, 2), counts(2, 4), alphas, rslora),
+    "lorta": st.builds(variants.lorta, counts(1, 2), counts(3, 5), counts(1, 3), maps, alphas, rslora),
+    "superlora": superloras(),
+    "vera": st.builds(variants.vera, counts(1, 4), alphas),
+}

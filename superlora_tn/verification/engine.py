@@ -1,0 +1,207 @@
+"""Hypothesis at work: draw cases, keep the worst error, shrink a failure to one line. Needs the extra `verify`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import hypothesis
+import numpy as np
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+
+from superlora_tn.fold import Shape
+from superlora_tn.nodes import SpecError, check_count
+from superlora_tn.spec import AdapterSpec
+from superlora_tn.verification import checks, differs, draws, peers, reductions
+from superlora_tn.verification.cases import Case, NotApplicable
+from superlora_tn.verification.certificate import Certificate, Row, Status
+from superlora_tn.verification.checks import Against, Check
+
+Report = Callable[[str], None]
+SILENT = "has no such method"
+
+
+class Broken(AssertionError):
+    """A property does not hold in a case."""
+
+
+@dataclass
+class Trial:
+    """What one search found."""
+
+    tried: int = 0
+    worst: float = 0.0
+    last: Case | None = None
+    error: str = ""
+
+
+def search(check: Check, cases: st.SearchStrategy[Case], examples: int, seed: int) -> Trial:
+    """Try a claim on drawn cases; a failure ends in the smallest case as `last`."""
+    check_count("verify", "examples", examples, 1 << 20)
+    trial = Trial()
+
+    # The keyed draws of a seed are the same for each claim, so that their plans are made once.
+    @hypothesis.seed(seed)
+    @settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        print_blob=False,
+        verbosity=Verbosity.quiet,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases)
+    def attempt(case: Case) -> None:
+        trial.last = case
+        try:
+            error = check.measure(case)
+        except NotApplicable:
+            hypothesis.reject()
+        if not trial.error:
+            trial.tried += 1
+            trial.worst = max(trial.worst, error)
+        if not error <= 1:
+            trial.error = trial.error or "found"  # from here on Hypothesis shrinks
+            raise Broken(f"the error is {error:.3g} times the rounding bound")
+
+    try:
+        attempt()
+    except Unsatisfiable:
+        trial.last = None
+    except Exception as error:
+        trial.error = f"{type(error).__name__}: {error}".split("\n")[0] if not isinstance(error, Broken) else str(error)
+    return trial
+
+
+def examine(
+    subject: str, check: Check, cases: st.SearchStrategy[Case], examples: int, seed: int, required: bool = False
+) -> Row:
+    """One row: a claim tried on drawn cases."""
+    name = check.reference
+    if name in peers.PACKAGES:
+        if not peers.is_installed(name):
+            return Row(subject, check.claim, name, "skipped", detail="not installed", required=required)
+        name = peers.version(name)
+    trial = search(check, cases, examples, seed)
+    if trial.error:
+        line = trial.last.line(check.claim, check.source) if trial.last else ""
+        return Row(subject, check.claim, name, "failed", trial.tried, trial.worst, trial.error, line, required)
+    if not trial.tried:
+        return Row(subject, check.claim, name, "skipped", detail=SILENT, required=required)
+    return Row(subject, check.claim, name, "held", trial.tried, trial.worst, required=required)
+
+
+def verify_spec(
+    spec: AdapterSpec | str,
+    against: Against | Sequence[Against] | None,
+    examples: int,
+    seed: int,
+    shapes: Mapping[str, Shape] | Sequence[Shape] | None,
+) -> Certificate:
+    """All properties and references of a declaration, or of a preset with drawn settings."""
+    subject = spec if isinstance(spec, str) else type(spec.network).__name__
+    specs = preset(spec) if isinstance(spec, str) else draws.rescaled(spec)
+    given_shapes, rows = draws.named(shapes), []
+    named = checks.as_list(against)
+    for check in [*checks.property_checks(), *checks.select(named)]:
+        required = against is not None and check.reference != checks.NONE
+        fitting = draws.cases(specs.filter(check.applies), given_shapes)
+        row = examine(subject, check, fitting, examples, seed, required)
+        # A reference that has no such method is no news, unless the caller asked for it.
+        if row.status != "skipped" or required or row.detail != SILENT:
+            rows.append(row)
+    return Certificate(tuple(rows), examples, seed)
+
+
+def preset(name: str) -> st.SearchStrategy[AdapterSpec]:
+    """The strategy of a preset's settings.
+
+    Raises:
+        SpecError: there is no such preset.
+    """
+    if name not in draws.PRESETS:
+        raise SpecError(f"there is no variant '{name}' to verify; choose among {', '.join(draws.PRESETS)}.")
+    return draws.PRESETS[name]
+
+
+def verify_reductions(examples: int, seed: int) -> Certificate:
+    """All identities between methods."""
+    rows = []
+    for one in (*reductions.REDUCTIONS, *reductions.IDENTITIES):
+        rows.append(examine("reductions", reduction_check(one), one.cases(), examples, seed))
+    return Certificate(tuple(rows), examples, seed)
+
+
+def reduction_check(one: reductions.Reduction | reductions.Identity) -> Check:
+    """An identity as a claim."""
+    return Check(one.claim, one.reference, one.measure, source=repr(one.reference))
+
+
+def verify_peers(seed: int = 0) -> Certificate:
+    """Where PEFT and LyCORIS differ from the textbook, with both numbers."""
+    rows = []
+    for one in differs.DIFFERENCES:
+        if not peers.is_installed(one.package):
+            rows.append(Row("peers", one.property, one.package, "skipped", detail="not installed"))
+            continue
+        theirs, formula = one.show()
+        at = np.unravel_index(np.abs(theirs - formula).argmax(), formula.shape)
+        differ = not np.allclose(theirs, formula, rtol=1e-12, atol=0)
+        numbers = f"{theirs[at]:.10g}, oracle {formula[at]:.10g}, at {list(map(int, at))}"
+        status: Status = "peer differs" if differ else "peer agrees"
+        rows.append(Row("peers", one.property, peers.version(one.package), status, detail=numbers if differ else ""))
+    return Certificate(tuple(rows), 1, seed)
+
+
+def find(claim: str, against: Against) -> Check:
+    """The check that a pasted line names.
+
+    Raises:
+        SpecError: there is none.
+    """
+    known = [reduction_check(one) for one in (*reductions.REDUCTIONS, *reductions.IDENTITIES)]
+    if not isinstance(against, str) or against in (*checks.REFERENCES, checks.NONE):
+        known = [*checks.property_checks(), *checks.select([against])]
+    own = against if isinstance(against, str) else None
+    for check in known:
+        if check.claim == claim and own in (None, check.reference) and (own or check.reference != checks.NONE):
+            return check
+    raise SpecError(f"there is no property {claim!r} against {against!r}.")
+
+
+def check_case(case: Case, claim: str, against: Against) -> float:
+    """Repeat one case; the error in units of the bound.
+
+    Raises:
+        Broken: it does not hold.
+    """
+    error = find(claim, against).measure(case)
+    if not error <= 1:
+        raise Broken(f"{claim} against {against}: the error is {error:.3g} times the rounding bound")
+    return error
+
+
+def run_all(names: Sequence[str], examples: int, seed: int, say: Report) -> Certificate:
+    """Presets against every reference; with no name, all presets, the reductions and the peers' differences."""
+    chosen = list(names) or list(draws.PRESETS)
+    for name in chosen:
+        preset(name)
+    steps: list[tuple[str, Callable[[], Certificate]]] = [
+        (name, lambda name=name: verify_spec(name, None, examples, seed, None))  # type: ignore[misc]
+        for name in chosen
+    ]
+    if not names:
+        steps += [("reductions", lambda: verify_reductions(examples, seed)), ("peers", verify_peers)]
+    total = Certificate((), examples, seed)
+    for k, (name, step) in enumerate(steps):
+        start = time.perf_counter()
+        part = step()
+        failed = f", {len(part.failures)} FAILED" if part.failures else ""
+        say(f"[{k + 1}/{len(steps)}] {name}: {part.count('held')} held{failed} ({time.perf_counter() - start:.1f} s)")
+        total += part
+    return total

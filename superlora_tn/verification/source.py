@@ -1,0 +1,43 @@
+"""A declaration as the Python expression that makes it, so that a failing case is one line to paste."""
+
+from __future__ import annotations
+
+import keyword
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+
+from superlora_tn.nodes import Hadamard, Kronecker, Network, Node
+
+
+def source(value: Any) -> str:
+    """``sl.AdapterSpec(sl.CP(2))`` for that value; fields at their default are left out."""
+    if isinstance(value, Network):
+        return _network(value)
+    if isinstance(value, Kronecker | Hadamard):
+        words = [source(part) for part in value.parts]
+        if isinstance(value, Kronecker) and value.factor != -1:
+            words.append(f"factor={value.factor}")
+        return f"sl.{type(value).__name__}({', '.join(words)})"
+    if is_dataclass(value) and not isinstance(value, type):
+        given = [(f.name, getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != _default(f)]
+        return f"sl.{type(value).__name__}({', '.join(f'{name}={source(v)}' for name, v in given)})"
+    return repr(value)
+
+
+def _default(field: Any) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _network(network: Network) -> str:
+    words = [repr(network.modes)]
+    if network.sizes:
+        words.append(repr(dict(network.sizes)))
+    unusual = [name for name, _ in network.nodes if keyword.iskeyword(name)]
+    words += [f"{name}={_node(node)}" for name, node in network.nodes if name not in unusual]
+    if unusual:  # `lambda` is a fair name of a node, but no keyword argument
+        words.append(f"**{{{', '.join(f'{n!r}: {_node(node)}' for n, node in network.nodes if n in unusual)}}}")
+    return f"sl.Network({', '.join(words)})"
+
+
+def _node(node: Node) -> str:
+    return repr(node.indices) if node == Node(node.indices) else source(node)

@@ -1,0 +1,39 @@
+"""A budget in place of a rank: `superlora(..., budget=...)`, by itself and where a model is adapted."""
+
+from __future__ import annotations
+
+import pytest
+from models import TARGETS, Tiny
+
+import superlora_tn as sl
+
+
+def test_superlora_with_a_budget_is_a_value_that_shapes_turn_into_a_spec() -> None:
+    choice = sl.superlora(order=3, groups=4, budget=10_000).choose([(768, 768)] * 24)
+    assert choice.count == choice.spec.count([(768, 768)] * 24) <= 10_000
+    assert choice.next_count is not None
+    assert choice.next_count > 10_000
+
+
+def test_attach_buys_the_largest_adapter_for_its_targets() -> None:
+    tuned = sl.attach(Tiny(), sl.superlora(order=None, budget=300), TARGETS)
+    dearer = sl.superlora(order=None, budget=300).choose(tuned.targets).next_count
+    assert tuned.num_parameters <= 300 < (dearer or 0)
+
+
+def test_an_impossible_budget_says_the_smallest_count() -> None:
+    with pytest.raises(sl.SpecError, match="smallest possible count"):
+        sl.attach(Tiny(), sl.superlora(budget=3), TARGETS)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank": 2, "order": None}, {"rank": 2, "groups": None}, {"rank": 2, "ratio": 0.5}])
+def test_without_a_budget_every_setting_is_needed(settings: dict[str, object]) -> None:
+    with pytest.raises(sl.SpecError, match=r"only with budget=\.\.\. may a setting be left free"):
+        sl.superlora(**settings)
+
+
+def test_a_flat_fold_takes_its_splits_from_the_kronecker() -> None:
+    spec = sl.AdapterSpec(sl.Kronecker(sl.Tucker(2), sl.CP(2)), sl.FlatFold(order=3, groups=2))
+    assert spec.fold.splits == 2
+    assert spec == sl.AdapterSpec(sl.Kronecker(sl.Tucker(2), sl.CP(2)), sl.FlatFold(order=3, groups=2, splits=2))
+    assert sl.AdapterSpec(sl.Tucker(2), sl.FlatFold()).fold.splits == 1
