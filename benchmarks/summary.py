@@ -12,6 +12,7 @@ QUESTIONS = {
     "loha_designs": "Which way of contracting LoHa is cheapest? Overheads, and the floor that FLOPs alone set",
     "dispatch": "What does Python cost on a tiny layer (batch 4, width 64), beside hand-written torch?",
     "memory": "How many MB more than the frozen layer's does a training step peak at?",
+    "flat_memory": "How much memory does a flat fold's step peak at on ViT-B, beside dense fine-tuning?",
     "vit_step": "What does a whole ViT-B/16 training step cost?",
     "attach_large": "How long do planning and attaching take at Llama-3.1-405B's shapes?",
     "route_ranking": "Does the price rank the routes as the clock does? (settings where it does not)",
