@@ -6,12 +6,9 @@ state included; exact, from torch's record of allocations.
 
 from __future__ import annotations
 
-import gc
-
 import harness
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from vit_step import BATCH, adapted, dense
 
 import superlora_tn as sl
@@ -29,14 +26,7 @@ def peak(model: nn.Module) -> tuple[int, int]:
         optimizer.zero_grad(set_to_none=True)
 
     run()
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    live = highest = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            highest = max(highest, live)
+    highest = harness.highest_live(run)
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
     return highest, state
 

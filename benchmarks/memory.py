@@ -6,13 +6,10 @@ frozen layer, gradients of the parameters included.
 
 from __future__ import annotations
 
-import gc
-
 import harness
 import torch
 from layer_overhead import SHAPES, contestants, step
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 
 def peak(layer: nn.Module, x: Tensor, gradient: Tensor) -> int:
@@ -22,15 +19,7 @@ def peak(layer: nn.Module, x: Tensor, gradient: Tensor) -> int:
     # What the step would free at its start was not seen being allocated, and would count as negative.
     x.grad = None
     layer.zero_grad(set_to_none=True)
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    live = highest = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            highest = max(highest, live)
-    return highest
+    return harness.highest_live(run)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -28,7 +29,7 @@ NOMINAL_TOKENS = 1024
 Run = Callable[..., Tensor]
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """The trainable network of one group of weights.
 
     Its parameters and frozen buffers are named ``node_<name>``, in graph order.
@@ -69,9 +70,9 @@ class Adapter(nn.Module):
                 self.register_buffer(name, tensor)
 
     @property
+    @abstractmethod
     def fan_in(self) -> int:
         """Length of the rows of the members (the longest, where they differ)."""
-        raise NotImplementedError
 
     def tensors(self) -> list[Tensor]:
         """The nodes' tensors in graph order."""
@@ -79,10 +80,11 @@ class Adapter(nn.Module):
         parameters, buffers = self._parameters, self._buffers
         return [parameters[name] if name in parameters else buffers[name] for name in self._names]  # type: ignore[misc]
 
+    @abstractmethod
     def delta(self, target: str) -> Tensor:
         """dW of a target, scale included, shape (out, in), in the parameters' dtype."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, x: Tensor, target: str, out: Tensor, base: Tensor | None = None) -> Tensor:
         """``out + x dW^T`` for a target, in out's dtype.
 
@@ -92,7 +94,6 @@ class Adapter(nn.Module):
             out: (..., out).
             base: W, where out is the untouched output ``x W^T + b`` of a frozen linear layer: then out is written to.
         """
-        raise NotImplementedError
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout of the adapter's input, while training."""
