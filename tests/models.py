@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -209,3 +211,20 @@ def assert_untouched(model: nn.Module, before: tuple[dict[str, Tensor], dict[str
     assert same_state(values, before[0])
     assert grads == before[1]
     assert hooks == before[2]
+
+
+@contextmanager
+def bounded(most: int) -> Iterator[None]:
+    """Fail where the block makes more than so many calls: the same count on every machine, unlike seconds."""
+    count = 0
+
+    def tick(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(tick)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+        assert count <= most, f"{count:,} calls"
