@@ -288,9 +288,13 @@ def _search(
             price = _our_price(terms, output, size, grads, device, memory_limit)
             optimize = oe.DynamicProgramming(price, cost_cap=False, search_outer=len(terms) <= OUTER_UP_TO)
     symbol = {name: oe.get_symbol(k) for k, name in enumerate(size)}
-    text = ",".join("".join(symbol[i] for i in t) for t in terms) + "->" + "".join(symbol[i] for i in output)
-    shapes = [tuple(size[i] for i in t) for t in terms]
-    path, _ = oe.contract_path(text, *shapes, shapes=True, optimize=optimize)
+    if callable(optimize):
+        # Called with what all of them take: some of cotengra's have no place for opt_einsum's memory limit.
+        sizes = {symbol[name]: extent for name, extent in size.items()}
+        path = optimize([frozenset(symbol[i] for i in t) for t in terms], frozenset(symbol[i] for i in output), sizes)
+    else:
+        text = ",".join("".join(symbol[i] for i in t) for t in terms) + "->" + "".join(symbol[i] for i in output)
+        path, _ = oe.contract_path(text, *(tuple(size[i] for i in t) for t in terms), shapes=True, optimize=optimize)
     for pair in path:
         if len(pair) != 2:
             raise PlanError(f"the optimizer {optimize!r} contracts {len(pair)} tensors in one step; it must go pair by pair.")

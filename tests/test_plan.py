@@ -248,3 +248,17 @@ def test_many_operands_and_indices_plan_and_run() -> None:
     path: Any = plan.path
     result = oe.contract(plan.symbols, *operands, optimize=path)
     assert np.array_equal(result, np.full((2, 3), 4.0 * 2.0**60))
+
+
+# --- other optimizers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["OptimalOptimizer", "GreedyOptimizer"])
+def test_an_optimizer_of_cotengra_plugs_in(name: str) -> None:
+    cotengra = pytest.importorskip("cotengra", reason="cotengra is an optional search")
+    graph = graph_of(AdapterSpec(TensorTrain(3), PhysicalFold("layer type head out in", heads=4)), targets(2, 2, (16, 16)))
+    found = make_plan(graph, "apply", 64, optimize=getattr(cotengra, name)())
+    own = make_plan(graph, "apply", 64, optimize="optimal")
+    assert len(found.steps) == len(own.steps)
+    if name == "OptimalOptimizer":
+        assert found.flops <= own.flops
