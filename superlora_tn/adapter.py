@@ -95,6 +95,10 @@ class Adapter(nn.Module, ABC):
             base: W, where out is the untouched output ``x W^T + b`` of a frozen linear layer: then out is written to.
         """
 
+    def current(self, target: str) -> Tensor:
+        """dW of a target for a layer of this forward pass; a flat fold has built it already."""
+        return self.delta(target)
+
     def drop(self, x: Tensor) -> Tensor:
         """Dropout of the adapter's input, while training."""
         return functional.dropout(x, self.spec.dropout, self.training) if self.spec.dropout else x
@@ -247,7 +251,7 @@ class FlatAdapter(Adapter):
         """Forget the shared dW."""
         self._shared = {}
 
-    def _current(self, target: str) -> Tensor:
+    def current(self, target: str) -> Tensor:
         """dW of a target: the shared one, where this pass built it and may differentiate through it.
 
         Re-entrant checkpointing runs a block first without gradients and again, alone, during backward. Its second
@@ -266,7 +270,7 @@ class FlatAdapter(Adapter):
         x = x if x.dtype == out.dtype else x.to(out.dtype)
         if self.spec.dropout:
             x, base = self.drop(x), None
-        return self._multiply[target](x, self._current(target).to(out.dtype), out=out, base=base)
+        return self._multiply[target](x, self.current(target).to(out.dtype), out=out, base=base)
 
     def __getstate__(self) -> dict[str, Any]:
         """Shared tensors belong to one pass and are neither copied nor pickled."""

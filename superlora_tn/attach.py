@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from superlora_tn import layers
 from superlora_tn.adapter import Adapter, FlatAdapter, make_adapter
 from superlora_tn.budget import Budget
-from superlora_tn.checkpoint import CheckpointError, read, write
+from superlora_tn.checkpoint import CheckpointError, read, tensor_name, write
 from superlora_tn.describe import summary
 from superlora_tn.execute import DEFAULT
 from superlora_tn.fold import Shape
@@ -212,7 +212,7 @@ class Tuned(nn.Module):
             folder: made where it does not exist.
         """
         tensors = {
-            f"group{k}.{node.name}": tensor.detach()
+            tensor_name(k, node): tensor.detach()
             for k, adapter in enumerate(self._adapters())
             for node, tensor in zip(adapter.graph.nodes, adapter.tensors(), strict=True)
         }
@@ -296,10 +296,10 @@ def _attach(
     if name in dir(model):
         raise AttachError(f"the model has something named '{name}' already; detach() it, or attach under another name=.")
     others = [module for module in model.modules() if isinstance(module, Tuned)]
-    for other in others:
-        for target in names:
-            if target in other.targets:
-                raise AttachError(f"'{target}' is adapted already; detach() that adapter first, or choose other targets.")
+    taken = {target for other in others for target in other.targets}
+    for target in names:
+        if target in taken:
+            raise AttachError(f"'{target}' is adapted already; detach() that adapter first, or choose other targets.")
     targets = {n: model.get_submodule(n) for n in names}
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     adapters = []
@@ -389,5 +389,5 @@ def load(
     with torch.no_grad():
         for k, adapter in enumerate(handle._adapters()):
             for node, own in zip(adapter.graph.nodes, adapter.tensors(), strict=True):
-                own.copy_(tensors[f"group{k}.{node.name}"])
+                own.copy_(tensors[tensor_name(k, node)])
     return handle

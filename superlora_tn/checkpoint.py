@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from superlora_tn.fold import Shape
+from superlora_tn.graph import GraphNode
 from superlora_tn.nodes import SpecError
 from superlora_tn.spec import AdapterSpec
 
@@ -48,6 +49,11 @@ class Saved:
     def load(self) -> dict[str, Tensor]:
         """The nodes, by ``group<k>.<node>``."""
         return load_file(self.tensors)
+
+
+def tensor_name(group: int, node: GraphNode) -> str:
+    """Under which name a node of a group is kept."""
+    return f"group{group}.{node.name}"
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -127,7 +133,7 @@ def read(folder: str | PathLike[str]) -> Saved:
         spec = AdapterSpec.from_dict(body["spec"])
         targets = _targets(body["targets"])
         wanted = {
-            f"group{k}.{node.name}": node.shape for k, (_, graph) in enumerate(spec.lay_out(targets)) for node in graph.nodes
+            tensor_name(k, node): node.shape for k, (_, graph) in enumerate(spec.lay_out(targets)) for node in graph.nodes
         }
     except SpecError as error:
         raise CheckpointError(f"{place / 'adapter.json'}: {error}") from error

@@ -112,6 +112,12 @@ def _relax(spots: np.ndarray, far: np.ndarray) -> tuple[np.ndarray, float]:
     return spots, float((weights * left**2).sum())
 
 
+def _box(axes: Any, text: str, place: Any, size: int, face: Any, edge: str, style: str) -> None:
+    """Text in a box, centred on a place."""
+    box = {"boxstyle": style, "fc": face, "ec": edge}
+    axes.annotate(text, place, fontsize=size, color=INK, ha="center", va="center", zorder=3, bbox=box)
+
+
 def _draw_edges(
     axes: Any, graph: Graph, edges: Sequence[tuple[int, int, str]], spots: np.ndarray, vertices: Sequence[str]
 ) -> None:
@@ -120,15 +126,7 @@ def _draw_edges(
         is_open = vertices[a].startswith(">") or vertices[b].startswith(">")
         axes.plot(*ends.T, color=OPEN if is_open else INK, linewidth=1.6, zorder=1)
         if index and not is_open:
-            axes.annotate(
-                f"{index}={graph.size[index]}",
-                ends.mean(0),
-                fontsize=8,
-                color=INK,
-                ha="center",
-                va="center",
-                bbox={"boxstyle": "round,pad=0.15", "fc": PAPER, "ec": "none"},
-            )
+            _box(axes, f"{index}={graph.size[index]}", ends.mean(0), 8, PAPER, "none", "round,pad=0.15")
 
 
 def _draw_vertices(axes: Any, graph: Graph, vertices: Sequence[str], spots: np.ndarray) -> None:
@@ -136,29 +134,11 @@ def _draw_vertices(axes: Any, graph: Graph, vertices: Sequence[str], spots: np.n
         if not name:
             axes.plot(x, y, "o", color=INK, markersize=5, zorder=2)
         elif name.startswith(">"):
-            axes.annotate(
-                f"{name[1:]}={graph.size[name[1:]]}",
-                (x, y),
-                fontsize=9,
-                color=INK,
-                ha="center",
-                va="center",
-                zorder=3,
-                bbox={"boxstyle": "round,pad=0.2", "fc": PAPER, "ec": OPEN},
-            )
+            _box(axes, f"{name[1:]}={graph.size[name[1:]]}", (x, y), 9, PAPER, OPEN, "round,pad=0.2")
         else:
             node = next(n for n in graph.nodes if n.name == name)
             colour = FROZEN if not node.trainable else ZERO if node.init == "zeros" else "#a8d5e2"
-            axes.annotate(
-                name,
-                (x, y),
-                fontsize=9,
-                color=INK,
-                ha="center",
-                va="center",
-                zorder=3,
-                bbox={"boxstyle": "round,pad=0.5,rounding_size=0.8", "fc": colour, "ec": INK},
-            )
+            _box(axes, name, (x, y), 9, colour, INK, "round,pad=0.5,rounding_size=0.8")
 
 
 def _bare(axes: Any, spots: np.ndarray) -> None:
@@ -193,27 +173,9 @@ def tree(plan: Plan, path: str | Path, title: str = "") -> Path:
         for child in (step.large, step.small):
             axes.plot([spots[child][0], x], [spots[child][1], y], color=OPEN, linewidth=1.4, zorder=1)
         text = f"{' '.join(step.result) or '1'}\n{step.flops:,} FLOPs, {share:.0%}"
-        axes.annotate(
-            text,
-            (x, y),
-            fontsize=8,
-            ha="center",
-            va="center",
-            zorder=3,
-            color=INK,
-            bbox={"boxstyle": "round,pad=0.3", "fc": colormaps["YlOrRd"](0.05 + 0.75 * share), "ec": INK},
-        )
+        _box(axes, text, (x, y), 8, colormaps["YlOrRd"](0.05 + 0.75 * share), INK, "round,pad=0.3")
     for k, (name, indices) in enumerate(zip(plan.names, plan.inputs, strict=True)):
-        axes.annotate(
-            f"{name}\n{' '.join(indices) or '1'}",
-            spots[k],
-            fontsize=8,
-            ha="center",
-            va="center",
-            zorder=3,
-            color=INK,
-            bbox={"boxstyle": "round,pad=0.3", "fc": PAPER, "ec": INK},
-        )
+        _box(axes, f"{name}\n{' '.join(indices) or '1'}", spots[k], 8, PAPER, INK, "round,pad=0.3")
     axes.set_title(title or f"{plan.route} route, {plan.flops:,} FLOPs forward", color=INK, fontsize=10)
     _bare(axes, np.array(list(spots.values())))
     return _save(figure, path)

@@ -19,8 +19,8 @@ Update = Callable[[Any, Tensor, Tensor, Any, str, bool], Tensor]
 class Adapts(Protocol):
     """What a layer needs of an adapter."""
 
-    def delta(self, target: str) -> Tensor:
-        """dW of a target, (out, in)."""
+    def current(self, target: str) -> Tensor:
+        """dW of a target, (out, in), for this forward pass."""
         ...
 
     def drop(self, x: Tensor) -> Tensor:
@@ -36,16 +36,20 @@ class LayerError(TypeError):
     """A layer of a type that is not supported."""
 
 
+def _unsupported(layer: nn.Module) -> LayerError:
+    return LayerError(f"layers of type {type(layer).__name__} cannot be adapted; supported are {', '.join(supported())}.")
+
+
 @singledispatch
 def weight(layer: nn.Module) -> Tensor:
     """The layer's weight as a matrix (out, in)."""
-    raise LayerError(f"layers of type {type(layer).__name__} cannot be adapted; supported are {', '.join(supported())}.")
+    raise _unsupported(layer)
 
 
 @singledispatch
 def write(layer: nn.Module, matrix: Tensor) -> None:
     """Write a matrix (out, in) into the layer's weight, in place, rounding to its dtype."""
-    raise LayerError(f"layers of type {type(layer).__name__} cannot be adapted; supported are {', '.join(supported())}.")
+    raise _unsupported(layer)
 
 
 @singledispatch
@@ -60,7 +64,7 @@ def update(layer: nn.Module, x: Tensor, y: Tensor, adapter: Adapts, target: str,
         target: the layer's name in it.
         untouched: whether y comes straight from the layer, and nobody else has seen it.
     """
-    raise LayerError(f"layers of type {type(layer).__name__} cannot be adapted; supported are {', '.join(supported())}.")
+    raise _unsupported(layer)
 
 
 def supported() -> tuple[str, ...]:
@@ -131,7 +135,7 @@ def conv_weight(layer: nn.Conv2d) -> Tensor:
 @update.register(nn.Conv3d)
 def conv_update(layer: nn.Conv2d, x: Tensor, y: Tensor, adapter: Adapts, target: str, untouched: bool) -> Tensor:
     """y + conv(x, dW), with the layer's own padding, stride, dilation and groups."""
-    kernel = adapter.delta(target).reshape(layer.weight.shape).to(y.dtype)
+    kernel = adapter.current(target).reshape(layer.weight.shape).to(y.dtype)
     x = adapter.drop(x).to(y.dtype)
     # The layer's own method pads as padding_mode says, and knows its number of dimensions.
     more: Tensor = layer._conv_forward(x, kernel, None)

@@ -77,11 +77,11 @@ def lorta(
 
 def _superlora(
     rank: int,
-    order: int = 2,
-    groups: int | str = 1,
-    splits: int = 1,
-    projection: Projection | None = None,
-    alpha: float | None = None,
+    order: int,
+    groups: int | str,
+    splits: int,
+    projection: Projection | None,
+    alpha: float | None,
     rslora: bool = False,
 ) -> AdapterSpec:
     check_count("superlora", "splits", splits, 32)
@@ -168,6 +168,3 @@ def vera(rank: int, alpha: float | None = None) -> AdapterSpec:
         A=Node("r i", init="uniform", trainable=False),
     )
     return AdapterSpec(network, PhysicalFold("member out in"), alpha=alpha)
-
-
-PAPER = ("dense", "lora", "lokr", "lotr", "lonkr", "lorta", "superlora")

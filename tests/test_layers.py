@@ -273,3 +273,23 @@ def test_second_derivatives_exist() -> None:
     outer = torch.autograd.grad(F.linear(z, again, layer.bias).pow(3).sum(), z, create_graph=True)[0].square().sum()
     for ours, theirs in zip(tuned.parameters(), torch.autograd.grad(outer, factors), strict=True):
         torch.testing.assert_close(ours.grad, theirs)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(3, 4, 3), lambda: nn.Linear(3, 4)], ids=["convolutions", "linear layers"])
+def test_layers_of_a_flat_fold_build_dw_once_a_pass(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    from superlora_tn.adapter import FlatAdapter
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = make(), make()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x)
+
+    model, built = Two(), []
+    sl.attach(model, sl.lorta(2), ["a", "b"], seed=0)
+    pieces = FlatAdapter._pieces
+    monkeypatch.setattr(FlatAdapter, "_pieces", lambda self, groups: built.append(groups) or pieces(self, groups))
+    model(torch.randn(2, 3, 5, 5) if isinstance(model.a, nn.Conv2d) else torch.randn(2, 3)).sum().backward()
+    assert len(built) == 1

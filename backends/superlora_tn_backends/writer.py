@@ -148,12 +148,11 @@ class _Writer:
         for step in steps:
             needs.append(needs[step.large] or needs[step.small])
         shape = tuple(self.sizes(self.plan.result))
-        grads: dict[int, Variable] = {count + len(steps) - 1: Variable("grad", self.plan.output, None)}
         folded = bool(steps and steps[-1].contracted)
         if not folded:
             self.lines.append("grad = grad if alpha == 1.0 else grad * alpha")
         self.lines.append(f"grad = TL.reshape(grad, {_text(shape)})")
-        grads[count + len(steps) - 1] = Variable("grad", self.plan.output, shape)
+        grads = {count + len(steps) - 1: Variable("grad", self.plan.output, shape)}
         for k in range(len(steps) - 1, -1, -1):
             if needs[count + k]:
                 alpha = folded and k == len(steps) - 1
