@@ -7,11 +7,9 @@ glibc's thresholds raised (`warm`); ``--allocator default`` measures as glibc co
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -21,6 +19,8 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from superlora_tn.measure import machine
 
 RESULTS = Path(__file__).parent / "results"
 WARM = {
@@ -93,29 +93,6 @@ def highest_live(run: Callable[[], Any]) -> int:
             live += event.nbytes()
             highest = max(highest, live)
     return highest
-
-
-def machine(device: str) -> dict[str, str]:
-    """What it ran on."""
-    card = torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": card,
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux gives it."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
 
 
 def report(name: str, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:

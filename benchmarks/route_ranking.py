@@ -8,7 +8,7 @@ from __future__ import annotations
 import harness
 
 import superlora_tn as sl
-from superlora_tn.measure import Measurement, measure_routes
+from superlora_tn.measure import Measurement, machine, measure_routes
 from superlora_tn.steps import CPU
 
 WIDTHS = (64, 128, 256, 512, 1024)
@@ -61,7 +61,7 @@ def main() -> None:
         harness.RESULTS.mkdir(exist_ok=True)
         import json
 
-        body = {"machine": harness.machine(args.device), "agree": agree, "of": len(found), "rows": [m.row() for m in found]}
+        body = {"machine": machine(args.device), "agree": agree, "of": len(found), "rows": [m.row() for m in found]}
         (harness.RESULTS / name).write_text(json.dumps(body, indent=1) + "\n")
     harness.report("route_ranking", args, rows)
 

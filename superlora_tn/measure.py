@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import math
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -147,3 +150,26 @@ def _step(adapter: Adapter | None, x: Tensor, gradient: Tensor, weight: Tensor) 
         adapter.zero_grad(set_to_none=True)
         out = adapter(x, "layer", out, weight)
     torch.autograd.backward(out, gradient)
+
+
+def machine(device: str = "cpu") -> dict[str, str]:
+    """What a measurement ran on: date, processor or GPU, threads, versions of torch and Python."""
+    card = torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": card,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux gives it."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from superlora_tn.spec import AdapterSpec
 from superlora_tn.transfer.adapt import adapt
 from superlora_tn.transfer.base import FULL, QUICK, Recipe, accuracy, pretrained
 from superlora_tn.transfer.digits import printed_digits, scanned_digits
+from superlora_tn.transfer.progress import on_step, progress
 from superlora_tn.variants import dense, lokr, lonkr, lora, lorta, lotr, superlora
 
 TARGETS = ("q_proj", "v_proj")
@@ -96,7 +97,7 @@ def run(out: Path, quick: bool = False, as_json: bool = False) -> list[Result]:
     console = Console(stderr=True) if as_json else Console()
     recipe = QUICK if quick else FULL
     start = time.perf_counter()
-    with _progress(console) as bar:
+    with progress(console) as bar:
         task, home = _prepare(recipe, out, bar)
         results = [_measure(task, setting, bar) for setting in settings(quick)]
     seconds = time.perf_counter() - start
@@ -113,23 +114,9 @@ def run(out: Path, quick: bool = False, as_json: bool = False) -> list[Result]:
     return results
 
 
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
-
-
-def _on_step(bar: Progress, description: str) -> Callable[[int, int, float], None]:
-    row = bar.add_task(description, total=None)
-
-    def show(step: int, steps: int, loss: float) -> None:
-        bar.update(row, completed=step, total=steps, description=f"{description}, loss {loss:.2f}", visible=step < steps)
-
-    return show
-
-
 def _prepare(recipe: Recipe, out: Path, bar: Progress) -> tuple[Task, float]:
     """The frozen base, the scans, and the base's accuracy at home."""
-    model = pretrained(recipe, out, _on_step(bar, "pre-training on printed digits"))
+    model = pretrained(recipe, out, on_step(bar, "pre-training on printed digits"))
     train, test = scanned_digits("train", size=recipe.size), scanned_digits("test", size=recipe.size)
     home = accuracy(model, *printed_digits(HOME_TEST, 1, "test", recipe.size))
     return Task(model, train, test, accuracy(model, *test), recipe), home
@@ -141,7 +128,7 @@ def _measure(task: Task, setting: Setting, bar: Progress) -> Result:
     recipe, accuracies, seconds, parameters = task.recipe, [], [], 0
     for seed in recipe.seeds:
         tuned = attach(task.model, spec, list(TARGETS), seed=seed)
-        show = _on_step(bar, f"{variant} {words}, seed {seed}")
+        show = on_step(bar, f"{variant} {words}, seed {seed}")
         torch.manual_seed(seed)
         seconds.append(
             adapt(task.model, *task.train, steps=recipe.steps, batch=recipe.batch, lr=recipe.lr, seed=seed, on_step=show)

@@ -1,0 +1,1 @@
+"""The paper's experiments by name: ``superlora-tn reproduce classification | diffusion | geometry``."""

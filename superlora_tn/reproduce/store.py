@@ -1,0 +1,52 @@
+"""What a run has finished, on disk, so that a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Data = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Store:
+    """The finished jobs of one run: one JSON file a job, written whole or not at all.
+
+    Args:
+        folder: made where it does not exist.
+        recipe: every setting the jobs depend on, as plain data; jobs of another recipe are not seen.
+    """
+
+    folder: Path
+    recipe: Mapping[str, Any]
+
+    def path(self, job: str, ending: str = "json") -> Path:
+        """Where a job's file is; other files of the job (weights, images) may lie beside it under another ending."""
+        key = hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()[:8]
+        place = self.folder / key
+        place.mkdir(parents=True, exist_ok=True)
+        return place / f"{job}.{ending}"
+
+    def get(self, job: str, make: Callable[[], Data]) -> Data:
+        """The job's result: read where it is finished, else made and kept."""
+        path = self.path(job)
+        if path.is_file():
+            found: Data = json.loads(path.read_text())
+            return found
+        start = time.perf_counter()
+        result = make()
+        write_json(path, {**result, "seconds": round(time.perf_counter() - start, 2)})
+        return self.get(job, make)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write data whole: a run that is stopped halfway leaves no broken file."""
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    partial.write_text(json.dumps(data, indent=1) + "\n")
+    partial.replace(path)
