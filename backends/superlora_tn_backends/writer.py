@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from superlora_tn.nodes import TOKEN
 from superlora_tn.plan import Plan
-from superlora_tn.steps import Indices, Step
+from superlora_tn.steps import Indices, Step, volume
+from superlora_tn_backends.layout import Axes, blocks, grouped, made_again, operand_axes
 
-Axes = tuple[Indices, ...]
 # Products with fewer columns (or rows of the result) than this are worth another memory order.
 THIN = 32
 
@@ -33,7 +33,7 @@ def run_source(plan: Plan) -> str:
 
 
 def forward_source(plan: Plan) -> str:
-    """``forward(*tensors, out=None, alpha=1.0) -> (result, kept)``: adds to `out` in place and keeps the intermediates."""
+    """``forward(*tensors, out=None, alpha=1.0) -> (result, kept)``: adds to `out` in place, keeps what `backward` is given."""
     return _Writer(plan).forward()
 
 
@@ -52,6 +52,8 @@ class _Writer:
         self.values = [Variable(f"v{k}", plan.inputs[k], plan.shapes[k]) for k in range(count)]
         for k, step in enumerate(plan.steps):
             self.values.append(Variable(f"v{count + k}", step.result, self.sizes(grouped(step))))
+        self.again, self.recalled = made_again(plan), list[str]()
+        self.kept = [f"v{count + k}" for k in range(len(plan.steps) - 1) if count + k not in self.again]
 
     def function(self, name: str, arguments: list[str]) -> str:
         """All lines as one function."""
@@ -70,14 +72,19 @@ class _Writer:
     def forward(self) -> str:
         """See `forward_source`."""
         self._early_steps()
-        kept = "".join(f"v{len(self.plan.inputs) + k}, " for k in range(len(self.plan.steps) - 1))
+        kept = "".join(f"{name}, " for name in self.kept)
         self._finish(f"{{out}}.addmm_({{left}}, {{right}}, alpha=alpha)\nreturn out, ({kept})")
         self.lines.append(f"return (result if out is None else out.add_(TL.reshape(result, out.shape))), ({kept})")
         return self.function("forward", [*self._operands(), "out=None", "alpha=1.0"])
 
     def _early_steps(self) -> None:
-        for k, step in enumerate(self.plan.steps[:-1]):
-            self.lines.append(f"v{len(self.plan.inputs) + k} = {self.product(step)}")
+        for k, step in enumerate(self.plan.steps[:-1], start=len(self.plan.inputs)):
+            if k not in self.again:
+                self._recall(step.large, step.small)
+                self.lines.append(f"v{k} = {self.product(step)}")
+                self._forget()
+        if self.plan.steps:
+            self._recall(self.plan.steps[-1].large, self.plan.steps[-1].small)
 
     def _finish(self, join: str) -> None:
         """The last step as `result`, times alpha; where `out` is given and it is a plain matmul, `join` adds it at once."""
@@ -153,13 +160,31 @@ class _Writer:
             self.lines.append("grad = grad if alpha == 1.0 else grad * alpha")
         self.lines.append(f"grad = TL.reshape(grad, {_text(shape)})")
         grads = {count + len(steps) - 1: Variable("grad", self.plan.output, shape)}
-        for k in range(len(steps) - 1, -1, -1):
-            if needs[count + k]:
-                alpha = folded and k == len(steps) - 1
-                self._step_back(steps[k], grads.pop(count + k), grads, needs, alpha)
+        ready = [len(steps) - 1] if steps and needs[count + len(steps) - 1] else []
+        while ready:
+            # What hangs on nodes alone goes first, so that its large gradients go before the next ones come.
+            k = max(ready, key=lambda k: (TOKEN not in steps[k].result, k))
+            ready.remove(k)
+            self._step_back(steps[k], grads.pop(count + k), grads, needs, folded and k == len(steps) - 1)
+            ready += [j - count for j in (steps[k].large, steps[k].small) if j >= count and needs[j]]
         self._return_grads(grads, wanted)
-        kept = [f"v{count + k}" for k in range(len(steps) - 1)]
-        return self.function("backward", ["grad", "alpha", "into", *self._operands(), *kept])
+        return self.function("backward", ["grad", "alpha", "into", *self._operands(), *self.kept])
+
+    def _recall(self, *operands: int) -> None:
+        """Make intermediates that are not kept, where they are needed."""
+        for operand in operands:
+            name = f"v{operand}"
+            if operand in self.again and name not in self.recalled:
+                step = self.plan.steps[operand - len(self.plan.inputs)]
+                self._recall(step.large, step.small)
+                self.lines.append(f"{name} = {self.product(step)}")
+                self.recalled.append(name)
+
+    def _forget(self, *more: str) -> None:
+        """Free what was recalled, and other temporary tensors."""
+        names = [*self.recalled, *more]
+        self.recalled.clear()
+        self.lines += [f"del {', '.join(names)}"] if names else []
 
     def _return_grads(self, grads: dict[int, Variable], wanted: tuple[bool, ...]) -> None:
         results = []
@@ -176,43 +201,59 @@ class _Writer:
 
     def _step_back(self, step: Step, grad: Variable, grads: dict[int, Variable], needs: list[bool], alpha: bool) -> None:
         """The gradients of one step's operands from that of its result."""
+        used = [name for name in (grad.text,) if name != "grad"]
         result = self.view(grad, grouped(step))
         if not result.isidentifier():
             name = f"r{step.large}_{step.small}"
             self.lines.append(f"{name} = {result}")
-            result = name
+            used.append(result := name)
         if not step.contracted:
+            self._recall(*(j for j, other in ((step.large, step.small), (step.small, step.large)) if needs[other]))
             self._product_back(step, result, grads, needs)
-            return
+        else:
+            self._matmul_back(step, result, used, grads, needs, alpha)
+        self._forget(*used)
+
+    def _matmul_back(
+        self, step: Step, result: str, used: list[str], grads: dict[int, Variable], needs: list[bool], alpha: bool
+    ) -> None:
+        """A matrix product's gradients; names of further temporary tensors join `used`."""
         if step.lifted:
             # One copy into the order without lifting serves both gradients as plain products.
             step = replace(step, before=step.before + step.lifted, lifted=())
             name = f"c{step.large}_{step.small}"
             self.lines.append(f"{name} = TL.reshape({result}.mT, {_text(self.sizes(grouped(step)))})")
-            result = name
+            used.append(result := name)
         large_axes, small_axes = operand_axes(step)
         if needs[step.large]:
+            self._recall(step.small)
             small = self.view(self.values[step.small], small_axes)
-            small = f"({small} if alpha == 1.0 else {small} * alpha)" if alpha else small
+            # alpha goes where the fewest numbers are.
+            late = alpha and volume(step.small_indices, self.plan.size) > volume(step.large_indices, self.plan.size)
+            small = f"({small} if alpha == 1.0 else {small} * alpha)" if alpha and not late else small
             back = f"{small}.mT"
             sides = (back, result) if step.after else (result, self._thin(back, step, step.new, step.contracted))
-            self._large_grad(step, sides, large_axes, grads)
+            self._large_grad(step, sides, large_axes, grads, late)
+            self._forget()
         if needs[step.small]:
+            self._recall(step.large)
             text, axes = self._small_grad(step, result, large_axes)
             text = f"{text} if alpha == 1.0 else ({text}).mul_(alpha)" if alpha else text
             self.lines.append(f"g{step.small} = {text}")
             order = tuple(i for axis in axes for i in axis)
             grads[step.small] = Variable(f"g{step.small}", order, self.sizes(axes))
 
-    def _large_grad(self, step: Step, sides: tuple[str, str], axes: Axes, grads: dict[int, Variable]) -> None:
+    def _large_grad(self, step: Step, sides: tuple[str, str], axes: Axes, grads: dict[int, Variable], alpha: bool) -> None:
         order = tuple(i for axis in axes for i in axis)
         whole = f"TL.matmul({sides[0]}, {sides[1]})"
+        whole = f"({whole} if alpha == 1.0 else {whole}.mul_(alpha))" if alpha else whole
         is_x = step.large == 0 and self.plan.route == "apply"
         if is_x and len(axes) == 2 and order == self.plan.inputs[0]:
+            scale = ", alpha=alpha" if alpha else ""
             self.lines.append("if into is None:")
             self.lines.append(f"    into = TL.reshape({whole}, v0.shape)")
             self.lines.append("else:")
-            self.lines.append(f"    TL.reshape(into, {_text(self.sizes(axes))}).addmm_({sides[0]}, {sides[1]})")
+            self.lines.append(f"    TL.reshape(into, {_text(self.sizes(axes))}).addmm_({sides[0]}, {sides[1]}{scale})")
             grads[0] = Variable("into", order, None)
             return
         self.lines.append(f"g{step.large} = {whole}")
@@ -255,27 +296,38 @@ class _Writer:
     def _product_back(self, step: Step, result: str, grads: dict[int, Variable], needs: list[bool]) -> None:
         """An elementwise product's gradients: times the other operand, summed over the axes the operand lacks."""
         axes = grouped(step)
-        large, small = self.broadcast(step)
-        for operand, other, own in ((step.large, small, step.large_indices), (step.small, large, step.small_indices)):
+        kinds = [(a[0] in step.large_indices, a[0] in step.small_indices) for a in axes if a]
+        outer = len(axes) == len(kinds) == 3 and kinds[0] == (True, True) and set(kinds[1:]) == {(True, False), (False, True)}
+        broadcast = dict(zip((step.large, step.small), self.broadcast(step), strict=True))
+        for operand, other, own in (
+            (step.large, step.small, step.large_indices),
+            (step.small, step.large, step.small_indices),
+        ):
             if not needs[operand]:
                 continue
             lacking = [k for k, axis in enumerate(axes) if axis and axis[0] not in own]
-            text = f"{result} * {other}"
-            text = f"TL.sum({text}, {lacking})" if lacking else text
             held = tuple(axis for k, axis in enumerate(axes) if k not in lacking)
+            if outer:
+                # An outer product for each of the first axis: small matrix products, and no temporary of that size.
+                factor, last = self.view(self.values[other], (axes[0], axes[lacking[0]])), lacking == [2]
+                text = f"TL.matmul({result}, {factor}[:, :, None])" if last else f"TL.matmul({factor}[:, None, :], {result})"
+            else:
+                text = f"{result} * {broadcast[other]}"
+                text = f"TL.sum({text}, {lacking})" if lacking else text
             self.lines.append(f"g{operand} = {text}")
-            grads[operand] = Variable(f"g{operand}", tuple(i for a in held for i in a), self.sizes(held))
+            shape = None if outer else self.sizes(held)  # the outer product's gradient has an axis of 1 in it
+            grads[operand] = Variable(f"g{operand}", tuple(i for a in held for i in a), shape)
 
     def view(self, variable: Variable, axes: Axes) -> str:
         """A variable with the given axes: reshaped, and permuted only where its memory order differs."""
         wanted = [i for axis in axes for i in axis]
         text, shape = variable.text, variable.shape
         if list(variable.order) != wanted:
-            blocks = _blocks(variable.order, wanted)
-            sizes = self.sizes(blocks)
+            runs = blocks(variable.order, wanted)
+            sizes = self.sizes(runs)
             if sizes != shape:
                 text = f"TL.reshape({text}, {_text(sizes)})"
-            permutation = sorted(range(len(blocks)), key=lambda b: wanted.index(blocks[b][0]))
+            permutation = sorted(range(len(runs)), key=lambda b: wanted.index(runs[b][0]))
             text = f"TL.transpose({text}, {permutation})"
             shape = tuple(sizes[b] for b in permutation)
         sizes = self.sizes(axes)
@@ -284,52 +336,6 @@ class _Writer:
     def sizes(self, axes: Axes) -> tuple[int, ...]:
         """The extent of each axis, -1 for the one with the tokens."""
         return tuple(-1 if TOKEN in axis else math.prod(self.plan.size[i] for i in axis) for axis in axes)
-
-
-def operand_axes(step: Step) -> tuple[Axes, Axes]:
-    """The axes in which the large and the small operand enter a matmul (with lifted axes, the large one transposed)."""
-    batch = (step.batch,) if step.batch else ()
-    if step.lifted:
-        return (step.before, step.lifted, step.contracted), (step.new, step.contracted)
-    if not step.after:
-        return (*batch, step.before, step.contracted), (*batch, step.contracted, step.new)
-    middle = (step.before,) if step.before else ()
-    # A batch and a middle axis: the small operand is broadcast over the middle.
-    spread: Axes = ((),) if batch and middle else ()
-    return (*batch, *middle, step.contracted, step.after), (*batch, *spread, step.new, step.contracted)
-
-
-def grouped(step: Step) -> Axes:
-    """The axes of a step's result as its product leaves them."""
-    if step.contracted:
-        batch = (step.batch,) if step.batch else ()
-        if step.lifted:
-            return (step.before, step.new, step.lifted)
-        if not step.after:
-            return (*batch, step.before, step.new)
-        return (*batch, *((step.before,) if step.before else ()), step.new, step.after)
-    axes: list[Indices] = []
-    kind: tuple[bool, bool] | None = None
-    for index in step.result:
-        own = (index in step.large_indices, index in step.small_indices)
-        if own == kind:
-            axes[-1] = (*axes[-1], index)
-        else:
-            axes.append((index,))
-        kind = own
-    return tuple(axes)
-
-
-def _blocks(held: Indices, wanted: list[str]) -> Axes:
-    """The longest runs that stay together in both orders, in the order held."""
-    blocks: list[Indices] = []
-    for index in held:
-        place = wanted.index(index)
-        if blocks and place and wanted[place - 1] == blocks[-1][-1]:
-            blocks[-1] = (*blocks[-1], index)
-        else:
-            blocks.append((index,))
-    return tuple(blocks)
 
 
 def _text(sizes: tuple[int, ...]) -> str:
