@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from superlora_tn import layers
 from superlora_tn.adapter import Adapter, FlatAdapter, make_adapter
@@ -22,11 +21,12 @@ from superlora_tn.checkpoint import CheckpointError, read, tensor_name, write
 from superlora_tn.describe import summary
 from superlora_tn.execute import DEFAULT
 from superlora_tn.fold import Shape
-from superlora_tn.hooks import ReleaseHook, ShareHook, UpdateHook
+from superlora_tn.hooks import AttentionHook, ReleaseHook, RevealHook, ShareHook, UpdateHook
+from superlora_tn.layers import Layer, Projection
 from superlora_tn.plan import Optimizer, Route, RouteChoice, choose
 from superlora_tn.spec import AdapterSpec
 from superlora_tn.steps import CPU, DEVICES
-from superlora_tn.targets import AttachError, Targets, check_target, match, near
+from superlora_tn.targets import AttachError, Targets, check_mergeable, check_target, match, named_layers, near
 
 NAME = "superlora"
 
@@ -43,7 +43,7 @@ class Tuned(nn.Module):
         merged: whether dW is in the weights now.
     """
 
-    def __init__(self, spec: AdapterSpec, adapters: Sequence[Adapter], targets: Mapping[str, nn.Module]) -> None:
+    def __init__(self, spec: AdapterSpec, adapters: Sequence[Adapter], targets: Mapping[str, Layer]) -> None:
         super().__init__()
         self.spec = spec
         self.adapters = nn.ModuleList(adapters)
@@ -112,7 +112,7 @@ class Tuned(nn.Module):
         model = self._need("merge")
         if self.merged:
             raise AttachError("the adapter is merged already; unmerge() first, or leave it.")
-        self._check_ties(model)
+        check_mergeable(model, self._layers)
         with torch.no_grad():
             for name, layer in self._layers.items():
                 self._backup[name] = layers.weight(layer).detach().clone()
@@ -135,22 +135,6 @@ class Tuned(nn.Module):
                 layers.write(self._layers[name], original)
         self._backup.clear()
 
-    def _check_ties(self, model: nn.Module) -> None:
-        """A weight that another module uses too would change there; one that is computed anew would lose the change."""
-        owners: dict[int, list[str]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            for parameter in module.parameters(recurse=False):
-                owners.setdefault(_memory(parameter), []).append(name)
-        for name, layer in self._layers.items():
-            own = dict(layer.named_parameters(recurse=False))
-            if is_parametrized(layer) or ("weight" not in own and any(n.startswith("weight_") for n in own)):
-                raise AttachError(
-                    f"the weight of '{name}' is computed from others (weight_norm, parametrize); bake that in first."
-                )
-            shared = [o for p in own.values() if p.ndim > 1 for o in owners[_memory(p)] if o != name]
-            if shared:
-                raise AttachError(f"the weight of '{name}' is shared with '{shared[0]}', which merging would change too.")
-
     def unmerge(self) -> None:
         """Put the weights' own bytes back and switch the adapters on.
 
@@ -170,6 +154,9 @@ class Tuned(nn.Module):
             self.unmerge()
         for hook in self._hooks:
             hook.remove()
+        for layer in self._layers.values():
+            if isinstance(layer, Projection):
+                layer.reveal()
         assert self._model is not None
         delattr(model, self._model[1])
         self._thaw([m for m in model.modules() if isinstance(m, Tuned)])
@@ -226,15 +213,10 @@ class Tuned(nn.Module):
     __repr__ = __str__
 
 
-def _shapes(modules: Mapping[str, nn.Module]) -> dict[str, Shape]:
+def _shapes(modules: Mapping[str, Layer]) -> dict[str, Shape]:
     """(out, in) of each module's weight."""
     matrices = {name: layers.weight(module) for name, module in modules.items()}
     return {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in matrices.items()}
-
-
-def _memory(parameter: Tensor) -> int:
-    """What tells parameters apart that share memory; the meta device has none."""
-    return parameter.untyped_storage().data_ptr() or id(parameter)
 
 
 def attach(
@@ -275,7 +257,8 @@ def attach(
         raise AttachError(f"attach was given spec={spec!r}; give an AdapterSpec such as superlora_tn.lora(8).")
     names = match(model, targets, exclude, only_layers)
     if isinstance(spec, Budget):
-        spec = spec.choose(_shapes({n: model.get_submodule(n) for n in names})).spec
+        known = named_layers(model)
+        spec = spec.choose(_shapes({n: known[n] for n in names})).spec
     return _attach(model, spec, names, name, dtype, route, backend, optimize, seed)
 
 
@@ -300,7 +283,14 @@ def _attach(
     for target in names:
         if target in taken:
             raise AttachError(f"'{target}' is adapted already; detach() that adapter first, or choose other targets.")
-    targets = {n: model.get_submodule(n) for n in names}
+    known = named_layers(model)
+    targets = {n: known[n] for n in names}
+    inside = [n for n, layer in targets.items() if isinstance(layer, Projection)]
+    if inside and spec.dropout:
+        raise AttachError(
+            f"dropout={spec.dropout} drops the adapter's input, which nn.MultiheadAttention does not show; "
+            f"leave dropout=0, or leave '{inside[0]}' out."
+        )
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     adapters = []
     for group, graph in spec.lay_out(_shapes(targets)):
@@ -323,16 +313,29 @@ def _attach(
     tuned._frozen = [(p, p.requires_grad) for p in model.parameters() if id(p) not in kept]
     for parameter, _ in tuned._frozen:
         parameter.requires_grad_(False)
-    for target, layer in targets.items():
-        hook = UpdateHook(layer, tuned._adapter_of(target), target)
-        tuned._hooks.append(layer.register_forward_hook(hook, with_kwargs=True))
-    flat = [a for a in adapters if isinstance(a, FlatAdapter)]
-    if flat:
-        tuned._hooks.append(model.register_forward_pre_hook(ShareHook(flat)))
-        tuned._hooks.append(model.register_forward_hook(ReleaseHook(flat)))
+    tuned._hooks = _hook(model, tuned)
     tuned._model = (model, name)
     model.add_module(name, tuned)
     return tuned
+
+
+def _hook(model: nn.Module, tuned: Tuned) -> list[Any]:
+    """Register the hooks of an adapter; returns their handles."""
+    handles: list[Any] = []
+    if flat := [a for a in tuned._adapters() if isinstance(a, FlatAdapter)]:
+        handles += [model.register_forward_pre_hook(ShareHook(flat)), model.register_forward_hook(ReleaseHook(flat))]
+    inside: dict[nn.MultiheadAttention, dict[str, tuple[Projection, Adapter]]] = {}
+    for target, layer in tuned._layers.items():
+        adapter = tuned._adapter_of(target)
+        if isinstance(layer, Projection):
+            inside.setdefault(layer.attention, {})[target] = (layer, adapter)
+        else:
+            handles.append(layer.register_forward_hook(UpdateHook(layer, adapter, target), with_kwargs=True))
+    for attention, members in inside.items():
+        hook = AttentionHook(members)
+        handles.append(attention.register_forward_pre_hook(hook))
+        handles.append(attention.register_forward_hook(RevealHook(hook), always_call=True))
+    return handles
 
 
 def tuned(model: nn.Module, name: str = NAME) -> Tuned:
@@ -368,7 +371,7 @@ def load(
         CheckpointError: files missing, damaged, of a newer schema, or of another base.
     """
     saved = read(folder)
-    modules = dict(model.named_modules())
+    modules = named_layers(model)
     for target, shape in saved.targets.items():
         if target not in modules:
             raise CheckpointError(

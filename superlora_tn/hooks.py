@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.modules.module import _global_forward_hooks
 from superlora_tn import layers
 from superlora_tn.adapter import Adapter, FlatAdapter
 from superlora_tn.eager import is_eager
+from superlora_tn.layers import Projection
 
 
 class UpdateHook:
@@ -30,6 +31,47 @@ class UpdateHook:
     def _is_first(self, layer: nn.Module) -> bool:
         """Whether no other hook has seen the output yet."""
         return next(iter(layer._forward_hooks.values())) is self and not _global_forward_hooks
+
+
+class AttentionHook:
+    """The forward pre-hook of an nn.MultiheadAttention: for this one call its weights are W + dW.
+
+    The attention's own code runs as ever, its fused kernels too, and reads its weights as attributes of modules.
+    """
+
+    def __init__(self, members: Mapping[str, tuple[Projection, Adapter]]) -> None:
+        self.members = dict(members)
+
+    def __call__(self, attention: nn.Module, args: tuple[Any, ...]) -> None:
+        hooks = [hook for hook in attention._forward_pre_hooks.values() if isinstance(hook, AttentionHook)]
+        if hooks[0] is self:
+            # A call that Ctrl-C broke off has left its W + dW there; the hooks of further adapters add to the first one's.
+            for hook in hooks:
+                hook.reveal()
+        blocks: dict[str, list[Tensor]] = {}
+        for target, (projection, adapter) in self.members.items():
+            if adapter.active:
+                k, count = projection.block
+                rows = blocks.setdefault(projection.place[1], list(projection.current().chunk(count)))
+                rows[k] = rows[k] + adapter.current(target).to(rows[k].dtype)
+        for projection, _ in self.members.values():
+            if rows := blocks.pop(projection.place[1], []):
+                projection.hide(torch.cat(rows) if len(rows) > 1 else rows[0])
+
+    def reveal(self) -> None:
+        """Show the parameters again."""
+        for projection, _ in self.members.values():
+            projection.reveal()
+
+
+class RevealHook:
+    """The forward hook of an nn.MultiheadAttention, also where the call raised: takes W + dW away again."""
+
+    def __init__(self, hook: AttentionHook) -> None:
+        self.hook = hook
+
+    def __call__(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.hook.reveal()
 
 
 class ShareHook:

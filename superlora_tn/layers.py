@@ -1,17 +1,21 @@
 """How a layer type is adapted: its weight as a matrix (out, in), and how x dW^T joins its output.
 
-A new layer type registers three functions, by single dispatch on the layer's type (see docs/extending.md).
+A new layer type registers three functions, by single dispatch on the layer's type (see docs/extending.md). The projections
+of an `nn.MultiheadAttention`, which uses its weights without calling a layer, stand as values of type `Projection`.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.parametrize import is_parametrized
 
 Update = Callable[[Any, Tensor, Tensor, Any, str, bool], Tensor]
 
@@ -36,18 +40,80 @@ class LayerError(TypeError):
     """A layer of a type that is not supported."""
 
 
-def _unsupported(layer: nn.Module) -> LayerError:
+PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One projection of an `nn.MultiheadAttention`: it stands where a layer does, but nobody calls it.
+
+    Attributes:
+        attention: the module.
+        part: one of `PARTS`.
+    """
+
+    attention: nn.MultiheadAttention
+    part: str
+
+    @property
+    def place(self) -> tuple[nn.Module, str]:
+        """The module and the name of its parameter that holds the weight."""
+        if self.part == "out_proj":
+            return self.attention.out_proj, "weight"
+        return self.attention, "in_proj_weight" if self.attention._qkv_same_embed_dim else f"{self.part}_weight"
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Which of how many equal blocks of rows of that parameter is the weight."""
+        return (PARTS.index(self.part), 3) if self.place[1] == "in_proj_weight" else (0, 1)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether that parameter was replaced by one that is computed from others (weight_norm, parametrize)."""
+        module, name = self.place
+        return module._parameters.get(name) is None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that holds the weight."""
+        module, name = self.place
+        found = module._parameters.get(name)
+        if found is None:
+            raise LayerError(f"the {self.part} of an nn.MultiheadAttention is computed from others; bake that in first.")
+        return found
+
+    def current(self) -> Tensor:
+        """The parameter, or what hides it now."""
+        module, name = self.place
+        tensor: Tensor = module.__dict__.get(name, self.parameter)
+        return tensor
+
+    def hide(self, tensor: Tensor) -> None:
+        """Show the attention a tensor instead of the parameter, which stays where it is: a plain attribute goes first."""
+        module, name = self.place
+        module.__dict__[name] = tensor
+
+    def reveal(self) -> None:
+        """Show the parameter again."""
+        module, name = self.place
+        module.__dict__.pop(name, None)
+
+
+Layer = nn.Module | Projection
+
+
+def _unsupported(layer: Layer) -> LayerError:
     return LayerError(f"layers of type {type(layer).__name__} cannot be adapted; supported are {', '.join(supported())}.")
 
 
 @singledispatch
-def weight(layer: nn.Module) -> Tensor:
+def weight(layer: Layer) -> Tensor:
     """The layer's weight as a matrix (out, in)."""
     raise _unsupported(layer)
 
 
 @singledispatch
-def write(layer: nn.Module, matrix: Tensor) -> None:
+def write(layer: Layer, matrix: Tensor) -> None:
     """Write a matrix (out, in) into the layer's weight, in place, rounding to its dtype."""
     raise _unsupported(layer)
 
@@ -67,13 +133,28 @@ def update(layer: nn.Module, x: Tensor, y: Tensor, adapter: Adapts, target: str,
     raise _unsupported(layer)
 
 
+@singledispatch
+def stored(layer: Layer, name: str) -> dict[str, Tensor] | None:
+    """The parameters that hold the weight of the layer of this name, by their full names; None where it is computed."""
+    raise _unsupported(layer)
+
+
+@stored.register
+def module_stored(layer: nn.Module, name: str) -> dict[str, Tensor] | None:
+    """The layer's own matrices and kernels."""
+    own = dict(layer.named_parameters(recurse=False))
+    if is_parametrized(layer) or ("weight" not in own and any(n.startswith("weight_") for n in own)):
+        return None
+    return {f"{name}.{n}": parameter for n, parameter in own.items() if parameter.ndim > 1}
+
+
 def supported() -> tuple[str, ...]:
     """Names of the layer types that can be adapted."""
     _register_known()
     return tuple(sorted(t.__name__ for t in weight.registry if t is not object))
 
 
-def is_supported(layer: nn.Module) -> bool:
+def is_supported(layer: Layer) -> bool:
     """Whether layers of this type can be adapted."""
     _register_known()
     return weight.dispatch(type(layer)) is not weight.dispatch(object)
@@ -102,6 +183,8 @@ def plain_write(layer: nn.Linear, matrix: Tensor) -> None:
 @update.register
 def linear_update(layer: nn.Linear, x: Tensor, y: Tensor, adapter: Adapts, target: str, untouched: bool) -> Tensor:
     """y (..., out) + x (..., in) dW^T."""
+    if x.is_nested:  # an nn.TransformerEncoder in eval mode packs padded sequences so, and they have no one shape
+        return y + functional.linear(adapter.drop(x), adapter.current(target).to(y.dtype))
     return adapter(x, target, y, layer.weight if untouched and _is_plain_linear(layer, x, y) else None)
 
 
@@ -158,6 +241,26 @@ def transposed_update(layer: Any, x: Tensor, y: Tensor, adapter: Adapts, target:
     return adapter(x, target, y)
 
 
+@weight.register
+def projection_weight(layer: Projection) -> Tensor:
+    """The rows of the attention's parameter, a view."""
+    k, count = layer.block
+    return layer.parameter.chunk(count)[k]
+
+
+@write.register
+def projection_write(layer: Projection, matrix: Tensor) -> None:
+    """The other rows stay as they are."""
+    weight(layer).copy_(matrix)
+
+
+@stored.register
+def projection_stored(layer: Projection, name: str) -> dict[str, Tensor] | None:
+    """The attention's one parameter."""
+    home = name if layer.part == "out_proj" else name.rpartition(".")[0]
+    return None if layer.is_computed else {f"{home}.{layer.place[1]}".lstrip("."): layer.parameter}
+
+
 def _register_known() -> None:
     """Register layer types of libraries that are already imported; importing them is the user's choice."""
     module = sys.modules.get("transformers.pytorch_utils")
@@ -167,7 +270,7 @@ def _register_known() -> None:
         update.register(module.Conv1D, transposed_update)
 
 
-def add_to_weight(layer: nn.Module, delta: Tensor) -> None:
+def add_to_weight(layer: Layer, delta: Tensor) -> None:
     """Add dW (out, in) to the layer's weight in place, rounding once to the weight's dtype."""
     with torch.no_grad():
         write(layer, weight(layer).to(delta.dtype) + delta)

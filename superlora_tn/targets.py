@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from superlora_tn import layers
 from superlora_tn.adapter import Adapter
+from superlora_tn.layers import PARTS, Layer, Projection
 
 Targets = str | Sequence[str]
 
@@ -26,20 +27,35 @@ def near(given: str, names: Sequence[str] | Mapping[str, Any]) -> str:
     return f"near names are {', '.join(repr(c) for c in close)}" if close else "the model has no layer to adapt"
 
 
+def named_layers(model: nn.Module) -> dict[str, Layer]:
+    """The modules of a model by name, and behind each `nn.MultiheadAttention` its projections."""
+    known: dict[str, Layer] = {}
+    for name, module in model.named_modules():
+        if name and not isinstance(module, Adapter):
+            known.setdefault(name, module)
+        if isinstance(module, nn.MultiheadAttention):
+            for part in PARTS:
+                known[f"{name}.{part}".lstrip(".")] = Projection(module, part)
+    return known
+
+
 def match(model: nn.Module, targets: Targets, exclude: Targets = (), only_layers: Sequence[int] | None = None) -> list[str]:
     """Names of the modules that `targets` names, in the model's order, by PEFT's rules.
 
+    The projections of an `nn.MultiheadAttention` named ``attn`` are ``attn.q_proj``, ``attn.k_proj``, ``attn.v_proj`` and
+    ``attn.out_proj``.
+
     Args:
         model: the model.
-        targets: a regular expression for the whole name, ``"all-linear"`` for every linear layer, or a list of
-            exact names and of endings behind a dot.
+        targets: a regular expression for the whole name, ``"all-linear"`` for every module that is a linear layer (of an
+            `nn.MultiheadAttention` its out_proj alone), or a list of exact names and of endings behind a dot.
         exclude: the same, to leave out; it goes first.
         only_layers: keep names whose first number is one of these.
 
     Raises:
         AttachError: an entry that matches nothing, or a module that cannot be adapted.
     """
-    known = {name: module for name, module in model.named_modules() if name and not isinstance(module, Adapter)}
+    known = named_layers(model)
     adaptable = [name for name, module in known.items() if layers.is_supported(module)]
     out = set(_named(exclude, known, adaptable)) if exclude else set()
     found = [name for name in _named(targets, known, adaptable) if name not in out]
@@ -52,9 +68,9 @@ def match(model: nn.Module, targets: Targets, exclude: Targets = (), only_layers
     return found
 
 
-def _named(targets: Targets, known: Mapping[str, nn.Module], adaptable: list[str]) -> list[str]:
+def _named(targets: Targets, known: Mapping[str, Layer], adaptable: list[str]) -> list[str]:
     if targets == "all-linear":
-        return [n for n in adaptable if isinstance(known[n], nn.Linear) or type(known[n]).__name__ == "Conv1D"]
+        return [n for n in adaptable if _is_linear(known[n])]
     if isinstance(targets, str):
         try:
             pattern = re.compile(targets)
@@ -75,16 +91,53 @@ def _named(targets: Targets, known: Mapping[str, nn.Module], adaptable: list[str
     return [n for n in known if n in set(found)]
 
 
-def check_target(name: str, known: Mapping[str, nn.Module]) -> None:
-    """Raise unless the named module can be adapted."""
-    if not layers.is_supported(known[name]):
+def _is_linear(layer: Layer) -> bool:
+    if isinstance(layer, Projection):
+        return layer.part == "out_proj"
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+
+
+def check_target(name: str, known: Mapping[str, Layer]) -> None:
+    """Raise unless the named layer can be adapted."""
+    layer = known[name]
+    if not layers.is_supported(layer):
+        inside = f"its {', '.join(PARTS)}" if isinstance(layer, nn.MultiheadAttention) else "the layers inside it"
         raise AttachError(
-            f"'{name}' is a {type(known[name]).__name__}, which cannot be adapted; "
-            f"supported are {', '.join(layers.supported())}. Name the layers inside it."
+            f"'{name}' is a {type(layer).__name__}, which cannot be adapted; "
+            f"supported are {', '.join(layers.supported())}. Name {inside}."
         )
-    parent = known.get(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
+    if not isinstance(layer, Projection):
+        return
+    if layer.is_computed:
         raise AttachError(
-            f"'{name}' belongs to nn.MultiheadAttention, which uses its weight without calling it, so an adapter there "
-            "would be ignored. Leave it out (exclude=['out_proj']), or use an attention with separate projections."
+            f"the weight of '{name}' is computed from others (weight_norm, parametrize), and nn.MultiheadAttention would "
+            "not see an adapter there; bake that in first."
         )
+    if type(layer.attention).forward is not nn.MultiheadAttention.forward:
+        raise AttachError(
+            f"'{name}' belongs to a {type(layer.attention).__name__}, which has a forward of its own, so an adapter there "
+            "might be ignored. Leave it out (exclude=), or use nn.MultiheadAttention."
+        )
+
+
+def check_mergeable(model: nn.Module, targets: Mapping[str, Layer]) -> None:
+    """Raise where writing to a weight would not do what it says.
+
+    A weight that another module uses too would change there; one that is computed anew would lose the change.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(_memory(parameter), []).append(f"{name}.{own}".lstrip("."))
+    for name, layer in targets.items():
+        stored = layers.stored(layer, name)
+        if stored is None:
+            raise AttachError(f"the weight of '{name}' is computed from others (weight_norm, parametrize); bake that in first.")
+        shared = [other for own, parameter in stored.items() for other in owners[_memory(parameter)] if other != own]
+        if shared:
+            raise AttachError(f"the weight of '{name}' is shared with '{shared[0]}', which merging would change too.")
+
+
+def _memory(parameter: Tensor) -> int:
+    """What tells parameters apart that share memory; the meta device has none."""
+    return parameter.untyped_storage().data_ptr() or id(parameter)

@@ -472,10 +472,11 @@ def test_a_base_of_other_layers_raises(folder: Path) -> None:
 
 
 def test_an_attention_that_would_ignore_the_adapter_raises(tmp_path: Path) -> None:
-    """The adapter was trained on a plain Linear named as nn.MultiheadAttention names its own."""
+    """The adapter was trained on a plain Linear of the name that a computed weight of an attention has."""
     source = nn.ModuleDict({"attn": nn.ModuleDict({"out_proj": nn.Linear(DIM, DIM)})})
     sl.attach(source, sl.lora(2), ["out_proj"]).save(tmp_path)
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(DIM, 3)})
+    nn.utils.parametrizations.weight_norm(model["attn"].out_proj)
     before = snapshot(model)
     with pytest.raises((sl.CheckpointError, sl.AttachError), match="MultiheadAttention"):
         sl.load(model, tmp_path)

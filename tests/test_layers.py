@@ -153,17 +153,6 @@ def test_other_layers_raise_and_name_the_supported_ones(layer: nn.Module, kind: 
     assert not layers.is_supported(layer)
 
 
-@pytest.mark.parametrize("targets", [["out_proj"], "all-linear", r".*out_proj"])
-def test_an_attentions_out_proj_raises(targets: object) -> None:
-    model = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "other": nn.Linear(4, 4)})
-    with pytest.raises(sl.AttachError) as caught:
-        sl.attach(model, sl.lora(2), targets)
-    for word in ("'attn.out_proj' belongs to nn.MultiheadAttention", "would be ignored", "separate projections"):
-        assert word in str(caught.value)
-    tuned = sl.attach(model, sl.lora(2), "all-linear", exclude=["out_proj"])
-    assert list(tuned.targets) == ["other"]
-
-
 def test_a_new_layer_type_registers_three_functions() -> None:
     class Scale(nn.Module):
         """A layer of our own: its matrix is kept transposed."""
