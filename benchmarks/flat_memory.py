@@ -39,6 +39,8 @@ def main() -> None:
         ("dense", dense()),
         ("lorta r=5 M=3 G=12", adapted(sl.lorta(5, 3, 12))),
         ("lorta r=8 M=3 G=1", adapted(sl.lorta(8, 3, 1))),
+        ("lorta r=5 M=3 G=12, recomputed", adapted(sl.lorta(5, 3, 12), recompute=True)),
+        ("lorta r=8 M=3 G=1, recomputed", adapted(sl.lorta(8, 3, 1), recompute=True)),
         ("lotr r=8", adapted(sl.lotr(8))),
     ):
         step, state = peak(model)

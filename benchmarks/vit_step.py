@@ -28,10 +28,10 @@ def base() -> nn.Module:
     return ViTModel(ViTConfig(), add_pooling_layer=False)
 
 
-def adapted(spec: sl.AdapterSpec) -> nn.Module:
+def adapted(spec: sl.AdapterSpec, **options: bool) -> nn.Module:
     """With one of our adapters."""
     model = base()
-    randomise(sl.attach(model, spec, TARGETS))
+    randomise(sl.attach(model, spec, TARGETS, **options))
     return model
 
 
@@ -114,6 +114,7 @@ def main() -> None:
         "dense": dense(),
         "flat_lorta": adapted(sl.lorta(5, 3, 12)),
         "flat_lorta_1_group": adapted(sl.lorta(8, 3, 1)),
+        "flat_lorta_recomputed": adapted(sl.lorta(5, 3, 12), recompute=True),
         "rebuild": rebuild(),
     }
     pixels = torch.randn(BATCH, 3, 224, 224, device=args.device)

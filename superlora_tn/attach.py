@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from superlora_tn import layers
-from superlora_tn.adapter import Adapter, FlatAdapter, make_adapter
+from superlora_tn.adapter import make_adapter
+from superlora_tn.base import Adapter
 from superlora_tn.budget import Budget
 from superlora_tn.checkpoint import CheckpointError, read, tensor_name, write
 from superlora_tn.describe import summary
 from superlora_tn.execute import DEFAULT
+from superlora_tn.flat import FlatAdapter
 from superlora_tn.fold import Shape
 from superlora_tn.hooks import AttentionHook, ReleaseHook, RevealHook, ShareHook, UpdateHook
 from superlora_tn.layers import Layer, Projection
@@ -231,6 +233,7 @@ def attach(
     route: Route | None = None,
     backend: str = DEFAULT,
     optimize: Optimizer = "dp",
+    recompute: bool = False,
     seed: int | None = None,
 ) -> Tuned:
     """Attach an adapter to a model: freezes it, and leaves only the adapter's parameters trainable.
@@ -244,6 +247,7 @@ def attach(
         route: force "apply" or "delta"; None takes the cheaper one, call by call.
         backend: the backend's name.
         optimize: "dp" or any opt_einsum optimizer.
+        recompute: on linear layers, a flat fold builds each weight's dW in forward and again in backward and keeps none.
         seed: of the adapter's first values; None draws from torch's generator.
 
     Returns:
@@ -259,7 +263,7 @@ def attach(
     if isinstance(spec, Budget):
         known = named_layers(model)
         spec = spec.choose(_shapes({n: known[n] for n in names})).spec
-    return _attach(model, spec, names, name, dtype, route, backend, optimize, seed)
+    return _attach(model, spec, names, name, dtype, route, backend, optimize, seed, recompute)
 
 
 def _attach(
@@ -272,6 +276,7 @@ def _attach(
     backend: str,
     optimize: Optimizer,
     seed: int | None,
+    recompute: bool = False,
 ) -> Tuned:
     """Everything that can fail comes before the first change of the model."""
     if not isinstance(name, str) or not name.isidentifier():
@@ -295,19 +300,8 @@ def _attach(
     adapters = []
     for group, graph in spec.lay_out(_shapes(targets)):
         device = layers.weight(targets[next(iter(group.members))]).device
-        adapters.append(
-            make_adapter(
-                spec,
-                group,
-                graph,
-                dtype=dtype,
-                device=device,
-                generator=generator,
-                backend=backend,
-                route=route,
-                optimize=optimize,
-            )
-        )
+        made = make_adapter(spec, group, graph, dtype, device, generator, backend, route, optimize, recompute)
+        adapters.append(made)
     tuned = Tuned(spec, adapters, targets)
     kept = {id(p) for other in others for p in other.parameters()}
     tuned._frozen = [(p, p.requires_grad) for p in model.parameters() if id(p) not in kept]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from superlora_tn.adapter import Adapter
+from superlora_tn.base import Adapter
 from superlora_tn.fold import FlatGroup, split_name
 from superlora_tn.plan import choose, table
 

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property, lru_cache, singledispatch
 from itertools import pairwise
 
@@ -122,6 +123,26 @@ class Graph:
                 position = position * self.size[index] + values[index]
             chosen.append(position)
         return tuple(chosen)
+
+    def rows_of(self, node: GraphNode, low: int, high: int) -> tuple[slice, ...]:
+        """The index expression that cuts a node to the values `low .. high` of the slowest flat index."""
+        slowest = self.open("flat")[:1]
+        cut = [slice(None)] * len(node.axes)
+        for k, axis in enumerate(node.axes):
+            if axis and axis[:1] == slowest:
+                unit = node.shape[k] // self.size[axis[0]]
+                cut[k] = slice(low * unit, high * unit)
+        return tuple(cut)
+
+    def narrowed(self, index: str, size: int) -> Graph:
+        """The graph with fewer values of an index that is the slowest wherever it stands."""
+        ratio = Fraction(size, self.size[index])
+        nodes = tuple(
+            replace(n, shape=tuple(int(s * ratio) if index in a else s for s, a in zip(n.shape, n.axes, strict=True)))
+            for n in self.nodes
+        )
+        modes = tuple((replace(m, size=int(m.size * ratio)) if index in i else m, i) for m, i in self.modes)
+        return Graph(nodes, tuple((i, size if i == index else s) for i, s in self.sizes), modes)
 
     def equation(self, fixed: bool = False) -> str:
         """The network in words, e.g. ``out r, r in -> out in``."""

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
 from superlora_tn import layers
-from superlora_tn.adapter import Adapter, FlatAdapter
+from superlora_tn.base import Adapter
 from superlora_tn.eager import is_eager
+from superlora_tn.flat import FlatAdapter
 from superlora_tn.layers import Projection
 
 

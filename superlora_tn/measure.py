@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from superlora_tn.adapter import Adapter, make_adapter
+from superlora_tn.adapter import make_adapter
+from superlora_tn.base import Adapter
 from superlora_tn.fold import Shape
 from superlora_tn.plan import Optimizer, PlanError, Route, choose
 from superlora_tn.spec import AdapterSpec

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from superlora_tn import layers
-from superlora_tn.adapter import Adapter
+from superlora_tn.base import Adapter
 from superlora_tn.layers import PARTS, Layer, Projection
 
 Targets = str | Sequence[str]

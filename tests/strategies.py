@@ -12,7 +12,8 @@ import oracle
 import torch
 from hypothesis import strategies as st
 
-from superlora_tn.adapter import Adapter, make_adapter
+from superlora_tn.adapter import make_adapter
+from superlora_tn.base import Adapter
 from superlora_tn.fold import FlatFold, FlatGroup, Group, PhysicalFold
 from superlora_tn.graph import Graph, lower_group
 from superlora_tn.maps import Fastfood, Shuffle

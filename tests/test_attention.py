@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import superlora_tn as sl
-from superlora_tn.adapter import FlatAdapter
+from superlora_tn.flat import FlatAdapter
 
 E, HEADS = 8, 2
 PARTS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -309,8 +309,8 @@ def test_checkpointed_gradients_are_the_plain_ones(spec: sl.AdapterSpec, reentra
 def test_flat_folds_build_dw_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model, built = encoder(layers=3), []
     adapted(model, sl.lorta(2), PARTS)
-    pieces = FlatAdapter._pieces
-    monkeypatch.setattr(FlatAdapter, "_pieces", lambda self, groups: built.append(groups) or pieces(self, groups))
+    elements = FlatAdapter._elements
+    monkeypatch.setattr(FlatAdapter, "_elements", lambda self, *given: built.append(1) or elements(self, *given))
     model(noise(2, 4, E, dtype=torch.float64)).sum().backward()
     assert len(built) == 1
 

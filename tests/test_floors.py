@@ -23,6 +23,8 @@ FLOORS = [
     ["spec", "plan"],
     ["budget"],
     ["variants", "execute", "projection", "initialise"],
+    ["base"],
+    ["physical", "flat"],
     ["adapter"],
     ["layers"],
     ["checkpoint", "targets", "hooks", "describe", "measure"],

@@ -266,7 +266,7 @@ def test_second_derivatives_exist() -> None:
 
 @pytest.mark.parametrize("make", [lambda: nn.Conv2d(3, 4, 3), lambda: nn.Linear(3, 4)], ids=["convolutions", "linear layers"])
 def test_layers_of_a_flat_fold_build_dw_once_a_pass(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    from superlora_tn.adapter import FlatAdapter
+    from superlora_tn.flat import FlatAdapter
 
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -278,7 +278,7 @@ def test_layers_of_a_flat_fold_build_dw_once_a_pass(make: Callable[[], nn.Module
 
     model, built = Two(), []
     sl.attach(model, sl.lorta(2), ["a", "b"], seed=0)
-    pieces = FlatAdapter._pieces
-    monkeypatch.setattr(FlatAdapter, "_pieces", lambda self, groups: built.append(groups) or pieces(self, groups))
+    elements = FlatAdapter._elements
+    monkeypatch.setattr(FlatAdapter, "_elements", lambda self, *given: built.append(1) or elements(self, *given))
     model(torch.randn(2, 3, 5, 5) if isinstance(model.a, nn.Conv2d) else torch.randn(2, 3)).sum().backward()
     assert len(built) == 1

@@ -8,7 +8,8 @@ from hypothesis import given
 from strategies import SHAPES, Case, cases, node_tensors
 from test_equals_dense import VARIANTS
 
-from superlora_tn.adapter import Adapter, make_adapter
+from superlora_tn.adapter import make_adapter
+from superlora_tn.base import Adapter
 from superlora_tn.fold import FlatFold, PhysicalFold
 from superlora_tn.nodes import CP, Dense, Hadamard, Kronecker, Network, Node, SpecError
 from superlora_tn.spec import AdapterSpec

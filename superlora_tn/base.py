@@ -1,0 +1,103 @@
+"""What the adapters of all folds share: one torch module a group of weights, holding the nodes' tensors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from superlora_tn.execute import compiled
+from superlora_tn.fold import Group, Mode, Shape
+from superlora_tn.graph import Graph, lower
+from superlora_tn.initialise import first_values
+from superlora_tn.nodes import Dense
+from superlora_tn.plan import Optimizer, Route, make_plan
+from superlora_tn.spec import AdapterSpec
+from superlora_tn.steps import Device
+
+# Plans are made for these numbers of tokens; a call takes the plan of the largest that is not above its own.
+TOKEN_STEPS = (1, 32, 256, 2048, 16384)
+NOMINAL_TOKENS = 1024
+Run = Callable[..., Tensor]
+
+
+class Adapter(nn.Module, ABC):
+    """The trainable network of one group of weights.
+
+    Its parameters and frozen buffers are named ``node_<name>``, in graph order.
+
+    Attributes:
+        active: False switches the adapter off (it is disabled, or merged).
+    """
+
+    def __init__(
+        self,
+        spec: AdapterSpec,
+        group: Group,
+        graph: Graph,
+        backend: str,
+        route: Route | None,
+        optimize: Optimizer,
+        profile: Device,
+    ) -> None:
+        super().__init__()
+        self.spec, self.group, self.graph = spec, group, graph
+        self.backend, self.optimize, self.profile = backend, optimize, profile
+        self.scale = spec.scale
+        self.active = True
+        self.route = route
+        self._names = tuple(f"node_{n.name}" for n in graph.nodes)
+
+    def fill(self, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None) -> None:
+        """Make the nodes' tensors with their first values; on the meta device only their shapes."""
+        meta = device.type == "meta"
+        values = None if meta else first_values(self.graph, self.fan_in, generator)
+        for k, (name, node) in enumerate(zip(self._names, self.graph.nodes, strict=True)):
+            tensor = torch.empty(node.shape, device="meta") if values is None else values[k]
+            tensor = tensor.to(dtype=dtype, device=device)
+            if node.trainable:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+    @property
+    @abstractmethod
+    def fan_in(self) -> int:
+        """Length of the rows of the members (the longest, where they differ)."""
+
+    def tensors(self) -> list[Tensor]:
+        """The nodes' tensors in graph order."""
+        # The module's own tables, since getattr and get_parameter cost more than a small matmul.
+        parameters, buffers = self._parameters, self._buffers
+        return [parameters[name] if name in parameters else buffers[name] for name in self._names]  # type: ignore[misc]
+
+    @abstractmethod
+    def delta(self, target: str) -> Tensor:
+        """dW of a target, scale included, shape (out, in), in the parameters' dtype."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, target: str, out: Tensor, base: Tensor | None = None) -> Tensor:
+        """``out + x dW^T`` for a target, in out's dtype.
+
+        Args:
+            x: (..., in).
+            target: which member.
+            out: (..., out).
+            base: W, where out is the untouched output ``x W^T + b`` of a frozen linear layer: then out is written to.
+        """
+
+    def current(self, target: str) -> Tensor:
+        """dW of a target for a layer of this forward pass; a flat fold has built it already."""
+        return self.delta(target)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout of the adapter's input, while training."""
+        return functional.dropout(x, self.spec.dropout, self.training) if self.spec.dropout else x
+
+    def _dense(self, shape: Shape) -> Run:
+        """The delta route's last part: dW as the one node of a dense network, with x."""
+        modes = (Mode("out", shape[0], "out"), Mode("in", shape[1], "in"))
+        return compiled(make_plan(lower(Dense(), modes), "apply", TOKEN_STEPS[-1], self.profile, self.optimize), self.backend)

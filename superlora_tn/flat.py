@@ -1,0 +1,232 @@
+"""The adapter of a flat fold: one long vector in groups, of which each weight is a slice. Delta route only.
+
+Three ways to dW. `share` builds all of it once a pass of the model. `delta` builds one weight's slice alone: where nothing
+is projected, the slowest mode's factors are cut to the rows that the slice needs. With `recompute`, each layer builds its
+slice when it runs, keeps nothing of it, and builds it again in backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from superlora_tn.base import Adapter, Run
+from superlora_tn.eager import is_eager
+from superlora_tn.execute import compiled
+from superlora_tn.fold import FlatGroup
+from superlora_tn.nodes import SpecError
+from superlora_tn.plan import make_plan
+from superlora_tn.projection import fixed_map
+
+
+@dataclass(frozen=True)
+class _Slab:
+    """Elements of a run of groups: whole ones, or rows (values of the slowest index) of one.
+
+    Attributes:
+        groups: first and last (not included).
+        select: for each node the index expression that cuts it.
+        run: contracts the cut nodes.
+        skip, count: which elements of the rows are meant.
+    """
+
+    groups: tuple[int, int]
+    select: tuple[tuple[int | slice, ...], ...]
+    run: Run
+    skip: int
+    count: int
+
+
+class FlatAdapter(Adapter):
+    """The adapter of a flat fold: groups are runs of one long vector, and a weight is a slice of it.
+
+    Attributes:
+        recompute: whether backward builds dW again, in place of keeping it.
+    """
+
+    group: FlatGroup
+
+    def __init__(self, *arguments: Any, recompute: bool = False) -> None:
+        super().__init__(*arguments)
+        if self.route == "apply":
+            raise SpecError("a flat fold has no apply route: its modes are not the weight's in and out. Leave route=None.")
+        self.recompute = recompute
+        self.map = fixed_map(self.spec.projection, self.group.inner, self.group.length)
+        self._multiply = {target: self._dense((d_out, d_in)) for target, (_, d_out, d_in) in self.group.members.items()}
+        members = self.group.members
+        self._slabs = {target: self._cut(start, start + d_out * d_in) for target, (start, d_out, d_in) in members.items()}
+        (self._all,) = self._cut(0, self.group.total)
+        self._shared: dict[str, Tensor] = {}
+        self._stamp: list[tuple[int, int]] = []
+        self._detached = False
+
+    @property
+    def fan_in(self) -> int:
+        """The members' largest in."""
+        return max(d_in for _, _, d_in in self.group.members.values())
+
+    def _cut(self, start: int, end: int) -> tuple[_Slab, ...]:
+        """The slabs that the elements `start .. end` lie in: a part of a group, whole groups, a part of a group."""
+        runs: list[tuple[int, int, int, int]] = []  # groups from .. to, and elements from .. to in them
+        for g in range(self.group.groups):
+            first, last = self.group.start(g), self.group.start(g + 1)
+            if first >= end or last <= start:
+                continue
+            begin, stop = max(start - first, 0), min(end, last) - first
+            before = runs[-1] if runs else (g, g, 0, 0)
+            if before[2] == begin == 0 and stop == last - first and before[3] == first - self.group.start(before[0]):
+                runs[-1:] = [(before[0], g + 1, 0, before[3] + stop)]
+            else:
+                runs.append((g, g + 1, begin, stop))
+        return tuple(self._slab(*run) for run in runs)
+
+    def _slab(self, first: int, last: int, begin: int, stop: int) -> _Slab:
+        """Elements `begin .. stop` of the groups `first .. last`."""
+        flat, graph, groups = self.graph.open("flat"), self.graph, last - first
+        row = math.prod(graph.size[i] for i in flat[1:])
+        low, high = begin // row, -(-stop // row)
+        # A projection mixes all elements of a group, so it needs them all.
+        if groups > 1 or self.map is not None or not flat:
+            low, high = 0, graph.size[flat[0]] if flat else 1
+        elif high - low < graph.size[flat[0]]:
+            graph = graph.narrowed(flat[0], high - low)
+        if 1 < groups < self.group.groups:
+            graph = graph.narrowed(graph.open("member")[0], groups)
+        run = compiled(make_plan(graph, "delta", 1, self.profile, self.optimize, fixed=groups == 1), self.backend)
+        select: list[tuple[int | slice, ...]] = [self.graph.rows_of(node, low, high) for node in self.graph.nodes]
+        if self.group.groups > 1:
+            select = [(first if groups == 1 else slice(first, last), *rows[1:]) for rows in select]
+        return _Slab((first, last), tuple(select), run, begin - low * row, stop - begin)
+
+    def _elements(self, slab: _Slab, nodes: Sequence[Tensor]) -> Tensor:
+        """The elements of a slab, scale included, as a vector."""
+        (first, last), inner = slab.groups, self.group.inner
+        cut = [tensor[select] for tensor, select in zip(nodes, slab.select, strict=True)]
+        # A map may be nonlinear, so the scale waits until after it.
+        rows = slab.run(*cut, alpha=1.0 if self.map is not None else self.scale).reshape(last - first, -1)
+        if self.map is not None:
+            rows = self.map(rows[:, :inner]) * self.scale
+        if last - first == 1:
+            return rows[0, slab.skip : slab.skip + slab.count]
+        lengths = [self.group.start(g + 1) - self.group.start(g) for g in range(first, last)]
+        longer, length = lengths.count(self.group.length), self.group.length
+        if longer == len(lengths):
+            return rows[:, :length].reshape(-1)
+        return torch.cat([rows[:longer, :length].reshape(-1), rows[longer:, : length - 1].reshape(-1)])
+
+    def _slice(self, target: str, nodes: Sequence[Tensor]) -> Tensor:
+        """dW of a target from its own slabs."""
+        pieces = [self._elements(slab, nodes) for slab in self._slabs[target]]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(self.group.members[target][1:])
+
+    def delta(self, target: str) -> Tensor:
+        """dW of a target, scale included, shape (out, in): cut from the groups it lies in."""
+        return self._slice(target, self.tensors())
+
+    def share(self) -> None:
+        """Build dW of all members at once, for the forward pass of the model that follows.
+
+        The members' layers take it from here until its gradient has come back, or the next pass builds anew.
+        """
+        if self.recompute:
+            return
+        flat = self._elements(self._all, self.tensors())
+        members = self.group.members
+        pieces = torch.split(flat, [d_out * d_in for _, d_out, d_in in members.values()])
+        shapes = [shape[1:] for shape in members.values()]
+        self._shared = {t: p.reshape(s) for t, p, s in zip(members, pieces, shapes, strict=True)}
+        self._stamp, self._detached = self._state(), False
+        if flat.requires_grad:
+            flat.register_hook(lambda _: self.release())  # type: ignore[no-untyped-call]
+
+    def _state(self) -> list[tuple[int, int]]:
+        """What the shared dW was made from: the tensors and how often each was written."""
+        return [(id(tensor), tensor._version) for tensor in self.tensors()]
+
+    def release(self) -> None:
+        """Forget the shared dW."""
+        self._shared = {}
+
+    def current(self, target: str) -> Tensor:
+        """dW of a target: the shared one, where this pass built it and may differentiate through it.
+
+        Re-entrant checkpointing runs a block first without gradients and again, alone, during backward. Its second
+        run may not share a graph with other blocks, so it builds dW for itself.
+        """
+        shared = self._shared.get(target)
+        if shared is None or not is_eager() or self._stamp != self._state():
+            return self.delta(target)
+        if not torch.is_grad_enabled():
+            self._detached = shared.requires_grad
+            return shared.detach()
+        return self.delta(target) if self._detached else shared
+
+    def forward(self, x: Tensor, target: str, out: Tensor, base: Tensor | None = None) -> Tensor:
+        """See `Adapter.forward`."""
+        x = x if x.dtype == out.dtype else x.to(out.dtype)
+        if self.spec.dropout:
+            x, base = self.drop(x), None
+        if self.recompute and is_eager() and torch.is_grad_enabled():
+            given = None if base is None else out.detach()
+            update = cast(Tensor, _apply(_Recomputed, self, target, out.dtype, base, given, x, *self.tensors()))
+            return out + update if base is None else update
+        return self._multiply[target](x, self.current(target).to(out.dtype), out=out, base=base)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Shared tensors belong to one pass and are neither copied nor pickled."""
+        return {**self.__dict__, "_shared": {}}
+
+
+def _apply(function: Any, *arguments: Any) -> Any:
+    return function.apply(*arguments)
+
+
+class _Recomputed(torch.autograd.Function):
+    """``x dW^T`` that keeps x and the nodes alone; with `out`, a frozen layer's output, added to it in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        adapter: FlatAdapter,
+        target: str,
+        dtype: torch.dtype,
+        base: Tensor | None,
+        out: Tensor | None,
+        x: Tensor,
+        *nodes: Tensor,
+    ) -> Tensor:
+        delta = adapter._slice(target, nodes).to(dtype)
+        ctx.adapter, ctx.target, ctx.dtype, ctx.fused = adapter, target, dtype, base is not None
+        ctx.save_for_backward(x, *nodes, *([] if base is None else [base]))
+        if out is None:
+            return adapter._multiply[target](x, delta)
+        ctx.mark_dirty(out)
+        return adapter._multiply[target](x, delta, out=out, base=base)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # once: checkpointing unpacks it for a single reading
+        x, nodes, again = saved[0], saved[1 : len(saved) - ctx.fused], torch.is_grad_enabled()
+        wanted = ctx.needs_input_grad[5:]
+        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+            if not again:
+                nodes = tuple(n.detach().requires_grad_(want) for n, want in zip(nodes, wanted[1:], strict=True))
+            delta = ctx.adapter._slice(ctx.target, nodes).to(ctx.dtype)
+            with torch.set_grad_enabled(again):
+                dense = delta if again else delta.detach()
+                through = None
+                if wanted[0] and again:
+                    through = grad @ (dense + saved[-1] if ctx.fused else dense)
+                elif wanted[0]:
+                    through = grad @ (saved[-1] if ctx.fused else dense)
+                    if ctx.fused:
+                        through.flatten(0, -2).addmm_(grad.flatten(0, -2), dense)
+                outer = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+            inputs = [n for n, want in zip(nodes, wanted[1:], strict=True) if want]
+            found = iter(torch.autograd.grad(delta, inputs, outer, create_graph=again) if inputs else ())
+        return (None, None, None, None, None, through, *(next(found) if want else None for want in wanted[1:]))
