@@ -21,9 +21,8 @@ from superlora_tn.budget import Budget
 from superlora_tn.checkpoint import CheckpointError, read, tensor_name, write
 from superlora_tn.describe import summary
 from superlora_tn.execute import DEFAULT
-from superlora_tn.flat import FlatAdapter
 from superlora_tn.fold import Shape
-from superlora_tn.hooks import AttentionHook, ReleaseHook, RevealHook, ShareHook, UpdateHook
+from superlora_tn.hooks import AttentionHook, BeginHook, EndHook, RevealHook, UpdateHook
 from superlora_tn.layers import Layer, Projection
 from superlora_tn.plan import Optimizer, Route, RouteChoice, choose
 from superlora_tn.spec import AdapterSpec
@@ -316,8 +315,8 @@ def _attach(
 def _hook(model: nn.Module, tuned: Tuned) -> list[Any]:
     """Register the hooks of an adapter; returns their handles."""
     handles: list[Any] = []
-    if flat := [a for a in tuned._adapters() if isinstance(a, FlatAdapter)]:
-        handles += [model.register_forward_pre_hook(ShareHook(flat)), model.register_forward_hook(ReleaseHook(flat))]
+    if sharing := [a for a in tuned._adapters() if a.shares]:
+        handles += [model.register_forward_pre_hook(BeginHook(sharing)), model.register_forward_hook(EndHook(sharing))]
     inside: dict[nn.MultiheadAttention, dict[str, tuple[Projection, Adapter]]] = {}
     for target, layer in tuned._layers.items():
         adapter = tuned._adapter_of(target)

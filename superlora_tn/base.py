@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from superlora_tn.eager import is_eager
 from superlora_tn.execute import compiled
 from superlora_tn.fold import Group, Mode, Shape
 from superlora_tn.graph import Graph, lower
@@ -22,6 +24,60 @@ from superlora_tn.steps import Device
 TOKEN_STEPS = (1, 32, 256, 2048, 16384)
 NOMINAL_TOKENS = 1024
 Run = Callable[..., Tensor]
+
+
+class Kept:
+    """Tensors made from an adapter's nodes, for one pass of the model: its layers take them from here.
+
+    They hold while the nodes are unchanged and until their gradient has come back; without gradients, until then or the
+    next pass. They belong to one pass and are neither copied nor pickled.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[Any, Tensor] = {}
+        self._made_from: list[tuple[int, int]] = []
+        self._detached = False
+
+    def keep(self, tensors: Mapping[Any, Tensor], nodes: Sequence[Tensor], through: Sequence[Tensor]) -> None:
+        """Keep tensors made from the nodes; the gradients of the tensors `through` end their time."""
+        self._tensors, self._made_from, self._detached = dict(tensors), state(nodes), False
+        for tensor in through:
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _: self.drop())  # type: ignore[no-untyped-call]
+
+    def drop(self) -> None:
+        """Forget them."""
+        self._tensors = {}
+
+    def holds(self, nodes: Sequence[Tensor]) -> bool:
+        """Whether tensors without gradients are here that the nodes, as they are now, would give again."""
+        kept = self._tensors.values()
+        return bool(kept) and not any(t.requires_grad for t in kept) and self._made_from == state(nodes)
+
+    def get(self, key: Any, nodes: Sequence[Tensor]) -> Tensor | None:
+        """A tensor, where this pass made it and may differentiate through it.
+
+        Re-entrant checkpointing runs a block first without gradients and again, alone, during backward. Its second
+        run may not share a graph with other blocks, so it gets nothing from here.
+        """
+        tensor = self._tensors.get(key)
+        if tensor is None or not is_eager() or self._made_from != state(nodes):
+            return None
+        if not torch.is_grad_enabled():
+            self._detached = tensor.requires_grad
+            return tensor.detach()
+        return None if self._detached else tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+
+def state(nodes: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Which tensors these are, and how often each was written."""
+    return [(id(tensor), tensor._version) for tensor in nodes]
 
 
 class Adapter(nn.Module, ABC):
@@ -92,6 +148,17 @@ class Adapter(nn.Module, ABC):
     def current(self, target: str) -> Tensor:
         """dW of a target for a layer of this forward pass; a flat fold has built it already."""
         return self.delta(target)
+
+    @property
+    def shares(self) -> bool:
+        """Whether `begin` and `end` have anything to do."""
+        return False
+
+    def begin(self) -> None:
+        """The model's forward pass begins: make what its layers will share."""
+
+    def end(self) -> None:
+        """The model's forward pass is over."""
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout of the adapter's input, while training."""

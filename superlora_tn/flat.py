@@ -1,6 +1,6 @@
 """The adapter of a flat fold: one long vector in groups, of which each weight is a slice. Delta route only.
 
-Three ways to dW. `share` builds all of it once a pass of the model. `delta` builds one weight's slice alone: where nothing
+Three ways to dW. `begin` builds all of it once a pass of the model. `delta` builds one weight's slice alone: where nothing
 is projected, the slowest mode's factors are cut to the rows that the slice needs. With `recompute`, each layer builds its
 slice when it runs, keeps nothing of it, and builds it again in backward.
 """
@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from superlora_tn.base import Adapter, Run
+from superlora_tn.base import Adapter, Kept, Run
 from superlora_tn.eager import is_eager
 from superlora_tn.execute import compiled
 from superlora_tn.fold import FlatGroup
@@ -61,9 +61,7 @@ class FlatAdapter(Adapter):
         members = self.group.members
         self._slabs = {target: self._cut(start, start + d_out * d_in) for target, (start, d_out, d_in) in members.items()}
         (self._all,) = self._cut(0, self.group.total)
-        self._shared: dict[str, Tensor] = {}
-        self._stamp: list[tuple[int, int]] = []
-        self._detached = False
+        self._kept = Kept()
 
     @property
     def fan_in(self) -> int:
@@ -128,43 +126,34 @@ class FlatAdapter(Adapter):
         """dW of a target, scale included, shape (out, in): cut from the groups it lies in."""
         return self._slice(target, self.tensors())
 
-    def share(self) -> None:
+    @property
+    def shares(self) -> bool:
+        """Whether dW is built once a pass."""
+        return not self.recompute
+
+    def begin(self) -> None:
         """Build dW of all members at once, for the forward pass of the model that follows.
 
         The members' layers take it from here until its gradient has come back, or the next pass builds anew.
         """
-        if self.recompute:
+        self._kept.drop()
+        if not self.active or not is_eager():
             return
-        flat = self._elements(self._all, self.tensors())
-        members = self.group.members
+        nodes, members = self.tensors(), self.group.members
+        flat = self._elements(self._all, nodes)
         pieces = torch.split(flat, [d_out * d_in for _, d_out, d_in in members.values()])
-        shapes = [shape[1:] for shape in members.values()]
-        self._shared = {t: p.reshape(s) for t, p, s in zip(members, pieces, shapes, strict=True)}
-        self._stamp, self._detached = self._state(), False
-        if flat.requires_grad:
-            flat.register_hook(lambda _: self.release())  # type: ignore[no-untyped-call]
+        self._kept.keep({t: p.reshape(members[t][1:]) for t, p in zip(members, pieces, strict=True)}, nodes, [flat])
 
-    def _state(self) -> list[tuple[int, int]]:
-        """What the shared dW was made from: the tensors and how often each was written."""
-        return [(id(tensor), tensor._version) for tensor in self.tensors()]
-
-    def release(self) -> None:
-        """Forget the shared dW."""
-        self._shared = {}
+    def end(self) -> None:
+        """Without gradients nothing needs dW after the pass."""
+        if not torch.is_grad_enabled():
+            self._kept.drop()
 
     def current(self, target: str) -> Tensor:
-        """dW of a target: the shared one, where this pass built it and may differentiate through it.
-
-        Re-entrant checkpointing runs a block first without gradients and again, alone, during backward. Its second
-        run may not share a graph with other blocks, so it builds dW for itself.
-        """
-        shared = self._shared.get(target)
-        if shared is None or not is_eager() or self._stamp != self._state():
-            return self.delta(target)
-        if not torch.is_grad_enabled():
-            self._detached = shared.requires_grad
-            return shared.detach()
-        return self.delta(target) if self._detached else shared
+        """dW of a target: the shared one, or its own."""
+        nodes = self.tensors()
+        kept = self._kept.get(target, nodes)
+        return self._slice(target, nodes) if kept is None else kept
 
     def forward(self, x: Tensor, target: str, out: Tensor, base: Tensor | None = None) -> Tensor:
         """See `Adapter.forward`."""
@@ -176,10 +165,6 @@ class FlatAdapter(Adapter):
             update = cast(Tensor, _apply(_Recomputed, self, target, out.dtype, base, given, x, *self.tensors()))
             return out + update if base is None else update
         return self._multiply[target](x, self.current(target).to(out.dtype), out=out, base=base)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Shared tensors belong to one pass and are neither copied nor pickled."""
-        return {**self.__dict__, "_shared": {}}
 
 
 def _apply(function: Any, *arguments: Any) -> Any:
@@ -214,8 +199,9 @@ class _Recomputed(torch.autograd.Function):
         x, nodes, again = saved[0], saved[1 : len(saved) - ctx.fused], torch.is_grad_enabled()
         wanted = ctx.needs_input_grad[5:]
         with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-            if not again:
-                nodes = tuple(n.detach().requires_grad_(want) for n, want in zip(nodes, wanted[1:], strict=True))
+            # Views, as a node may depend on another one.
+            views = (n.view_as(n) if again else n.detach().requires_grad_(w) for n, w in zip(nodes, wanted[1:], strict=True))
+            nodes = tuple(views)
             delta = ctx.adapter._slice(ctx.target, nodes).to(ctx.dtype)
             with torch.set_grad_enabled(again):
                 dense = delta if again else delta.detach()

@@ -15,7 +15,7 @@ from fractions import Fraction
 from functools import cached_property, lru_cache, singledispatch
 from itertools import pairwise
 
-from superlora_tn.fold import FlatGroup, Group, Mode, PhysicalGroup, factorise
+from superlora_tn.fold import FlatGroup, Group, Mode, factorise
 from superlora_tn.nodes import CP, GROUP, TOKEN, Dense, Hadamard, Kronecker, Network, Part, SpecError, TensorTrain, Tucker
 
 
@@ -103,13 +103,18 @@ class Graph:
         member = set(self.open("member")) if fixed else set()
         return tuple(s for s, axis in zip(node.shape, node.axes, strict=True) if not (axis and member.issuperset(axis)))
 
-    def select(self, positions: Sequence[int]) -> tuple[tuple[int | slice, ...], ...]:
-        """For each node, the index expression that picks one member, from the positions of the member modes in order."""
+    def member_values(self, positions: Sequence[int]) -> dict[str, int]:
+        """The value of each member index, from the positions of the member modes in order."""
         values: dict[str, int] = {}
         member_modes = [(m, i) for m, i in self.modes if m.role == "member"]
         for position, (_, indices) in zip(positions, member_modes, strict=True):
             for index in reversed(indices):
                 position, values[index] = divmod(position, self.size[index])
+        return values
+
+    def select(self, positions: Sequence[int]) -> tuple[tuple[int | slice, ...], ...]:
+        """For each node, the index expression that picks one member."""
+        values = self.member_values(positions)
         return tuple(self._select_node(node, values) for node in self.nodes)
 
     def _select_node(self, node: GraphNode, values: Mapping[str, int]) -> tuple[int | slice, ...]:
@@ -391,8 +396,3 @@ def _split_sizes(part: Network, group: tuple[str, ...], axis: Axis, known: Mappi
         )
     rest = dict(zip(free, factorise(axis.size // given, len(free)), strict=True)) if free else {}
     return tuple({**known, **rest}[i] for i in group)
-
-
-def member_positions(group: Group, target: str) -> tuple[int, ...]:
-    """The positions of a physical target's member modes."""
-    return tuple(group.members[target]) if isinstance(group, PhysicalGroup) else ()

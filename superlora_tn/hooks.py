@@ -12,7 +12,6 @@ from torch.nn.modules.module import _global_forward_hooks
 from superlora_tn import layers
 from superlora_tn.base import Adapter
 from superlora_tn.eager import is_eager
-from superlora_tn.flat import FlatAdapter
 from superlora_tn.layers import Projection
 
 
@@ -75,23 +74,20 @@ class RevealHook:
         self.hook.reveal()
 
 
-class ShareHook:
-    """The model's forward pre-hook: flat folds build dW of all their weights once a pass."""
+class BeginHook:
+    """The model's forward pre-hook: adapters make what their layers will share in this pass."""
 
-    def __init__(self, adapters: Sequence[FlatAdapter]) -> None:
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
         self.adapters = tuple(adapters)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         for adapter in self.adapters:
-            adapter.release()
-            if adapter.active and is_eager():
-                adapter.share()
+            adapter.begin()
 
 
-class ReleaseHook(ShareHook):
-    """The model's forward hook: without gradients nothing needs dW after the pass."""
+class EndHook(BeginHook):
+    """The model's forward hook: adapters let go of what nothing needs any more."""
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
         for adapter in self.adapters:
-            if not torch.is_grad_enabled():
-                adapter.release()
+            adapter.end()

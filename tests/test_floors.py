@@ -21,7 +21,7 @@ FLOORS = [
     ["codec", "graph"],
     ["steps"],
     ["spec", "plan"],
-    ["budget"],
+    ["budget", "sharing"],
     ["variants", "execute", "projection", "initialise"],
     ["base"],
     ["physical", "flat"],

@@ -14,13 +14,13 @@ NAME = "numpy_reference"
 
 
 def compile(plan: Plan) -> Callable[..., np.ndarray]:
-    """A callable ``(*arrays, out=None, alpha=1.0, base=None) -> float64 array``; see `superlora_tn.execute.Backend`."""
+    """A callable that gives a float64 array; its arguments are those of `superlora_tn.execute.Backend`."""
     number = {name: k for k, (name, _) in enumerate(plan.sizes)}
 
     def shape(indices: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(-1 if i == TOKEN else plan.size[i] for i in indices)
 
-    def run(*arrays: Any, out: Any = None, alpha: float = 1.0, base: Any = None) -> np.ndarray:
+    def run(*arrays: Any, out: Any = None, alpha: float = 1.0, base: Any = None, through: Any = None) -> np.ndarray:
         operands: list[Any] = []
         for array, indices in zip(arrays, plan.inputs, strict=True):
             operands += [np.asarray(array, dtype=np.float64).reshape(shape(indices)), [number[i] for i in indices]]

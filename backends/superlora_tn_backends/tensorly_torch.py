@@ -53,7 +53,14 @@ class Program:
         self._forward = _made(forward_source(plan), "forward")
         self._backward: dict[tuple[bool, ...], Callable[..., Any]] = {}
 
-    def __call__(self, *tensors: Tensor, out: Tensor | None = None, alpha: float = 1.0, base: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        *tensors: Tensor,
+        out: Tensor | None = None,
+        alpha: float = 1.0,
+        base: Tensor | None = None,
+        through: Tensor | None = None,
+    ) -> Tensor:
         """Contract; with `out`, the result is added to it.
 
         Args:
@@ -61,13 +68,16 @@ class Program:
             out: (..., out); consumed: it may be written to.
             alpha: a factor of the result.
             base: W, when out is the output ``x W^T + b`` of a frozen linear layer and nothing else has used it.
+            through: that x, where it is not the first operand.
         """
         if not is_eager():
             return cast(Tensor, self.run(*tensors, out=out, alpha=alpha))
         with _as_given(tensors[0]):
-            return self._eager(tensors, out, alpha, base)
+            return self._eager(tensors, out, alpha, base, through)
 
-    def _eager(self, tensors: tuple[Tensor, ...], out: Tensor | None, alpha: float, base: Tensor | None) -> Tensor:
+    def _eager(
+        self, tensors: tuple[Tensor, ...], out: Tensor | None, alpha: float, base: Tensor | None, through: Tensor | None
+    ) -> Tensor:
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
             joined = (
                 self.run(*tensors, out=out, alpha=alpha) if base is None else self._forward(*tensors, out=out, alpha=alpha)[0]
@@ -77,7 +87,7 @@ class Program:
             result = cast(Tensor, _apply(_Contraction, self, alpha, *tensors))
             return result if out is None else out + result.reshape(out.shape)
         assert out is not None
-        return cast(Tensor, _apply(_FusedUpdate, self, alpha, base, out.detach(), *tensors))
+        return cast(Tensor, _apply(_FusedUpdate, self, alpha, base, out.detach(), through, *tensors))
 
     def backward(self, wanted: tuple[bool, ...]) -> Callable[..., tuple[Tensor | None, ...]]:
         """The generated backward line for the operands whose gradient is wanted."""
@@ -139,15 +149,19 @@ class _Contraction(torch.autograd.Function):
 class _FusedUpdate(torch.autograd.Function):
     """A frozen linear layer's output, adopted: the contraction is added in place, and backward covers both.
 
-    The layer's own graph is left behind, so x gets its gradient here alone: ``g W`` with the network's added in place.
+    The layer's own graph is left behind, so x gets its gradient here alone: ``g W``, with the network's added in place
+    where x is the network's first operand.
     """
 
     @staticmethod
-    def forward(ctx: Any, program: Program, alpha: float, base: Tensor, out: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, program: Program, alpha: float, base: Tensor, out: Tensor, through: Tensor | None, *tensors: Tensor
+    ) -> Tensor:
         _, kept = program._forward(*tensors, out=out, alpha=alpha)
         ctx.mark_dirty(out)
         ctx.program, ctx.alpha, ctx.count = program, alpha, len(tensors)
         ctx.save_for_backward(base, *tensors, *kept)
+        ctx.apart = through is not None
         return out
 
     @staticmethod
@@ -155,22 +169,27 @@ class _FusedUpdate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         base, *saved = ctx.saved_tensors
         tensors, kept = tuple(saved[: ctx.count]), saved[ctx.count :]
-        wanted = tuple(ctx.needs_input_grad[4:])
-        through_base = grad @ base if wanted[0] else None
+        source, *wanted = ctx.needs_input_grad[4:]
+        layer = grad @ base if (source if ctx.apart else wanted[0]) else None
+        apart, into = (layer, None) if ctx.apart else (None, layer)
         if torch.is_grad_enabled():
-            grads = _twice_differentiable(ctx.program, ctx.alpha, tensors, wanted, grad)
-            if through_base is not None:
-                grads = (through_base + grads[0], *grads[1:])
+            grads = _twice_differentiable(ctx.program, ctx.alpha, tensors, tuple(wanted), grad)
+            if into is not None:
+                grads = (into + grads[0], *grads[1:])
         else:
-            grads = ctx.program.backward(wanted)(grad, ctx.alpha, through_base, *tensors, *kept)
-        return (None, None, None, None, *grads)
+            grads = ctx.program.backward(tuple(wanted))(grad, ctx.alpha, into, *tensors, *kept)
+        return (None, None, None, None, apart, *grads)
 
 
 def _twice_differentiable(
     program: Program, alpha: float, tensors: tuple[Tensor, ...], wanted: tuple[bool, ...], grad: Tensor
 ) -> tuple[Any, ...]:
-    """Gradients that can be differentiated again: the plain line once more, through autograd."""
-    result = program.run(*tensors, alpha=alpha)
-    inputs = [t for t, want in zip(tensors, wanted, strict=True) if want]
+    """Gradients that can be differentiated again: the plain line once more, through autograd.
+
+    Of views of the operands, as an operand may depend on another one (x on the nodes, through an earlier layer).
+    """
+    views = [t.view_as(t) for t in tensors]
+    result = program.run(*views, alpha=alpha)
+    inputs = [t for t, want in zip(views, wanted, strict=True) if want]
     found = iter(torch.autograd.grad(result, inputs, grad.reshape(result.shape), create_graph=True))
     return tuple(next(found) if want else None for want in wanted)
