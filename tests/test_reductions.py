@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from strategies import EPS, SHAPES, Bound, Case, node_tensors, targets
@@ -31,7 +32,7 @@ def delta_with(bound: Bound, values: Mapping[str, Array], target: str | None = N
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(torch.from_numpy(np.asarray(values[name], dtype=np.float64).reshape(tensor.shape)))
-    return bound.adapter.delta(target or bound.targets[0]).detach().numpy()
+    return bound.adapter.delta(target or bound.targets[0]).detach().numpy().copy()  # a dense dW is the node itself
 
 
 def close(a: Array, b: Array, terms: int, size: float) -> bool:
@@ -61,6 +62,41 @@ def test_a_row_of_the_table_is_the_named_variant(row: str) -> None:
         values = {n: RNG.standard_normal(v.shape) for n, v in a.values.items()}
         for target in a.targets:
             assert np.array_equal(delta_with(a, values, target), delta_with(b, values, target))
+
+
+def gradients(bound: Bound) -> dict[str, Array]:
+    """Gradients of a seeded linear loss over all weights, by node, at the values that the adapter holds."""
+    weights = torch.Generator().manual_seed(5)
+    deltas = [bound.adapter.delta(target) for target in bound.targets]
+    loss = [(d * torch.randn(d.shape, generator=weights, dtype=d.dtype)).sum() for d in deltas]
+    torch.stack(loss).sum().backward()
+    return {n.removeprefix("node_"): p.grad.numpy() for n, p in bound.adapter.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_of_the_table_has_the_named_variants_gradients(row: str) -> None:
+    shapes = targets(2, 2, (24, 36))
+    for a, b in zip(*(list(Case(spec, shapes).bound()) for spec in ROWS[row]), strict=True):
+        delta_with(a, a.values)
+        delta_with(b, a.values)
+        ours, named = gradients(a), gradients(b)
+        assert set(ours) == set(named) == set(a.values)
+        assert all(np.array_equal(ours[n], named[n]) and ours[n].any() for n in named)
+
+
+def test_lotr_is_the_papers_formula_with_the_layers_factor_held_at_the_identity() -> None:
+    """Its row of the table: F = I, G = 1, K = 1, a core, M = 3; dW, gradients and counts of what both train."""
+    shapes = targets(4, 1, (4, 4))
+    own, flat = one(lotr(2), shapes), one(AdapterSpec(Tucker((4, 2, 2)), FlatFold(3)), shapes)
+    renamed = {"core": "core", "factor_out": "factor_m2", "factor_in": "factor_m3"}
+    values = {"factor_m1": np.eye(4), **{renamed[n]: v for n, v in own.values.items()}}
+    assert own.spec.count(shapes) == flat.spec.count(shapes) - 4 * 4
+    for target in own.targets:
+        assert close(delta_with(flat, values, target), own.reference[target], 4 * 4, own.magnitude[target].max())
+    ours, theirs = gradients(own), gradients(flat)
+    for name, other in renamed.items():
+        # 64 elements of dW with normal weights below 5 each, at most 4 x 4 products of the others' values below 5 in each.
+        assert close(ours[name], theirs[other], 64 * 16, 5.0**4)
 
 
 def test_lotr_is_a_tucker_whose_member_factor_is_the_identity() -> None:
@@ -148,6 +184,36 @@ def test_a_kronecker_has_rank_one_after_van_loans_rearrangement() -> None:
     assert np.linalg.matrix_rank(delta) == 1
 
 
+# --- what a network reaches -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fold", [PhysicalFold(), PhysicalFold("layer out in"), FlatFold(3)], ids=repr)
+def test_a_tucker_of_full_rank_reaches_any_tensor_and_a_lower_one_does_not(fold: PhysicalFold | FlatFold) -> None:
+    def first_group(part: Part) -> Bound:
+        return next(iter(Case(AdapterSpec(part, fold), targets(3, 1, (6, 5))).bound()))
+
+    dense = first_group(Dense())
+    names, sizes = [m.name for m, _ in dense.graph.modes], [m.size for m, _ in dense.graph.modes]
+    lower = [size - 1 for size in sizes]
+    whole = RNG.standard_normal(sizes)
+    turns = [np.linalg.qr(RNG.standard_normal((size, size)))[0] for size in sizes]
+    core = oracle.tucker(whole, {k: q.T for k, q in enumerate(turns)})
+    kept = tuple(slice(rank) for rank in lower)
+    lost = core.copy()
+    lost[kept] = 0
+    factors = {f"factor_{name}": q for name, q in zip(names, turns, strict=True)}
+    first = {name: q[:, :rank] for (name, q), rank in zip(factors.items(), lower, strict=True)}
+    got = delta_with(first_group(Tucker(tuple(sizes))), {"core": core, **factors})
+    short = delta_with(first_group(Tucker(tuple(lower))), {"core": core[kept], **first})
+    wanted = delta_with(dense, {"weight": whole})
+    missed = delta_with(dense, {"weight": oracle.tucker(lost, dict(enumerate(turns)))})
+    # LAPACK's Q are orthogonal to within a few d u each, and an element is at most |T|.
+    size = float(np.linalg.norm(whole))
+    assert close(got, wanted, 4 * sum(sizes), size)
+    assert close(wanted - short, missed, 4 * sum(sizes), size)
+    assert np.abs(missed).max() > 1e-3
+
+
 # --- gauge freedom --------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +268,19 @@ def test_a_flat_fold_of_order_two_without_surplus_is_the_physical_fold(part: Par
     flat = one(AdapterSpec(part, FlatFold(2)), {"w": (16, 16)})
     values = {n.replace("out", "m1").replace("in", "m2"): v for n, v in physical.values.items()}
     assert np.array_equal(delta_with(flat, values), delta_with(physical, physical.values))
+
+
+@pytest.mark.parametrize("modes", ["layer out in", "in out layer", "out in layer"])
+def test_a_flat_fold_without_surplus_is_any_physical_fold_with_its_modes_permuted(modes: str) -> None:
+    """The vector runs over (layer, out, in), in fastest: m1 m2 m3, whatever the order of the physical modes."""
+    shapes = targets(3, 1, (3, 3))
+    physical, flat = one(AdapterSpec(Tucker(2), PhysicalFold(modes)), shapes), one(AdapterSpec(Tucker(2), FlatFold(3)), shapes)
+    assert flat.group.surplus == 0
+    order = [modes.split().index(m) for m in ("layer", "out", "in")]
+    factors = {f"factor_m{k + 1}": physical.values[f"factor_{m}"] for k, m in enumerate(("layer", "out", "in"))}
+    for target in shapes:
+        got = delta_with(flat, {"core": physical.values["core"].transpose(order), **factors}, target)
+        assert close(got, physical.reference[target], 8, physical.magnitude[target].max())
 
 
 def test_a_flat_fold_by_weight_is_the_sum_over_groups_of_one() -> None:

@@ -16,7 +16,7 @@ from types import ModuleType
 
 from superlora_tn.fold import Shape
 from superlora_tn.spec import AdapterSpec
-from superlora_tn.verification.carry import Carried, kind_of, to_peft
+from superlora_tn.verification.carry import Carried, from_peft, kind_of, to_peft
 from superlora_tn.verification.cases import Case
 from superlora_tn.verification.certificate import Certificate, Row
 from superlora_tn.verification.checks import REFERENCES, Against
@@ -28,6 +28,7 @@ __all__ = [
     "Row",
     "VerifyError",
     "check",
+    "from_peft",
     "kind_of",
     "run",
     "to_peft",
@@ -63,9 +64,9 @@ def verify(
 
     Args:
         spec: a declaration, whose scale is varied; or a preset's name such as ``"lokr"``, whose settings are drawn too.
-        against: ``"formula"``, ``"tensorly"``, ``"peft"``, ``"lycoris"``, a function, or a list of these. None takes
-            all that have the method, and lists those that are not installed as skipped. A reference that is named
-            here and cannot be tried makes the certificate false. ``"-"`` alone checks the properties that need none.
+        against: ``"formula"``, ``"paper"``, ``"tensorly"``, ``"peft"``, ``"lycoris"``, a function, or a list of these.
+            None takes all that have the method, and lists those that are not installed as skipped. A reference that is
+            named here and cannot be tried makes the certificate false. ``"-"`` alone checks the properties that need none.
             A function takes one group's values, ``{node: float64 array}``, and returns dW before the scale
             alpha / rank: (out, in) for one weight; for several, stacked or one after another in the order of targets.
         examples: cases that are drawn for each claim.
@@ -77,7 +78,7 @@ def verify(
 
     Raises:
         VerifyError: Hypothesis is not installed.
-        SpecError: an unknown reference or preset, or examples below 1.
+        SpecError: an unknown reference or preset, a declaration without sizes on the given weights, or examples below 1.
     """
     certificate: Certificate = _engine().verify_spec(spec, against, examples, seed, shapes)
     return certificate

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from superlora_tn.adapter import Adapter, make_adapter
+from superlora_tn.adapter import make_adapter
+from superlora_tn.base import Adapter
 from superlora_tn.fold import FlatGroup, Group, Shape
 from superlora_tn.graph import Graph
+from superlora_tn.maps import Fastfood
 from superlora_tn.plan import Route
 from superlora_tn.spec import AdapterSpec
 from superlora_tn.verification import references
@@ -26,6 +28,11 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 class NotApplicable(Exception):
     """The property says nothing about this case; another is drawn."""
+
+
+def is_linear(spec: AdapterSpec) -> bool:
+    """Whether dW is linear in each node: all but a map with tanh."""
+    return not (isinstance(spec.projection, Fastfood) and spec.projection.tanh)
 
 
 @dataclass(frozen=True)

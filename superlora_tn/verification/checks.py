@@ -10,13 +10,13 @@ import numpy as np
 
 from superlora_tn.nodes import SpecError
 from superlora_tn.spec import AdapterSpec
-from superlora_tn.verification import peers, properties, references
-from superlora_tn.verification.cases import DTYPES, Case, NotApplicable, Sized, as_array, ratio
+from superlora_tn.verification import papers, peers, properties, references
+from superlora_tn.verification.cases import DTYPES, Case, NotApplicable, Sized, as_array, is_linear, ratio
 from superlora_tn.verification.references import Array
 
 Delta = Callable[[dict[str, Array]], Any]
 NONE = "-"
-REFERENCES = ("formula", "tensorly", "peft", "lycoris")
+REFERENCES = ("formula", "paper", "tensorly", "peft", "lycoris")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def forward_formula(case: Case) -> float:
 
 def gradient_formula(case: Case) -> float:
     """Gradients against the textbook's: dW is linear in a node, so its derivative along E is dW with E in its place."""
-    if not properties.is_linear(case.spec):
+    if not is_linear(case.spec):
         raise NotApplicable
     worst = 0.0
     for sized in case.in_float64().groups():
@@ -100,6 +100,12 @@ def user_delta(function: Delta) -> Callable[[Sized], dict[str, Array]]:
     return reference
 
 
+def paper_delta(sized: Sized) -> dict[str, Array]:
+    """dW of each weight by its paper's own formula."""
+    scale = references.scaling(sized.spec)
+    return {n: scale * w for n, w in papers.delta(sized.spec, sized.shapes, sized.values).items()}
+
+
 def property_checks() -> list[Check]:
     """The claims that need no reference."""
     return [Check(name, NONE, measure, source=repr(NONE)) for name, measure in properties.PROPERTIES.items()]
@@ -118,6 +124,8 @@ def reference_checks(name: str) -> list[Check]:
             made("gradients", gradient_formula),
             made("count", properties.count_by_formula),
         ]
+    if name == "paper":
+        return [made("dW", delta_check(paper_delta), lambda spec: papers.written_out(spec) is not None)]
     if name == "tensorly":
         return [made("dW", delta_check(peers.tensorly_delta), peers.has_tensorly)]
     if name == "peft":
@@ -133,8 +141,8 @@ def reference_checks(name: str) -> list[Check]:
 
 def user_check(function: Delta) -> Check:
     """dW against a user's function; the pasted line calls it by its name."""
-    name = getattr(function, "__name__", "delta")
-    name = name if name.isidentifier() else "delta"  # a lambda has no name to paste
+    name = getattr(function, "__name__", "reference")
+    name = name if name.isidentifier() else "reference"  # a lambda has no name to paste
     return Check("dW", name, delta_check(user_delta(function)), source=name)
 
 

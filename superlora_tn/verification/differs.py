@@ -19,6 +19,7 @@ from superlora_tn.variants import loha, lokr, lora
 from superlora_tn.verification import peers
 from superlora_tn.verification.carry import to_peft
 from superlora_tn.verification.cases import Case, Sized, as_array, linear, linear_model
+from superlora_tn.verification.papers import adalora
 from superlora_tn.verification.references import Array
 
 SHAPE: Shape = (6, 8)
@@ -98,9 +99,17 @@ def _loha_scale() -> tuple[Array, Array]:
     """PEFT's float64 LoHa at scale 1/3, through a scale of 1 to get by the guard, which is then set."""
     sized = _sized(loha(3, alpha=3.0))
     carried = to_peft(sized.spec, sized.values)
-    layer: Any = peers.peft_layer(sized.spec, carried, linear(torch.zeros(SHAPE), torch.float64))
+    layer: Any = peers.peft_layer(carried, linear(torch.zeros(SHAPE), torch.float64))
     layer.scaling["default"] = 1 / 3
     return as_array(layer.get_delta_weight("default")), sized.formula()[NAME] / 3
+
+
+def _adalora_scale() -> tuple[Array, Array]:
+    """PEFT's AdaLoRA at lora_alpha = r, where the declared scale is 1: it divides by r + 1e-5."""
+    sized = _sized(adalora(2))
+    layer: Any = peers.peft_layer(to_peft(sized.spec, sized.values), linear(torch.zeros(SHAPE), torch.float64))
+    layer.scaling["default"] = 2.0
+    return as_array(layer.get_delta_weight("default")), sized.formula()[NAME]
 
 
 def _unmerge_drift() -> tuple[Array, Array]:
@@ -109,7 +118,7 @@ def _unmerge_drift() -> tuple[Array, Array]:
     base = linear_model(sized.shapes, torch.bfloat16, 0).get_submodule(NAME)
     assert isinstance(base, nn.Linear)
     before = as_array(base.weight.clone())
-    layer = peers.peft_layer(sized.spec, to_peft(sized.spec, sized.values), base)
+    layer = peers.peft_layer(to_peft(sized.spec, sized.values), base)
     layer.merge()  # type: ignore[operator]
     layer.unmerge()  # type: ignore[operator]
     return as_array(base.weight), before
@@ -122,5 +131,6 @@ DIFFERENCES = (
     Difference("lokr, both splits dense: alpha ignored", "lycoris", _dense_lokr),
     Difference("MultiheadAttention.out_proj: dW added twice", "peft", _out_proj),
     Difference("loha in float64: scale rounded to float32", "peft", _loha_scale),
+    Difference("adalora: scale divided by r + 1e-5", "peft", _adalora_scale),
     Difference("bf16: unmerge does not restore the weight", "peft", _unmerge_drift),
 )

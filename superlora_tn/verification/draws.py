@@ -1,10 +1,11 @@
-"""Hypothesis strategies: sizes that a declaration fits, scales, dtypes, batches, and the presets' settings.
+"""Hypothesis strategies: sizes that a declaration fits, scales, dtypes, batches, and the settings of presets and relatives.
 
 Imported only where Hypothesis is there (`engine`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from superlora_tn import variants
 from superlora_tn.fold import FlatFold, Fold, Shape
 from superlora_tn.maps import Fastfood, Projection, Shuffle
-from superlora_tn.nodes import Part, SpecError
+from superlora_tn.nodes import Network, Part, SpecError
 from superlora_tn.spec import AdapterSpec
+from superlora_tn.verification import papers
 from superlora_tn.verification.cases import Case
 
 Shapes = tuple[tuple[str, Shape], ...]
@@ -37,11 +39,10 @@ def mixed(first: Shape, second: Shape) -> Shapes:
     return tuple(zip(names, (first, second, first, second), strict=True))
 
 
-def candidates(factor: int) -> list[Shapes]:
-    """Sets of weights to try, small ones first; `factor` widens all of them."""
-    sizes = [s * factor for s in SIZES]
-    pairs = [(o, i) for o in sizes for i in sizes]
-    found = [grid(*g, pair) for pair in pairs for g in GRIDS[: 1 if factor > 4 else 4]]
+def candidates(d_out: int, d_in: int, grids: Sequence[tuple[int, int]] = GRIDS) -> list[Shapes]:
+    """Sets of weights to try, small ones first; sizes are multiples of `d_out` and `d_in`."""
+    pairs = [(o * d_out, i * d_in) for o in SIZES for i in SIZES]
+    found = [grid(*g, pair) for pair in pairs for g in grids]
     found += [mixed(a, b) for a, b in zip(pairs[1::5], pairs[3::5], strict=False)]
     return sorted(found, key=lambda shapes: (sum(o * i for _, (o, i) in shapes), len(shapes)))
 
@@ -50,12 +51,24 @@ def candidates(factor: int) -> list[Shapes]:
 def layouts(network: Part, fold: Fold, projection: Projection | None) -> tuple[Shapes, ...]:
     """The sets of weights that a declaration fits, the smallest first; wider ones where its ranks need them."""
     spec = AdapterSpec(network, fold, projection)
+    d_out, d_in = declared(network, fold)
     found: list[Shapes] = []
     for factor in (1, 4, 16, 64):
-        found += [shapes for shapes in candidates(factor) if fits(spec, shapes)]
+        grids = GRIDS if factor <= 4 else GRIDS[:1]
+        found += [shapes for shapes in candidates(factor * d_out, factor * d_in, grids) if fits(spec, shapes)]
         if len(found) >= ENOUGH:
             break
     return tuple(found)
+
+
+def declared(network: Part, fold: Fold) -> tuple[int, int]:
+    """What out and in have to be multiples of: heads, and the declared sizes of a split mode."""
+    if isinstance(fold, FlatFold):
+        return 1, 1
+    known = dict(network.sizes) if isinstance(network, Network) else {}
+    groups = network.mode_groups if isinstance(network, Network) else ()
+    sizes = dict(zip(fold.modes.split(), (math.prod(known.get(i, 1) for i in g) for g in groups), strict=False))
+    return sizes.get("out", 1) * (fold.heads or 1), sizes.get("in", 1)
 
 
 def fits(spec: AdapterSpec, shapes: Shapes) -> bool:
@@ -69,9 +82,9 @@ def fits(spec: AdapterSpec, shapes: Shapes) -> bool:
 
 @st.composite
 def cases(draw: st.DrawFn, specs: st.SearchStrategy[AdapterSpec], given: Sequence[Shapes] = ()) -> Case:
-    """A case of a drawn spec on drawn weights (or on given ones)."""
+    """A case of a drawn spec on drawn weights, or on one of the given sets of weights."""
     spec = draw(specs)
-    pool = [shapes for shapes in given if fits(spec, shapes)] or layouts(spec.network, spec.fold, spec.projection)
+    pool = [shapes for shapes in given if fits(spec, shapes)] if given else layouts(spec.network, spec.fold, spec.projection)
     shapes = draw(st.sampled_from(pool) if pool else st.nothing())
     seed, dtype = draw(st.integers(0, 2**16)), draw(st.sampled_from(("float64", "float32")))
     return Case(spec, shapes, seed, dtype, draw(st.sampled_from(BATCHES)))
@@ -115,6 +128,14 @@ def superloras(draw: st.DrawFn) -> AdapterSpec:
     return spec
 
 
+@st.composite
+def tensloras(draw: st.DrawFn) -> AdapterSpec:
+    """TensLoRA over out, in and any of layer, type and head."""
+    named = [mode for mode in ("layer", "type", "head") if draw(st.booleans())] or ["layer"]
+    heads = draw(st.sampled_from((2, 3))) if "head" in named else None
+    return papers.tenslora(draw(counts(1, 3)), " ".join([*named, "out", "in"]), heads, draw(st.booleans()), draw(alphas))
+
+
 PRESETS: dict[str, st.SearchStrategy[AdapterSpec]] = {
     "dense": st.builds(variants.dense, alphas, rslora),
     "lora": st.builds(variants.lora, counts(1, 4), alphas, rslora),
@@ -125,4 +146,8 @@ PRESETS: dict[str, st.SearchStrategy[AdapterSpec]] = {
     "lorta": st.builds(variants.lorta, counts(1, 2), counts(3, 5), counts(1, 3), maps, alphas, rslora),
     "superlora": superloras(),
     "vera": st.builds(variants.vera, counts(1, 4), alphas),
+    "adalora": st.builds(papers.adalora, counts(1, 4), alphas),
+    "fact_tt": st.builds(papers.fact_tt, counts(1, 3), alphas),
+    "fact_tk": st.builds(papers.fact_tk, counts(1, 3), counts(1, 2), alphas),
+    "tenslora": tensloras(),
 }

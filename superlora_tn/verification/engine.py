@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import hypothesis
 import numpy as np
@@ -15,7 +15,7 @@ from hypothesis.errors import Unsatisfiable
 from superlora_tn.fold import Shape
 from superlora_tn.nodes import SpecError, check_count
 from superlora_tn.spec import AdapterSpec
-from superlora_tn.verification import checks, differs, draws, peers, reductions
+from superlora_tn.verification import checks, differs, draws, identities, peers, reductions
 from superlora_tn.verification.cases import Case, NotApplicable
 from superlora_tn.verification.certificate import Certificate, Row, Status
 from superlora_tn.verification.checks import Against, Check
@@ -67,15 +67,49 @@ def search(check: Check, cases: st.SearchStrategy[Case], examples: int, seed: in
             trial.worst = max(trial.worst, error)
         if not error <= 1:
             trial.error = trial.error or "found"  # from here on Hypothesis shrinks
-            raise Broken(f"the error is {error:.3g} times the rounding bound")
+        judge(error)
 
     try:
         attempt()
     except Unsatisfiable:
         trial.last = None
     except Exception as error:
-        trial.error = f"{type(error).__name__}: {error}".split("\n")[0] if not isinstance(error, Broken) else str(error)
+        trial.error = _words(error)
+        _lessen(trial, check)
     return trial
+
+
+def _words(error: Exception) -> str:
+    """A failure in one line."""
+    return str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}".split("\n")[0]
+
+
+def _lessen(trial: Trial, check: Check) -> None:
+    """Take the smallest drawn weights on which the case fails: Hypothesis shrinks their number in a list, step by step."""
+    case = trial.last
+    if case is None or case.other is not None:
+        return
+    pool = draws.layouts(case.spec.network, case.spec.fold, case.spec.projection)
+    for shapes in pool[: pool.index(case.shapes)] if case.shapes in pool else ():
+        smaller = replace(case, shapes=shapes)
+        try:
+            judge(check.measure(smaller))
+        except NotApplicable:
+            continue
+        except Exception as error:
+            trial.last, trial.error = smaller, _words(error)
+            return
+
+
+def judge(error: float, claim: str = "") -> float:
+    """The error, where it is within the bound.
+
+    Raises:
+        Broken: it is not.
+    """
+    if not error <= 1:
+        raise Broken(f"{claim}the error is {error:.3g} times the rounding bound")
+    return error
 
 
 def examine(
@@ -104,9 +138,8 @@ def verify_spec(
     shapes: Mapping[str, Shape] | Sequence[Shape] | None,
 ) -> Certificate:
     """All properties and references of a declaration, or of a preset with drawn settings."""
-    subject = spec if isinstance(spec, str) else type(spec.network).__name__
-    specs = preset(spec) if isinstance(spec, str) else draws.rescaled(spec)
     given_shapes, rows = draws.named(shapes), []
+    subject, specs = _subject(spec, given_shapes)
     named = checks.as_list(against)
     for check in [*checks.property_checks(), *checks.select(named)]:
         required = against is not None and check.reference != checks.NONE
@@ -116,6 +149,23 @@ def verify_spec(
         if row.status != "skipped" or required or row.detail != SILENT:
             rows.append(row)
     return Certificate(tuple(rows), examples, seed)
+
+
+def _subject(spec: AdapterSpec | str, given_shapes: Sequence[draws.Shapes]) -> tuple[str, st.SearchStrategy[AdapterSpec]]:
+    """The name of what is verified, and the declarations to draw.
+
+    Raises:
+        SpecError: no declaration, an unknown preset, or a declaration that has no sizes on the given (or any) weights.
+    """
+    if isinstance(spec, str):
+        return spec, preset(spec)
+    if not isinstance(spec, AdapterSpec):
+        raise SpecError(f"verify was given {spec!r}; give an AdapterSpec(...), or the name of a variant.")
+    for shapes in given_shapes:
+        spec.lay_out(dict(shapes))
+    if not given_shapes and not draws.layouts(spec.network, spec.fold, spec.projection):
+        raise SpecError(f"verify found no weights that {spec!r} fits; give shapes=[(out, in), ...].")
+    return type(spec.network).__name__, draws.rescaled(spec)
 
 
 def preset(name: str) -> st.SearchStrategy[AdapterSpec]:
@@ -132,12 +182,17 @@ def preset(name: str) -> st.SearchStrategy[AdapterSpec]:
 def verify_reductions(examples: int, seed: int) -> Certificate:
     """All identities between methods."""
     rows = []
-    for one in (*reductions.REDUCTIONS, *reductions.IDENTITIES):
+    for one in (*reductions.REDUCTIONS, *identities.IDENTITIES):
         rows.append(examine("reductions", reduction_check(one), one.cases(), examples, seed))
     return Certificate(tuple(rows), examples, seed)
 
 
-def reduction_check(one: reductions.Reduction | reductions.Identity) -> Check:
+def reduction_checks() -> list[Check]:
+    """All identities as claims."""
+    return [reduction_check(one) for one in (*reductions.REDUCTIONS, *identities.IDENTITIES)]
+
+
+def reduction_check(one: reductions.Reduction | identities.Identity) -> Check:
     """An identity as a claim."""
     return Check(one.claim, one.reference, one.measure, source=repr(one.reference))
 
@@ -164,7 +219,7 @@ def find(claim: str, against: Against) -> Check:
     Raises:
         SpecError: there is none.
     """
-    known = [reduction_check(one) for one in (*reductions.REDUCTIONS, *reductions.IDENTITIES)]
+    known = reduction_checks()
     if not isinstance(against, str) or against in (*checks.REFERENCES, checks.NONE):
         known = [*checks.property_checks(), *checks.select([against])]
     own = against if isinstance(against, str) else None
@@ -180,10 +235,8 @@ def check_case(case: Case, claim: str, against: Against) -> float:
     Raises:
         Broken: it does not hold.
     """
-    error = find(claim, against).measure(case)
-    if not error <= 1:
-        raise Broken(f"{claim} against {against}: the error is {error:.3g} times the rounding bound")
-    return error
+    check = find(claim, against)
+    return judge(check.measure(case), f"{claim} against {check.reference}: ")
 
 
 def run_all(names: Sequence[str], examples: int, seed: int, say: Report) -> Certificate:

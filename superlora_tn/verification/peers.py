@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module, metadata, util
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from superlora_tn.attach import attach
-from superlora_tn.fold import FlatFold
+from superlora_tn.fold import FlatFold, factorise
 from superlora_tn.nodes import Dense, Hadamard, Kronecker, Network, Part
 from superlora_tn.spec import AdapterSpec
 from superlora_tn.verification import references
-from superlora_tn.verification.carry import Carried, kind_of, to_peft
+from superlora_tn.verification.carry import Carried, Kind, kind_of, to_peft
 from superlora_tn.verification.cases import DTYPES, Case, NotApplicable, Sized, as_array, linear, linear_model, ratio
 from superlora_tn.verification.properties import forward_case
 from superlora_tn.verification.references import Array
@@ -122,42 +122,92 @@ def tensorly_formulas() -> references.Formulas:
 
 # --- PEFT -----------------------------------------------------------------------------------------------------------
 
+RANK_SHIFT = 1e-5  # PEFT's AdaLoRA divides by the rank and this
 
-def peft_layer(spec: AdapterSpec, carried: Carried, base: nn.Linear) -> nn.Module:
+
+def peft_layer(carried: Carried, base: nn.Linear) -> nn.Module:
     """PEFT's real layer around `base`, with the parameters carried over.
 
     Raises:
         Misfit: PEFT splits these sizes otherwise than the declaration.
-        NotApplicable: PEFT would round LoHa's scale (it keeps it in float32, also for a float64 layer).
+        NotApplicable: PEFT would round LoHa's scale (it keeps it in float32, also for a float64 layer), or take AdaLoRA's
+            rank for a scale that is not positive.
     """
-    scale = carried.alpha / carried.rank
-    if carried.kind == "loha" and base.weight.dtype == torch.float64 and float(np.float32(scale)) != scale:
+    dtype = base.weight.dtype
+    if carried.kind == "loha" and dtype == torch.float64 and float(np.float32(carried.scale)) != carried.scale:
         raise NotApplicable
-    peft, dtype = load("peft"), base.weight.dtype
-    module = load(f"peft.tuners.{carried.kind}.layer")
+    if carried.kind == "adalora" and carried.scale <= 0:
+        raise NotApplicable
     tensors = {n: torch.from_numpy(np.ascontiguousarray(t)).to(dtype) for n, t in carried.tensors.items()}
     with quiet():
-        if carried.kind == "lora":
-            config = peft.LoraConfig(r=carried.rank, lora_alpha=carried.alpha, use_rslora=carried.rslora)
-            layer = module.Linear(base, "default", config, r=carried.rank, lora_alpha=carried.alpha)
-        elif carried.kind == "vera":
-            config = peft.VeraConfig(r=carried.rank)
-            shared = load("peft.tuners._buffer_dict").BufferDict
-            a, b = (shared({"default": tensors.pop(n)}) for n in ("vera_A", "vera_B"))
-            layer = module.Linear(base, a, b, "default", config, r=carried.rank)
-        elif carried.kind == "loha":
-            config = peft.LoHaConfig(r=carried.rank, alpha=carried.alpha)
-            layer = module.Linear(base, "default", config, r=carried.rank, alpha=carried.alpha)
-        else:
-            both = carried.settings["decompose_both"]
-            config = peft.LoKrConfig(decompose_both=both, decompose_factor=carried.settings["factor"])
-            layer = module.Linear(base, "default", config, r=carried.rank, alpha=carried.alpha)
+        layer = _made_layer(carried, base, tensors)
     # A new value's dtype is the base's own, so that a float64 case stays one.
     held = dict(layer.named_parameters())
     for name, value in tensors.items():
         suffix = ".default.weight" if carried.kind == "lora" else ".default"
         _copy(held, f"{name}{suffix}", value)
-    return layer.to(dtype).eval()  # type: ignore[no-any-return]
+    return layer.to(dtype).eval()
+
+
+def _made_layer(carried: Carried, base: nn.Linear, tensors: dict[str, Tensor]) -> nn.Module:
+    """PEFT's layer with its own first values; VeRA's two shared matrices are taken out of `tensors`."""
+    peft, rank, alpha = load("peft"), carried.rank, carried.alpha
+    module: Any = load(f"peft.tuners.{carried.kind}.layer")
+    if carried.kind == "lora":
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, use_rslora=carried.rslora)
+        made = module.Linear(base, "default", config, r=rank, lora_alpha=alpha)
+    elif carried.kind == "adalora":
+        config = peft.AdaLoraConfig(init_r=rank, total_step=1)
+        made = module.SVDLinear(base, "default", config, r=rank, lora_alpha=carried.scale * (rank + RANK_SHIFT))
+    elif carried.kind == "vera":
+        shared = load("peft.tuners._buffer_dict").BufferDict
+        a, b = (shared({"default": tensors.pop(n)}) for n in ("vera_A", "vera_B"))
+        made = module.Linear(base, a, b, "default", peft.VeraConfig(r=rank), r=rank)
+    elif carried.kind == "loha":
+        made = module.Linear(base, "default", peft.LoHaConfig(r=rank, alpha=alpha), r=rank, alpha=alpha)
+    else:
+        both, factor = carried.settings["decompose_both"], carried.settings["factor"]
+        config = peft.LoKrConfig(decompose_both=both, decompose_factor=factor)
+        made = module.Linear(base, "default", config, r=rank, alpha=alpha)
+    return made  # type: ignore[no-any-return]
+
+
+def read_peft(layer: Any, adapter: str = "default") -> Carried:
+    """The parameters of one of PEFT's linear layers, ready for `from_peft`.
+
+    Args:
+        layer: a LoRA, AdaLoRA, LoHa, LoKr or VeRA layer around an `nn.Linear`.
+        adapter: the name of the adapter in it.
+
+    Raises:
+        Misfit: another layer, or one without that adapter.
+    """
+    words = type(layer).__module__.split(".")
+    kind = words[2] if words[:2] == ["peft", "tuners"] and len(words) > 3 else ""
+    if kind not in get_args(Kind) or adapter not in layer.r:
+        raise Misfit(f"{type(layer).__name__} holds no lora, adalora, loha, lokr or vera adapter named '{adapter}'.")
+    marks = (f".{adapter}", f".{adapter}.weight")
+    own = {n.split(".")[0]: as_array(p) for n, p in layer.named_parameters() if n.endswith(marks) and not n.startswith("base")}
+    rank, shape = layer.r[adapter], tuple(layer.get_base_layer().weight.shape)
+    if kind == "vera":
+        own |= {"vera_A": as_array(layer.vera_A[adapter][:, : shape[1]]), "vera_B": as_array(layer.vera_B[adapter][: shape[0]])}
+        return Carried("vera", rank, float(rank), False, own)
+    if kind == "adalora":
+        shift = float(own.pop("ranknum")[0]) + RANK_SHIFT
+        return Carried("adalora", rank, layer.scaling[adapter] / shift * rank, False, own)
+    if kind == "lora":
+        return Carried("lora", rank, layer.lora_alpha[adapter], layer.use_rslora[adapter], own)
+    return Carried(kind, rank, layer.alpha[adapter], False, own, _settings(own, shape) if kind == "lokr" else {})  # type: ignore[arg-type]
+
+
+def _settings(tensors: Mapping[str, Array], shape: tuple[int, ...]) -> dict[str, Any]:
+    """A LoKr's settings, from the shape of its first split."""
+    both = "lokr_w1_a" in tensors
+    first = (len(tensors["lokr_w1_a"]), tensors["lokr_w1_b"].shape[1]) if both else tensors["lokr_w1"].shape
+    for factor in (-1, *range(1, max(shape) + 1)):
+        if tuple(factorise(size, 2, factor)[0] for size in shape) == tuple(first):
+            return {"factor": factor, "decompose_both": both}
+    raise Misfit(f"no factor splits {shape} so that the first split is {tuple(first)}.")
 
 
 class Misfit(ValueError):
@@ -183,7 +233,7 @@ def _peft_layers(sized: Sized) -> Iterator[tuple[str, Any, nn.Linear]]:
         base = model.get_submodule(target)
         assert isinstance(base, nn.Linear)
         weight = linear(base.weight.detach().clone(), dtype)
-        yield target, peft_layer(sized.spec, to_peft(sized.spec, sized.values, member), weight), base
+        yield target, peft_layer(to_peft(sized.spec, sized.values, member), weight), base
 
 
 def peft_forward(case: Case) -> float:
@@ -219,7 +269,12 @@ def has_peft(spec: AdapterSpec) -> bool:
 
 # --- LyCORIS --------------------------------------------------------------------------------------------------------
 
-LYCORIS = {"lora": ("locon", "LoConModule"), "loha": ("loha", "LohaModule"), "lokr": ("lokr", "LokrModule")}
+LYCORIS: dict[Kind, tuple[str, str]] = {
+    "lora": ("locon", "LoConModule"),
+    "loha": ("loha", "LohaModule"),
+    "lokr": ("lokr", "LokrModule"),
+}
+LYCORIS_NAMES = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
 
 
 def has_lycoris(spec: AdapterSpec) -> bool:
@@ -239,11 +294,10 @@ def lycoris_module(carried: Carried, base: nn.Linear, bypass: bool = False) -> A
     settings = {**carried.settings, "lora_dim": carried.rank, "alpha": carried.alpha, "rs_lora": carried.rslora}
     with quiet():
         module = getattr(load(f"lycoris.modules.{file}"), name)("peer", base, 1.0, bypass_mode=bypass, **settings)
-    names = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
     held, dtype = dict(module.named_parameters()), base.weight.dtype
     try:
         for own, array in carried.tensors.items():
-            _copy(held, names.get(own, own), torch.from_numpy(np.ascontiguousarray(array)).to(dtype))
+            _copy(held, LYCORIS_NAMES.get(own, own), torch.from_numpy(np.ascontiguousarray(array)).to(dtype))
     except Misfit as error:
         if carried.settings.get("factor", -1) == -1:
             raise
@@ -251,6 +305,21 @@ def lycoris_module(carried: Carried, base: nn.Linear, bypass: bool = False) -> A
     if carried.kind == "lokr" and module.use_w1 and module.use_w2 and carried.alpha != carried.rank:
         raise NotApplicable
     return module.to(dtype).eval()
+
+
+def read_lycoris(module: Any) -> Carried:
+    """The parameters of LyCORIS's LoCon, LoHa or LoKr module of an `nn.Linear`, ready for `from_peft`.
+
+    Raises:
+        Misfit: another module, or one with a scalar, a Tucker core or weight decomposition.
+    """
+    kinds = {name: kind for kind, (_, name) in LYCORIS.items()}
+    kind, back = kinds.get(type(module).__name__), {theirs: ours for ours, theirs in LYCORIS_NAMES.items()}
+    own = {str(back.get(n, n)): as_array(p) for n, p in module.named_parameters()}
+    if kind is None or not all(n.startswith(("lora_A", "lora_B", "hada_w", "lokr_w")) for n in own):
+        raise Misfit(f"{type(module).__name__} with {sorted(own)} is no plain LoCon, LoHa or LoKr module.")
+    settings = _settings(own, tuple(module.shape)) if kind == "lokr" else {}
+    return Carried(kind, module.lora_dim, module.scale * module.lora_dim, False, own, settings)
 
 
 def lycoris_delta(sized: Sized) -> dict[str, Array]:

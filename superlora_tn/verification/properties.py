@@ -22,21 +22,19 @@ from superlora_tn.nodes import TOKEN
 from superlora_tn.plan import Plan, make_plan
 from superlora_tn.spec import AdapterSpec
 from superlora_tn.verification import counts
-from superlora_tn.verification.cases import DTYPES, Case, NotApplicable, Sized, as_array, linear_model, ratio
+from superlora_tn.verification.cases import DTYPES, Case, NotApplicable, Sized, as_array, is_linear, linear_model, ratio
+from superlora_tn.verification.gauge import gauge_freedom, tangent_space
 from superlora_tn.verification.references import Array, Values
 
 Property = Callable[[Case], float]
 BF16_UNIT = 2.0**-8
+# dtype, unit roundoff, half its smallest number
+HALVES = ((torch.bfloat16, BF16_UNIT, 2.0**-134), (torch.float16, 2.0**-11, 2.0**-25))
 
 
 def exact(holds: bool) -> float:
     """An error in units of the bound, for what is right or wrong."""
     return 0.0 if holds else math.inf
-
-
-def is_linear(spec: AdapterSpec) -> bool:
-    """Whether dW is linear in each node: all but a map with tanh."""
-    return not (isinstance(spec.projection, Fastfood) and spec.projection.tanh)
 
 
 def zero_at_start(case: Case) -> float:
@@ -165,54 +163,6 @@ def linear_in_each_node(case: Case) -> float:
     return worst
 
 
-def gauge_freedom(case: Case) -> float:
-    """Inserting g and its inverse on any bond leaves dW as it is; on a hyperbond, g is diagonal."""
-    bonds = 0
-    worst = 0.0
-    for sized in case.in_float64().groups():
-        before = sized.delta(sized.values)
-        for bond, places in _bonds(sized):
-            moved, positive = _insert_gauge(sized, bond, places)
-            after = sized.delta(moved)
-            bonds += 1
-            for target in sized.shapes:
-                allowed = sized.allowed(target, positive, more=2 * sized.graph.size[bond])
-                worst = max(worst, ratio(after[target], before[target], allowed))
-    if not bonds:
-        raise NotApplicable
-    return worst
-
-
-def _bonds(sized: Sized) -> Iterator[tuple[str, list[tuple[str, int]]]]:
-    """Inner indices with the (node, axis) places they are on, where each is an axis of its own."""
-    graph = sized.graph
-    open_ = {i for _, indices in graph.modes for i in indices}
-    for index, _ in graph.sizes:
-        if index in open_:
-            continue
-        places = [(n.name, k) for n in graph.nodes for k, axis in enumerate(n.axes) if axis == (index,)]
-        if len(places) >= 2:
-            yield index, places
-
-
-def _insert_gauge(sized: Sized, bond: str, places: list[tuple[str, int]]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The moved values, and the same with all terms at their absolute values. g and its inverse are exact."""
-    size = sized.graph.size[bond]
-    generator = np.random.default_rng(sized.case.seed + 4)
-    scales = 2.0 ** generator.integers(-2, 3, size)
-    g, inverse = np.diag(scales), np.diag(1 / scales)
-    if len(places) == 2:  # a plain bond takes any invertible g; I + N with N^2 = 0 has the inverse I - N
-        step = np.zeros((size, size))
-        step[0, 1:] = generator.integers(-2, 3, size - 1)
-        g, inverse = (np.eye(size) + step) @ g, inverse @ (np.eye(size) - step)
-    (left, k), (right, j) = places[:2]
-    moved, positive = dict(sized.values), {n: np.abs(v) for n, v in sized.values.items()}
-    for values, first, second in ((moved, g, inverse), (positive, np.abs(g), np.abs(inverse))):
-        values[left] = np.moveaxis(np.tensordot(values[left], first, axes=(k, 0)), -1, k)
-        values[right] = np.moveaxis(np.tensordot(values[right], second, axes=(j, 1)), -1, j)
-    return moved, positive
-
-
 def gradients(case: Case) -> float:
     """Gradients equal float64 central differences of dW along a random direction of each node.
 
@@ -270,13 +220,41 @@ def json_round_trip(case: Case) -> float:
 def extreme_scales(case: Case) -> float:
     """At alpha = 1e30 and 1e-30, dW is finite and what it is at alpha = 1, times alpha."""
     worst = 0.0
-    plain = replace(case.in_float64(), spec=replace(case.spec, alpha=1.0))
+    plain = replace(case, spec=replace(case.spec, alpha=1.0))
     for alpha in (1e30, 1e-30):
         scaled = replace(plain, spec=replace(case.spec, alpha=alpha))
         for one, other in zip(plain.groups(), scaled.groups(), strict=True):
             base = one.delta(one.values)
             for target, delta in other.delta(other.values).items():
-                worst = max(worst, ratio(delta, alpha * base[target], other.allowed(target, more=2)))
+                # Below float32's normal numbers a rounding is at most half its smallest number.
+                allowed = other.allowed(target, more=2) + other.roundings * 2.0**-150
+                worst = max(worst, ratio(delta, alpha * base[target], allowed))
+    return worst
+
+
+def half_precision(case: Case) -> float:
+    """dW from bfloat16 and float16 values is the textbook's for these values, within the dtype's bound.
+
+    For n roundings that is ((1 + u)^n - 1) times the sum of absolute values; where n u > 1 it would say nothing, nor is
+    anything said of a fastfood map, whose transforms sum too much. float16 ends at 2^-24: each rounding may also lose
+    half of that, times the largest product of nodes (at least 1 each) and scale. What may exceed its 65504 is left out.
+    """
+    worst = -1.0
+    if isinstance(case.spec.projection, Fastfood):
+        raise NotApplicable
+    for sized in case.groups():
+        for dtype, unit, last in HALVES:
+            values = {n: as_array(torch.from_numpy(v.copy()).to(dtype)) for n, v in sized.values.items()}
+            reach = max(1.0, abs(case.spec.scale)) * sized.terms
+            reach *= math.prod(max(1.0, float(np.abs(v).max(initial=0.0))) for v in values.values())
+            if sized.roundings * unit > 1 or reach > torch.finfo(dtype).max:
+                continue
+            adapter, formula, size = sized.adapter(values=values).to(dtype), sized.formula(values), sized.magnitude(values)
+            for target in sized.shapes:
+                allowed = math.expm1(sized.roundings * math.log1p(unit)) * size[target] + sized.roundings * last * reach
+                worst = max(worst, ratio(as_array(adapter.delta(target)), formula[target], allowed))
+    if worst < 0:
+        raise NotApplicable
     return worst
 
 
@@ -345,10 +323,12 @@ PROPERTIES: dict[str, Property] = {
     "backends agree": backends_agree,
     "linear in each node": linear_in_each_node,
     "gauge freedom on every bond": gauge_freedom,
+    "gauge keeps the tangent space": tangent_space,
     "gradients = central differences": gradients,
     "count = trainable numbers": count,
     "JSON round trip": json_round_trip,
     "finite at extreme scales": extreme_scales,
+    "bf16 and fp16 within their bounds": half_precision,
     "deterministic": deterministic,
     "merge = forward, unmerge restores": merge_is_forward,
     "merge in bf16: one rounding": merge_in_bfloat16,

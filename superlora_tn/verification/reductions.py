@@ -16,16 +16,17 @@ from hypothesis import reject
 from hypothesis import strategies as st
 
 from superlora_tn.fold import FlatFold, PhysicalFold
-from superlora_tn.nodes import CP, Dense, Hadamard, Kronecker, TensorTrain, Tucker
+from superlora_tn.nodes import CP, Dense, Hadamard, Kronecker, Part, TensorTrain, Tucker
 from superlora_tn.spec import AdapterSpec
 from superlora_tn.variants import dense, loha, lokr, lonkr, lora, lorta, lotr, superlora
 from superlora_tn.verification import draws
 from superlora_tn.verification.cases import Case, Sized, ratio
-from superlora_tn.verification.properties import cotangents, exact, node_gradients, normal
+from superlora_tn.verification.papers import MEMBERS, adalora, fact_tk, fact_tt
+from superlora_tn.verification.properties import cotangents, node_gradients, normal
 from superlora_tn.verification.references import Array, Values
 
 Carry = Callable[[Values], Values]
-Pair = tuple[AdapterSpec, AdapterSpec | Callable[[int], AdapterSpec]]
+Pair = tuple[AdapterSpec, AdapterSpec | Callable[[int], AdapterSpec], Sequence[draws.Shapes]]
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,11 @@ class Reduction:
     Attributes:
         claim: the left side.
         reference: the right side.
-        pair: draws both declarations; the right one may need the number of weights in a group.
+        pair: draws both declarations, and the weights they are about (none says all); the right declaration may need
+            the number of weights in a group.
         carry: the left's node values -> the right's. A pure renaming or transposition where `same` is true.
-        shapes: the weights it is about; all by default.
         same: both have the same parameters: equal counts, and gradients carry over as the values do.
+        held: nodes that only the right has, at fixed values: they count for nothing and their gradients are left out.
     """
 
     claim: str
@@ -46,32 +48,33 @@ class Reduction:
     pair: st.SearchStrategy[Pair]
     carry: Carry
     same: bool = True
-    shapes: Sequence[draws.Shapes] = ()
+    held: tuple[str, ...] = ()
 
     def cases(self) -> st.SearchStrategy[Case]:
         """Cases whose `other` is the right side."""
-        return _pairs(self.pair, self.shapes)
+        return _pairs(self.pair)
 
     def measure(self, case: Case) -> float:
         """The error of dW, and of gradients and counts where the parameters are the same, in units of the bound."""
         assert case.other is not None
         left = case.in_float64()
         right, worst = replace(left, spec=case.other, other=None), 0.0
-        if self.same and left.spec.count(dict(left.shapes)) != right.spec.count(dict(left.shapes)):
-            return math.inf
         for a, b in zip(left.groups(), right.groups(), strict=True):
+            fixed = sum(math.prod(n.shape) for n in b.graph.nodes if n.name in self.held)
+            if self.same and a.graph.num_parameters != b.graph.num_parameters - fixed:
+                return math.inf
             carried = dict(self.carry(a.values))
             ours, theirs = a.delta(a.values), b.delta(carried)
             for target in a.shapes:
                 worst = max(worst, ratio(ours[target], theirs[target], a.allowed(target) + b.allowed(target, carried)))
             if self.same:
-                worst = max(worst, _gradient_error(self.carry, a, b, carried))
+                worst = max(worst, _gradient_error(self, a, b, carried))
         return worst
 
 
 @st.composite
-def _pairs(draw: st.DrawFn, pair: st.SearchStrategy[Pair], shapes: Sequence[draws.Shapes]) -> Case:
-    left, right = draw(pair)
+def _pairs(draw: st.DrawFn, pair: st.SearchStrategy[Pair]) -> Case:
+    left, right, shapes = draw(pair)
     case = draw(draws.cases(st.just(left), shapes))
     members = len(case.groups()[0].shapes)
     other = right if isinstance(right, AdapterSpec) else right(members)
@@ -80,14 +83,16 @@ def _pairs(draw: st.DrawFn, pair: st.SearchStrategy[Pair], shapes: Sequence[draw
     return replace(case, other=other)
 
 
-def _gradient_error(carry: Carry, a: Sized, b: Sized, carried: Values) -> float:
+def _gradient_error(one: Reduction, a: Sized, b: Sized, carried: Values) -> float:
     """Gradients of one loss along a random direction of each node, the left's carried over as its values are."""
     generator, worst = np.random.default_rng(a.case.seed + 5), 0.0
-    ours, theirs = carry(node_gradients(a)), node_gradients(b, carried)
+    ours, theirs = one.carry(node_gradients(a)), node_gradients(b, carried)
     elements = sum(o * i for o, i in a.shapes.values())
     weights = {t: np.abs(c) for t, c in cotangents(a).items()}
     for name, grad in theirs.items():
         direction = normal(generator, grad.shape)
+        if name in one.held:
+            continue
         magnitude = b.magnitude({**carried, name: direction})
         size = sum(float((magnitude[t] * w).sum()) for t, w in weights.items())
         allowed = (a.roundings + b.roundings + 4 * (elements + grad.size)) * a.unit * size
@@ -140,9 +145,43 @@ def member_identity(values: Values) -> Values:
     return {**values, "factor_member": np.eye(values["core"].shape[0])}
 
 
-def flat_names(values: Values) -> Values:
+def cube(values: Values) -> Values:
+    """LoTR's nodes as those of the flat fold over (layer, out, in), the layer's factor the identity."""
+    named = {"core": values["core"], "factor_m2": values["factor_out"], "factor_m3": values["factor_in"]}
+    return {**named, "factor_m1": np.eye(values["core"].shape[0])}
+
+
+def row_by_row(values: Values) -> Values:
     """out and in as m1 and m2: a single weight is read row by row."""
     return {n.replace("_out", "_m1").replace("_in", "_m2"): v for n, v in values.items()}
+
+
+def flat_order(values: Values) -> Values:
+    """Physical modes in any order as m1 m2 ..: a flat fold reads (layer, type, head, out, in), the last one fastest.
+
+    The permutation: factor m_k is the factor of the k-th mode there is in that order, and the core's axes move alike.
+    """
+    modes = [n.removeprefix("factor_") for n in values if n != "core"]
+    order = [mode for mode in ("layer", "type", "head", "out", "in") if mode in modes]
+    moved = {f"factor_m{k + 1}": values[f"factor_{mode}"] for k, mode in enumerate(order)}
+    if "core" in values:
+        moved["core"] = values["core"].transpose([modes.index(mode) for mode in order])
+    return moved
+
+
+def fact_tt_names(values: Values) -> Values:
+    """FacT-TT's nodes as LoTR's."""
+    return {"core": values["G"], "factor_out": values["U"], "factor_in": values["V"]}
+
+
+def fact_tk_names(values: Values) -> Values:
+    """FacT-TK's nodes as those of a Tucker over (member, out, in)."""
+    return {"core": values["C"], "factor_member": values["P"], "factor_out": values["U"], "factor_in": values["V"]}
+
+
+def unit_values(values: Values) -> Values:
+    """LoRA's factors as AdaLoRA's, with all singular values at 1."""
+    return {"P": values["factor_out"], "Q": values["factor_in"].T, "lam": np.ones(values["factor_in"].shape[1])}
 
 
 # --- the identities -------------------------------------------------------------------------------------------------
@@ -150,11 +189,35 @@ def flat_names(values: Values) -> Values:
 ranks, alphas = st.integers(1, 3), draws.alphas
 PARTS = st.sampled_from((Dense(), CP(1), CP(2), Tucker(1), TensorTrain(1), Hadamard(CP(1), CP(1))))
 FOLDS = st.sampled_from((PhysicalFold(), PhysicalFold("layer out in"), FlatFold(3), FlatFold(4), FlatFold(2, 2)))
+SQUARES = [draws.grid(1, 1, (side, side)) for side in draws.SIZES]
+Right = AdapterSpec | Callable[[int], AdapterSpec]
 
 
-def both(make: Callable[..., Pair], *arguments: st.SearchStrategy[Any]) -> Any:
-    """A strategy of pairs."""
-    return st.builds(make, *arguments)
+def both(make: Callable[..., tuple[AdapterSpec, Right]], *arguments: st.SearchStrategy[Any], shapes: Any = ()) -> Any:
+    """A strategy of pairs about any weights, or about the given ones."""
+    return st.builds(lambda *drawn: (*make(*drawn), shapes), *arguments)
+
+
+@st.composite
+def _cubes(draw: st.DrawFn) -> Pair:
+    """LoTR, and SuperLoRA's formula at M = 3, G = 1 on as many square layers as they are wide."""
+    rank, side = draw(st.integers(1, 3)), draw(st.integers(3, 6))
+    return lotr(rank), AdapterSpec(Tucker((side, rank, rank)), FlatFold(3)), [draws.grid(side, 1, (side, side))]
+
+
+@st.composite
+def _no_surplus(draw: st.DrawFn) -> Pair:
+    """A physical fold with its modes in any order, and the flat fold of the same order, on weights that fill its sides."""
+    named = ["layer", *(mode for mode in ("type", "head") if draw(st.booleans())), "out", "in"]
+    order, side = draw(st.permutations(named)), draw(st.integers(2, 3))
+    if "head" in order:  # the fold asks for head before out, as out = head x rest
+        first, last = sorted((order.index("head"), order.index("out")))
+        order[first], order[last] = "head", "out"
+    parts: list[Part] = [CP(1), CP(2), Tucker(1), Tucker(2)]
+    part = draw(st.sampled_from(parts))
+    shape = (side**2 if "head" in order else side, side)
+    left = AdapterSpec(part, PhysicalFold(" ".join(order), side if "head" in order else None))
+    return left, AdapterSpec(part, FlatFold(len(order))), [draws.grid(side, side if "type" in order else 1, shape)]
 
 
 REDUCTIONS = (
@@ -209,7 +272,7 @@ REDUCTIONS = (
         "Tucker, superdiagonal core",
         both(lambda r, f: (AdapterSpec(CP(r), f), AdapterSpec(Tucker(r), f)), ranks, FOLDS),
         superdiagonal,
-        same=False,
+        held=("core",),
     ),
     Reduction(
         "lotr (FacT-TT)",
@@ -222,8 +285,17 @@ REDUCTIONS = (
         "Tucker, member factor = identity",
         both(lambda r: (lotr(r), lambda members: AdapterSpec(Tucker((members, r, r)), PhysicalFold("member out in"))), ranks),
         member_identity,
-        same=False,
+        held=("factor_member",),
     ),
+    Reduction("lotr", "superlora(M=3, G=1), layer factor = identity", _cubes(), cube, held=("factor_m1",)),
+    Reduction("FacT-TT", "lotr", both(lambda r: (fact_tt(r), lotr(r)), ranks), fact_tt_names),
+    Reduction(
+        "FacT-TK",
+        "Tucker over member, out, in",
+        both(lambda r, k: (fact_tk(r, k), AdapterSpec(Tucker((k, r, r)), MEMBERS)), ranks, ranks),
+        fact_tk_names,
+    ),
+    Reduction("lora", "AdaLoRA's form, lam = 1", both(lambda r: (lora(r), adalora(r)), ranks), unit_values, held=("lam",)),
     Reduction(
         "loha",
         "lora of rank r^2",
@@ -232,86 +304,14 @@ REDUCTIONS = (
         same=False,
     ),
     Reduction(
-        "flat fold of order 2, no surplus",
-        "physical fold",
+        "one square weight, M=2",
+        "flat fold, no surplus",
         both(
             lambda p: (AdapterSpec(p), AdapterSpec(p, FlatFold(2))),
             st.sampled_from((Dense(), CP(1), CP(2), Tucker(2), TensorTrain(2))),
+            shapes=SQUARES,
         ),
-        flat_names,
-        shapes=[draws.grid(1, 1, (side, side)) for side in draws.SIZES],
+        row_by_row,
     ),
-)
-
-
-# --- identities of values -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Identity:
-    """A claim about dW itself, over drawn declarations."""
-
-    claim: str
-    reference: str
-    specs: st.SearchStrategy[AdapterSpec]
-    measure: Callable[[Case], float]
-
-    def cases(self) -> st.SearchStrategy[Case]:
-        """Cases of the drawn declarations."""
-        return draws.cases(self.specs)
-
-
-def loras_add_up(case: Case) -> float:
-    """dW of the factors' first k columns plus dW of the rest is dW of all."""
-    worst, case = 0.0, case.in_float64()
-    assert isinstance(case.spec.network, CP)
-    rank = case.spec.network.rank
-    k = 1 + case.seed % (rank - 1)
-    for sized in case.groups():
-        pieces = []
-        for own, columns in ((lora(k), np.s_[:, :k]), (lora(rank - k), np.s_[:, k:])):
-            [piece] = replace(case, spec=own, shapes=tuple(sized.shapes.items())).groups()
-            pieces.append(piece.delta({n: v[columns] for n, v in sized.values.items()}))
-        for target, whole in sized.delta(sized.values).items():
-            worst = max(worst, ratio(pieces[0][target] + pieces[1][target], whole, 2 * sized.allowed(target, more=2)))
-    return worst
-
-
-def ranks_multiply(case: Case) -> float:
-    """rank(W1 (x) W2) = rank(W1) rank(W2), by singular values."""
-    rank = np.linalg.matrix_rank
-    for sized in case.in_float64().groups():
-        low = [sized.values[f"k{k}_factor_out"] @ sized.values[f"k{k}_factor_in"].T for k in (1, 2)]
-        if any(rank(w) != rank(d) for w, d in [(np.kron(*low), d) for d in sized.delta(sized.values).values()]):
-            return math.inf
-        if any(rank(d) != rank(low[0]) * rank(low[1]) for d in sized.delta(sized.values).values()):
-            return math.inf
-    return 0.0
-
-
-def van_loan(case: Case) -> float:
-    """A Kronecker product has rank 1 after Van Loan's rearrangement: rows (o1 i1), columns (o2 i2)."""
-    for sized in case.in_float64().groups():
-        (o1, i1), (o2, i2) = (sized.values[f"k{k}_weight"].shape for k in (1, 2))
-        for delta in sized.delta(sized.values).values():
-            rearranged = delta.reshape(o1, o2, i1, i2).transpose(0, 2, 1, 3).reshape(o1 * i1, o2 * i2)
-            if np.linalg.matrix_rank(rearranged) != 1:
-                return math.inf
-    return exact(True)
-
-
-IDENTITIES = (
-    Identity("LoRA_r + LoRA_s", "LoRA_{r+s}", st.builds(lora, st.integers(2, 4)), loras_add_up),
-    Identity(
-        "rank of a Kronecker product",
-        "product of ranks",
-        st.builds(lambda r, s: AdapterSpec(Kronecker(CP(r), CP(s))), st.integers(1, 3), st.integers(1, 3)),
-        ranks_multiply,
-    ),
-    Identity(
-        "Kronecker, rearranged",
-        "rank 1",
-        st.builds(lambda f: AdapterSpec(Kronecker(Dense(), Dense(), factor=f)), st.sampled_from((-1, 2, 3))),
-        van_loan,
-    ),
+    Reduction("physical fold, modes in any order", "flat fold, no surplus, modes permuted", _no_surplus(), flat_order),
 )
