@@ -12,7 +12,7 @@ from superlora_tn.execute import BackendError, backend, backends
 from superlora_tn.fold import FlatFold, PhysicalFold
 from superlora_tn.graph import lower
 from superlora_tn.layers import LayerError
-from superlora_tn.maps import Fastfood, Shuffle
+from superlora_tn.maps import Compose, Fastfood, Shuffle
 from superlora_tn.measure import calibrate
 from superlora_tn.nodes import CP, Dense, Hadamard, Kronecker, Network, Node, SpecError, TensorTrain, Tucker
 from superlora_tn.plan import PlanError, choose, make_plan
@@ -32,6 +32,7 @@ __all__ = [
     "Certificate",
     "CheckpointError",
     "Choice",
+    "Compose",
     "Dense",
     "Device",
     "Fastfood",

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from superlora_tn.fold import Shape
 from superlora_tn.graph import Graph
-from superlora_tn.maps import Fastfood, Projection, Shuffle
+from superlora_tn.maps import Compose, Fastfood, Projection, Shuffle
 from superlora_tn.nodes import CP, MAX_RANK, Hadamard, Kronecker, Part, SpecError
 from superlora_tn.spec import AdapterSpec
 
@@ -131,8 +131,9 @@ class Budget:
     def _map(self, ratio: float) -> Projection | None:
         if ratio == 1.0:
             return self.projection
-        if isinstance(self.projection, Shuffle):
-            raise SpecError(f"a shuffle keeps the length, but ratio={ratio} was asked for; give projection=Fastfood() or None.")
+        if isinstance(self.projection, Shuffle | Compose):
+            kind = "a shuffle keeps the length" if isinstance(self.projection, Shuffle) else "a Compose has ratios of its own"
+            raise SpecError(f"{kind}, but ratio={ratio} was asked for; give projection=Fastfood() or None.")
         return replace(self.projection or Fastfood(), ratio=ratio)
 
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from superlora_tn.fold import FlatFold, PhysicalFold
-from superlora_tn.maps import Fastfood, Shuffle
+from superlora_tn.maps import PROJECTIONS, Compose
 from superlora_tn.nodes import MAX_DEPTH, PARTS, Hadamard, Kronecker, Network, Node, SpecError
 
-KINDS: dict[str, type] = {k.__name__: k for k in (*PARTS, Node, PhysicalFold, FlatFold, Shuffle, Fastfood)}
+KINDS: dict[str, type] = {k.__name__: k for k in (*PARTS, Node, PhysicalFold, FlatFold, *PROJECTIONS)}
 
 
 def encode(value: Any) -> Any:
@@ -58,6 +58,8 @@ def _decode_kind(data: Mapping[str, Any], depth: int) -> Any:
             if len(nodes) != len(values["nodes"]):
                 raise SpecError("a Network in a declaration names a node twice; names are unique.")
             return Network(values["modes"], dict(values["sizes"]), **nodes)
+        if issubclass(kind, Compose):
+            return Compose(*values["maps"])
         if issubclass(kind, Kronecker | Hadamard):
             return kind(*values.pop("parts"), **values)
         return kind(**values)

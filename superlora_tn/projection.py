@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 from functools import singledispatch
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from superlora_tn.maps import Fastfood, Projection, Shuffle
+from superlora_tn.maps import Compose, Fastfood, Projection, Shuffle
 from superlora_tn.nodes import SpecError
 from superlora_tn.walsh import hadamard
 
@@ -25,28 +28,31 @@ def _raw(seed: int, purpose: str, count: int) -> np.ndarray:
     return np.random.Philox(key=key).random_raw(count).astype("<u8")
 
 
-def permutation(seed: int, count: int) -> Tensor:
+def permutation(seed: int, count: int, purpose: str = "permutation") -> Tensor:
     """A seeded permutation of ``0 .. count - 1``, int32 (int64 above 2**31)."""
-    order = np.argsort(_raw(seed, "permutation", count), kind="stable")
+    order = np.argsort(_raw(seed, purpose, count), kind="stable")
     return torch.from_numpy(order.astype(np.int32 if count <= 2**31 else np.int64))
 
 
-def signs(seed: int, count: int) -> Tensor:
+def signs(seed: int, count: int, purpose: str = "signs") -> Tensor:
     """Seeded signs, -1 or +1, float32 of shape (count,)."""
-    bits = np.unpackbits(_raw(seed, "signs", -(-count // 64)).view(np.uint8))[:count]
+    bits = np.unpackbits(_raw(seed, purpose, -(-count // 64)).view(np.uint8))[:count]
     return torch.from_numpy(bits.astype(np.float32) * 2 - 1)
 
 
-def gaussians(seed: int, count: int) -> Tensor:
+def gaussians(seed: int, count: int, purpose: str = "gaussians") -> Tensor:
     """Seeded numbers of mean 0 and variance 1, float32 of shape (count,).
 
     Sums of twelve uniform 16-bit words (Irwin-Hall), a Gaussian to within 0.2 % of its distribution function, because
     a sum of whole numbers has the same bits everywhere.
     """
-    words = _raw(seed, "gaussians", 3 * count).view("<u2").reshape(count, 12)
+    words = _raw(seed, purpose, 3 * count).view("<u2").reshape(count, 12)
     total = words.astype(np.int64).sum(axis=1) * 2 - 12 * 65535
     # The variance of the doubled sum of 12 uniform words 0..65535 is 12 * (65536**2 - 1) / 3.
     return torch.from_numpy((total / math.sqrt(4 * (65536**2 - 1))).astype(np.float32))
+
+
+TABLES = {"B": ("signs", "flips", signs), "P": ("permutation", "order", permutation), "G": ("gaussians", "weights", gaussians)}
 
 
 class FixedMap(nn.Module):
@@ -77,27 +83,61 @@ class ShuffleMap(FixedMap):
 
 
 class FastfoodMap(FixedMap):
-    """``y = H G P H B x / sqrt(p n)``, x padded from n to p (a power of two), y truncated; keeps the elements' variance."""
+    """``y = H G P H B x`` (or another order), x padded from n to p (a power of two), y truncated."""
 
-    flips: Tensor
-    order: Tensor
-    weights: Tensor
-
-    def __init__(self, size_in: int, size_out: int, seed: int, tanh: bool) -> None:
+    def __init__(self, size_in: int, size_out: int, declared: Fastfood) -> None:
         super().__init__(size_in, size_out)
-        self.tanh = tanh
+        self.declared = declared
         self.padded = 1 << (max(size_in, size_out) - 1).bit_length()
-        self.register_buffer("flips", signs(seed, size_in), persistent=False)
-        self.register_buffer("order", permutation(seed, self.padded), persistent=False)
-        self.register_buffer("weights", gaussians(seed, self.padded), persistent=False)
+        mixed = False  # signs and Gaussians in front of the first H and P meet the elements of x alone
+        for k, factor in enumerate(declared.order):
+            mixed = mixed or factor in "HP"
+            if factor != "H":
+                purpose, name, make = TABLES[factor]
+                again = str(declared.order[:k].count(factor) + 1) if factor in declared.order[:k] else ""
+                table = make(declared.seed, self.padded if mixed else size_in, f"{purpose} {again}".strip())
+                self.register_buffer(f"{name}{again}", table, persistent=False)
+
+    @property
+    def scale(self) -> float:
+        """The factor of all that `scaling` asks for."""
+        transforms = self.declared.order.count("H")
+        if self.declared.scaling == "orthonormal":
+            return math.pow(self.padded, -transforms / 2)
+        if self.declared.scaling == "none" or not transforms:
+            return 1.0
+        # The first transform sums the n elements that are not padding, each further one all p.
+        return 1.0 / math.sqrt(self.size_in * math.pow(self.padded, transforms - 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., size_out)."""
-        scaled = self.flips.to(x.dtype) * (1.0 / math.sqrt(self.padded * self.size_in))
-        y = nn.functional.pad(x * scaled, (0, self.padded - self.size_in))
-        y = hadamard(y).index_select(-1, self.order) * self.weights.to(x.dtype)
-        y = hadamard(y)[..., : self.size_out]
-        return torch.tanh(y) if self.tanh else y
+        tables = iter([buffer for buffer in self._buffers.values() if buffer is not None])
+        y = x * self.scale
+        for factor in self.declared.order:
+            if factor in "HP" and y.shape[-1] < self.padded:
+                y = nn.functional.pad(y, (0, self.padded - self.size_in))
+            if factor == "H":
+                y = hadamard(y)
+            elif factor == "P":
+                y = y.index_select(-1, next(tables))
+            else:
+                y = y * next(tables).to(y.dtype)
+        y = nn.functional.pad(y, (0, self.size_out - y.shape[-1])) if y.shape[-1] < self.size_out else y[..., : self.size_out]
+        return torch.tanh(y) if self.declared.tanh else y
+
+
+class ComposedMap(FixedMap):
+    """Maps one after another."""
+
+    def __init__(self, stages: Sequence[FixedMap]) -> None:
+        super().__init__(stages[0].size_in, stages[-1].size_out)
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) -> (..., size_out)."""
+        for stage in self.stages:
+            x = stage(x)
+        return x
 
 
 @singledispatch
@@ -115,4 +155,17 @@ def _shuffle(projection: Shuffle, size_in: int, size_out: int) -> FixedMap:
 
 @fixed_map.register
 def _fastfood(projection: Fastfood, size_in: int, size_out: int) -> FixedMap:
-    return FastfoodMap(size_in, size_out, projection.seed, projection.tanh)
+    return FastfoodMap(size_in, size_out, projection)
+
+
+@fixed_map.register
+def _compose(projection: Compose, size_in: int, size_out: int) -> FixedMap:
+    lengths = [size_in]
+    for k in range(1, len(projection.maps)):
+        rest = math.prod(Fraction(str(m.ratio)) for m in projection.maps[k:])
+        # A shuffle keeps the length, and a map never shortens.
+        least = lengths[-1]
+        lengths.append(least if isinstance(projection.maps[k - 1], Shuffle) else max(least, math.ceil(rest * size_out)))
+    lengths.append(size_out)
+    stages = [fixed_map(m, a, b) for m, (a, b) in zip(projection.maps, pairwise(lengths), strict=True)]
+    return ComposedMap([stage for stage in stages if stage is not None])

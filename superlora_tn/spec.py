@@ -10,7 +10,7 @@ from typing import Any
 from superlora_tn.codec import decode, encode
 from superlora_tn.fold import FlatFold, Fold, Group, PhysicalFold, Shape
 from superlora_tn.graph import Graph, lower_group
-from superlora_tn.maps import Fastfood, Projection, Shuffle
+from superlora_tn.maps import PROJECTIONS, Projection
 from superlora_tn.nodes import PARTS, Kronecker, Part, SpecError, check_flag, check_number, reference_rank
 
 MAX_ELEMENTS = 1 << 48
@@ -48,8 +48,10 @@ class AdapterSpec:
             object.__setattr__(self, "fold", replace(self.fold, splits=parts))
         if not isinstance(self.fold, PhysicalFold | FlatFold):
             raise SpecError(f"AdapterSpec was given fold={self.fold!r}; give PhysicalFold(...) or FlatFold(...).")
-        if self.projection is not None and not isinstance(self.projection, Shuffle | Fastfood):
-            raise SpecError(f"AdapterSpec was given projection={self.projection!r}; give Fastfood(...), Shuffle(...) or None.")
+        if self.projection is not None and not isinstance(self.projection, PROJECTIONS):
+            raise SpecError(
+                f"AdapterSpec was given projection={self.projection!r}; give Fastfood(...), Shuffle(...), Compose(...) or None."
+            )
         if self.projection is not None and isinstance(self.fold, PhysicalFold):
             raise SpecError("a projection maps a flat vector, but the fold is physical; use FlatFold(...), or no projection.")
         if self.alpha is not None:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import EPS
 
+import superlora_tn as sl
 from superlora_tn import walsh
 from superlora_tn.adapter import make_adapter
 from superlora_tn.fold import FlatFold
@@ -264,3 +265,104 @@ def test_the_transform_in_runs_differentiates_twice_and_maps() -> None:
     torch.testing.assert_close(torch.func.vmap(hadamard, in_dims=1)(plain.T.contiguous()), plain @ dense, atol=1e-12, rtol=0)
     torch.testing.assert_close(torch.func.jvp(hadamard, (plain,), (way,))[1], way @ dense, atol=1e-12, rtol=0)
     torch.testing.assert_close(hadamard(plain.T[:, :2].T), plain[:2] @ dense, atol=1e-12, rtol=0)
+
+
+def explicit(declared: Fastfood, size_in: int, size_out: int) -> np.ndarray:
+    """A fastfood map of any order as a product of explicit matrices, applied from the left one after another."""
+    p = 1 << (max(size_in, size_out) - 1).bit_length()
+    result, transforms = np.eye(p)[:, :size_in], 0
+    seen: dict[str, int] = {}
+    for factor in declared.order:
+        seen[factor] = seen.get(factor, 0) + 1
+        mark = f" {seen[factor]}" if seen[factor] > 1 else ""
+        if factor == "H":
+            result, transforms = oracle.hadamard_matrix(p) @ result, transforms + 1
+        elif factor == "B":
+            result = np.diag(signs(declared.seed, p, f"signs{mark}").double().numpy()) @ result
+        elif factor == "G":
+            result = np.diag(gaussians(declared.seed, p, f"gaussians{mark}").double().numpy()) @ result
+        else:
+            result = np.eye(p)[permutation(declared.seed, p, f"permutation{mark}").numpy()] @ result
+    scale = {"none": 1.0, "orthonormal": p ** (-transforms / 2)}.get(declared.scaling)
+    if scale is None:
+        scale = (size_in * p ** (transforms - 1)) ** -0.5 if transforms else 1.0
+    return scale * result[:size_out]
+
+
+@given(
+    st.text("BHPG", min_size=1, max_size=8), st.sampled_from(["variance", "orthonormal", "none"]),
+    st.integers(1, 20), st.integers(0, 20), st.integers(0, 99), st.booleans(),
+)  # fmt: skip
+def test_any_order_and_scaling_is_the_product_of_its_matrices(
+    order: str, scaling: str, size_in: int, more: int, seed: int, tanh: bool
+) -> None:
+    declared = Fastfood(0.5, seed, tanh, order, scaling)
+    fixed, matrix = made(declared, size_in, size_in + more), explicit(declared, size_in, size_in + more)
+    x = torch.randn(3, size_in, dtype=torch.float64)
+    wanted = x.numpy() @ matrix.T
+    found = fixed(x).numpy()
+    # Every transform adds p <= 64 numbers, so at most 64 times 8 roundings of the sum of absolute values.
+    worst = np.abs(x.numpy()) @ np.abs(explicit_bound(declared, size_in, size_in + more)).T
+    assert (np.abs(found - (np.tanh(wanted) if tanh else wanted)) <= 64 * 8 * EPS * (worst + tanh)).all()
+
+
+def explicit_bound(declared: Fastfood, size_in: int, size_out: int) -> np.ndarray:
+    """The same product with every entry's absolute value: what no partial sum exceeds."""
+    p = 1 << (max(size_in, size_out) - 1).bit_length()
+    result = np.eye(p)[:, :size_in]
+    for factor in declared.order:
+        if factor == "H":
+            result = np.ones((p, p)) @ result
+        elif factor == "G":
+            result = 8.0 * result  # a sum of twelve uniform numbers is below 6 standard deviations
+        elif factor == "P":
+            result = np.broadcast_to(result.max(0), result.shape)
+    transforms = declared.order.count("H")
+    scale = {"none": 1.0, "orthonormal": p ** (-transforms / 2)}.get(declared.scaling)
+    if scale is None:
+        scale = (size_in * p ** (transforms - 1)) ** -0.5 if transforms else 1.0
+    return scale * result[:size_out]
+
+
+@pytest.mark.parametrize("order", ["BHPGH", "HGPHB", "BH", "GHBH"])
+def test_scaling_by_variance_keeps_it(order: str) -> None:
+    fixed = made(Fastfood(0.25, 1, order=order), 1 << 10, 1 << 12)
+    x = torch.randn(64, 1 << 10, dtype=torch.float64)
+    # The mean of 1024 squared Gaussians has a standard deviation of sqrt(2 / 1024), the rest is smaller: 5 of those.
+    assert abs(float(fixed(x).var()) - 1) < 5 * math.sqrt(2 / 1024)
+
+
+@pytest.mark.parametrize("order", ["", "X", "BHPGHBHPG", "bh", None])
+def test_a_wrong_order_raises(order: object) -> None:
+    with pytest.raises(sl.SpecError, match="order="):
+        Fastfood(order=order)
+
+
+def test_a_wrong_scaling_raises() -> None:
+    with pytest.raises(sl.SpecError, match="scaling="):
+        Fastfood(scaling="mean")
+
+
+@given(st.integers(0, 99), st.integers(3, 30))
+def test_composed_maps_are_one_after_another(seed: int, size_in: int) -> None:
+    size_out = 4 * size_in
+    fixed = made(sl.Compose(Fastfood(0.5, seed), Shuffle(seed + 1), Fastfood(0.5, seed + 2)), size_in, size_out)
+    middle = 2 * size_in
+    first, last = (made(Fastfood(0.5, s), a, b) for s, a, b in ((seed, size_in, middle), (seed + 2, middle, size_out)))
+    x = torch.randn(2, size_in, dtype=torch.float64)
+    wanted = last(first(x)[:, permutation(seed + 1, middle).long()])
+    assert torch.equal(fixed(x), wanted)
+
+
+def test_a_composed_map_is_part_of_a_spec() -> None:
+    projection = sl.Compose(Fastfood(0.5, 1), Shuffle(2), Fastfood(0.2, 3))
+    spec = sl.lorta(2, 3, 4, projection)
+    assert projection.ratio == pytest.approx(0.1)
+    assert spec == sl.AdapterSpec.from_dict(spec.to_dict())
+    shapes = {f"layers.{k}.q_proj": (12, 20) for k in range(2)}
+    assert spec.count(shapes) == oracle.count_lorta(2, 3, 4, 0.1 * 480)
+    for wrong in ((), (Shuffle(),), (Shuffle(), None)):
+        with pytest.raises(sl.SpecError, match="Compose was given"):
+            sl.Compose(*wrong)
+    with pytest.raises(sl.SpecError, match="ratios of its own"):
+        sl.superlora(projection=projection, budget=100, ratio=0.5).choose(shapes)

@@ -15,7 +15,6 @@ from superlora_tn.adapter import make_adapter
 from superlora_tn.base import Adapter
 from superlora_tn.fold import FlatGroup, Group, Shape
 from superlora_tn.graph import Graph
-from superlora_tn.maps import Fastfood
 from superlora_tn.plan import Route
 from superlora_tn.spec import AdapterSpec
 from superlora_tn.verification import references
@@ -32,7 +31,7 @@ class NotApplicable(Exception):
 
 def is_linear(spec: AdapterSpec) -> bool:
     """Whether dW is linear in each node: all but a map with tanh."""
-    return not (isinstance(spec.projection, Fastfood) and spec.projection.tanh)
+    return spec.projection is None or spec.projection.linear
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from superlora_tn.maps import Fastfood
+from superlora_tn.maps import Compose, Fastfood
 from superlora_tn.verification.cases import Case, NotApplicable, Sized, as_array, ratio
 from superlora_tn.verification.references import Array, Values
 
@@ -76,7 +76,7 @@ def tangent_space(case: Case) -> float:
     A fastfood map follows the network, so that the network's tangent space is what matters; it is left out here.
     """
     bonds, worst = 0, 0.0
-    if isinstance(case.spec.projection, Fastfood):
+    if isinstance(case.spec.projection, Fastfood | Compose):
         raise NotApplicable
     for sized in case.in_float64().groups():
         moved = dict(sized.values)

@@ -17,7 +17,7 @@ from superlora_tn import layers
 from superlora_tn.attach import Tuned, attach
 from superlora_tn.execute import backends, compiled
 from superlora_tn.fold import FlatGroup, PhysicalGroup
-from superlora_tn.maps import Fastfood
+from superlora_tn.maps import Compose, Fastfood
 from superlora_tn.nodes import TOKEN
 from superlora_tn.plan import Plan, make_plan
 from superlora_tn.spec import AdapterSpec
@@ -240,7 +240,7 @@ def half_precision(case: Case) -> float:
     half of that, times the largest product of nodes (at least 1 each) and scale. What may exceed its 65504 is left out.
     """
     worst = -1.0
-    if isinstance(case.spec.projection, Fastfood):
+    if isinstance(case.spec.projection, Fastfood | Compose):
         raise NotApplicable
     for sized in case.groups():
         for dtype, unit, last in HALVES:

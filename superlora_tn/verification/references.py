@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from superlora_tn.fold import FlatFold, PhysicalFold, Shape
-from superlora_tn.maps import Shuffle
+from superlora_tn.maps import Compose, Fastfood, Shuffle
 from superlora_tn.nodes import CP, Dense, Hadamard, Kronecker, Network, Part, TensorTrain, Tucker
 from superlora_tn.projection import gaussians, permutation, signs
 from superlora_tn.spec import AdapterSpec
@@ -203,18 +203,40 @@ def _flat(
 
 
 def mapped(spec: AdapterSpec, vector: Array, length: int, absolute: bool = False) -> Array:
-    """F of a vector: ``H G P H B x / sqrt(p n)`` with every factor an explicit matrix, cut to `length`."""
+    """F of a vector, every factor an explicit matrix, cut to `length`; or what no partial sum of it exceeds."""
     projection = spec.projection
-    if projection is None:
-        return vector
-    if isinstance(projection, Shuffle):
-        return np.asarray(vector[permutation(projection.seed, len(vector)).numpy()])
+    stages = projection.maps if isinstance(projection, Compose) else () if projection is None else (projection,)
+    for k, stage in enumerate(stages):
+        rest = math.prod(m.ratio for m in stages[k + 1 :])
+        end = length if k == len(stages) - 1 else max(len(vector), math.ceil(round(rest * length, 9)))
+        if isinstance(stage, Shuffle):
+            vector = np.asarray(vector[permutation(stage.seed, len(vector)).numpy()])
+        else:
+            vector = _fastfood(stage, vector, end, absolute)
+    return vector
+
+
+def _fastfood(stage: Fastfood, vector: Array, length: int, absolute: bool) -> Array:
+    """The factors one after another on the padded vector, of p elements; `absolute` takes every entry for positive."""
     n, p = len(vector), 1 << (max(len(vector), length) - 1).bit_length()
-    weights = gaussians(projection.seed, p).double().numpy()
-    if absolute:  # no partial sum of H G P H B x exceeds this, in whatever order the transforms add
-        return np.full(length, np.abs(weights).sum() * vector.sum() / math.sqrt(p * n) + projection.tanh)
-    h = np.array([[1.0 - 2.0 * ((j & k).bit_count() % 2) for k in range(p)] for j in range(p)])
-    flipped = np.concatenate([vector * signs(projection.seed, n).double().numpy(), np.zeros(p - n)])
-    shuffled = (h @ flipped)[permutation(projection.seed, p).numpy()]
-    result = (h @ (weights * shuffled))[:length] / math.sqrt(p * n)
-    return np.asarray(np.tanh(result) if projection.tanh else result)
+    h = np.array([[1.0 if absolute else 1.0 - 2.0 * ((j & k).bit_count() % 2) for k in range(p)] for j in range(p)])
+    y = np.concatenate([vector, np.zeros(p - n)])
+    for k, factor in enumerate(stage.order):
+        again = stage.order[:k].count(factor)
+        mark = f" {again + 1}" if again else ""
+        if factor == "B" and not absolute:
+            y = signs(stage.seed, p, f"signs{mark}").double().numpy() * y
+        elif factor == "P":
+            y = y[permutation(stage.seed, p, f"permutation{mark}").numpy()]
+        elif factor == "G":
+            weights = gaussians(stage.seed, p, f"gaussians{mark}").double().numpy()
+            y = (np.abs(weights) if absolute else weights) * y
+        elif factor == "H":
+            y = h @ y
+    transforms = stage.order.count("H")
+    sums = n * p ** (transforms - 1) if stage.scaling == "variance" and transforms else 1
+    scale = p ** (transforms / 2) if stage.scaling == "orthonormal" else math.sqrt(sums)
+    result = y[:length] / scale
+    if stage.tanh:
+        return np.asarray(result + 1.0 if absolute else np.tanh(result))
+    return np.asarray(result)
