@@ -202,15 +202,19 @@ class FlatFold:
             outermost Kronecker (`AdapterSpec` fills it in).
         stacked: for order 2, stack to the width of the widest weight (its in): sides (width, ceil(n / width)), the
             paper's "2D".
+        multiple: sides are rounded up to a multiple of it; the paper's unprojected "2D reshape" rounds to the layers' width
+            (inferred from its counts).
     """
 
     order: int = 3
     groups: int | str = 1
     splits: int | None = None
     stacked: bool = False
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         check_count("FlatFold", "order", self.order, 32)
+        check_count("FlatFold", "multiple", self.multiple, 1 << 20)
         if self.splits is not None:
             check_count("FlatFold", "splits", self.splits, 32)
         check_flag("FlatFold", "stacked", self.stacked)
@@ -220,6 +224,11 @@ class FlatFold:
         if self.stacked and (self.order != 2 or self.splits not in (None, 1)):
             raise SpecError(
                 f"FlatFold(stacked=True) is two-dimensional; it was given order={self.order}, splits={self.splits}."
+            )
+        if self.multiple > 1 and (self.stacked or self.splits not in (None, 1)):
+            raise SpecError(
+                f"FlatFold was given multiple={self.multiple} with stacked={self.stacked}, splits={self.splits}; "
+                "it rounds equal sides that are not split. Leave multiple=1."
             )
 
     def lay_out(self, shapes: Mapping[str, Shape], ratio: float = 1.0) -> tuple[FlatGroup, ...]:
@@ -246,7 +255,8 @@ class FlatFold:
         if self.stacked:
             return (width, -(-inner // width))
         splits = self.splits or 1
-        return (equal_side(inner, self.order * splits) ** splits,) * self.order
+        side = equal_side(inner, self.order * splits) ** splits
+        return (-(-side // self.multiple) * self.multiple,) * self.order
 
 
 Fold = PhysicalFold | FlatFold

@@ -510,9 +510,11 @@ def test_an_attention_that_would_ignore_the_adapter_raises(tmp_path: Path) -> No
         lambda body: body["spec"]["fold"].update(modes="head member out in", heads=0),
         lambda body: body["spec"]["fold"].update(modes="head member out in", heads="4"),
         lambda body: body["spec"].update(
-            fold={"kind": "FlatFold", "order": 32, "groups": 10**9, "splits": 32, "stacked": False}
+            fold={"kind": "FlatFold", "order": 32, "groups": 10**9, "splits": 32, "stacked": False, "multiple": 1}
         ),
-        lambda body: body["spec"].update(fold={"kind": "FlatFold", "order": 3, "groups": 10**9, "splits": 1, "stacked": False}),
+        lambda body: body["spec"].update(
+            fold={"kind": "FlatFold", "order": 3, "groups": 10**9, "splits": 1, "stacked": False, "multiple": 1}
+        ),
         lambda body: body["spec"]["network"].update(kind="Exec"),
         lambda body: body["spec"]["network"].update(kind=["Tucker"]),
     ],

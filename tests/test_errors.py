@@ -157,6 +157,7 @@ DECLARATIONS: list[tuple[str, Make, list[str]]] = [
     ("order 0", lambda: FlatFold(order=0), ["order=0", "from 1 to 32"]),
     ("order text", lambda: FlatFold(order="3"), ["order='3'"]),
     ("splits 33", lambda: FlatFold(splits=33), ["splits=33", "from 1 to 32"]),
+    ("multiple and stacked", lambda: FlatFold(2, stacked=True, multiple=4), ["multiple=4", "stacked=True", "multiple=1"]),
     ("groups 0", lambda: FlatFold(groups=0), ["groups=0", "at least 1", "'weight'"]),
     ("groups text", lambda: FlatFold(groups="weights"), ["groups='weights'", "'weight'"]),
     ("groups True", lambda: FlatFold(groups=True), ["groups=True"]),

@@ -42,6 +42,8 @@ PUBLISHED = [
     ("unet-lora", lora(8), UNET, 75_776),
     ("unet-2d", AdapterSpec(CP(13), FlatFold(2, groups=8, stacked=True)), UNET, 70_720),
     ("unet-2d-reshape-projected", superlora(4, order=2, groups=4, projection=Fastfood(0.5)), UNET, 8_512),
+    # Inferred rule, not a published count: the near-square side of 565,248 elements, 752, rounds up to 6 * 128.
+    ("unet-2d-reshape", AdapterSpec(CP(4), FlatFold(2, multiple=128)), UNET, 4 * 2 * 768),
     ("unet-lorta-m3-g12-r5", lorta(5, order=3, groups=12), UNET, 8_160),
     ("unet-lorta-m3-g1-r4", lorta(4, order=3), UNET, 1_060),
     ("unet-lorta-projected", lorta(4, order=3, groups=4, projection=Fastfood(0.01)), UNET, 832),
