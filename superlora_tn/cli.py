@@ -1,10 +1,11 @@
-"""The command line: ``superlora-tn demo | variants | plan | bench | verify | draw``."""
+"""The command line: ``superlora-tn demo | reproduce | variants | plan | bench | verify | draw``."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -191,6 +192,22 @@ def demo_command(args: argparse.Namespace) -> None:
     run(Path(args.out), quick=args.quick, as_json=args.json)
 
 
+def reproduce_command(args: argparse.Namespace) -> int:
+    """Run one of the paper's experiments."""
+    try:
+        from superlora_tn.reproduce.command import Request, reproduce
+        from superlora_tn.reproduce.task import TaskError
+    except ImportError as error:
+        raise UsageError(f"this needs the extra packages: pip install 'superlora_tn[reproduce]' ({error}).") from error
+    data = args.data or (os.environ.get("SUPERLORA_DATA") if args.scale == "small" else None) or None
+    try:
+        request = Request(args.experiment, Path(args.out), args.scale, data, args.model, args.target, args.device)
+        reproduce(request, args.json)
+    except TaskError as error:
+        raise UsageError(str(error)) from error
+    return 0
+
+
 def _network_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("variant", nargs="?", default="", help=f"one of {', '.join(VARIANTS)}")
     parser.add_argument("--rank", type=int, default=8)
@@ -217,6 +234,14 @@ def parser() -> argparse.ArgumentParser:
     demo = add("demo", demo_command, "pre-train a small ViT on printed digits, adapt it to handwriting with every variant")
     demo.add_argument("--quick", action="store_true", help="under a minute: shorter training, one seed")
     demo.add_argument("--out", default="out/demo", help="where figures and results go")
+    again = add("reproduce", reproduce_command, "run one of the paper's experiments; a run that was stopped goes on")
+    again.add_argument("experiment", choices=("classification", "diffusion", "geometry"), help="which")
+    again.add_argument("--scale", choices=("small", "full"), default="small", help="minutes on one core, or the paper's size")
+    again.add_argument("--data", help="the data folder (small; or SUPERLORA_DATA), or a data set's folder or hub name (full)")
+    again.add_argument("--model", help="with --scale full: a folder or hub name of a vision transformer")
+    again.add_argument("--target", default="tinyimagenet30", help="of classification with a data folder; or mnist")
+    again.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
+    again.add_argument("--out", default="out/reproduce", help="where reports, figures and finished jobs go")
     listing = add("variants", variants_command, "list the variants with their networks and counts")
     listing.add_argument("--rank", type=int, default=8)
     plan = add("plan", plan_command, "plan the contraction of a variant or of any network")
@@ -243,7 +268,7 @@ def parser() -> argparse.ArgumentParser:
     for made in (listing, plan, drawing):
         made.add_argument("--shape", default="768x768", help="OUTxIN of a weight")
         made.add_argument("--weights", type=int, default=24, help="how many such weights")
-    for made in (demo, listing, plan, bench, proof):
+    for made in (demo, again, listing, plan, bench, proof):
         made.add_argument("--json", action="store_true", help="machine-readable output")
     return top
 

@@ -228,7 +228,7 @@ def pareto(points: Sequence[Point], path: str | Path, title: str, references: Ma
             [p.parameters for p in own],
             [100 * p.accuracy for p in own],
             [100 * p.spread for p in own],
-            fmt="o",
+            fmt="os^D"[k // len(PALETTE) % 4],
             color=colour,
             markersize=6,
             capsize=2,

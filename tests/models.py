@@ -108,24 +108,6 @@ class Tied(nn.Module):
         return self.lm_head(torch.tanh(self.body(self.embed(tokens))))
 
 
-class Vit(nn.Module):
-    """The pre-trained CIFAR-10 ViT of shared/data/weights_vit_cifar10, images (batch, 3, 32, 32) -> (batch, 10)."""
-
-    def __init__(self, dim: int = 128, depth: int = 6, heads: int = 8, hidden: int = 256, patch: int = 4) -> None:
-        super().__init__()
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, stride=patch)})
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, (32 // patch) ** 2 + 1, dim))
-        layer = nn.TransformerEncoderLayer(dim, heads, hidden, dropout=0.1, batch_first=True)
-        self.transformer = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-        self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 10))
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        return self.mlp_head(self.transformer(x)[:, 0])
-
-
 # One declaration a way of saying it: every part, physical and flat folds, every map, both routes.
 VARIANTS: Mapping[str, AdapterSpec] = {
     "dense": dense(),

@@ -1,0 +1,232 @@
+"""The report's questions, answered from the rows alone by one rule for paired differences over seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from superlora_tn.reproduce.store import Data
+
+# Student's t at 97.5 %, by degrees of freedom (one fewer than seeds); beyond the list, the last.
+QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+EQUAL = 1.125  # counts that differ by an eighth at most count as equal
+TENTH = (5.0, 20.0)  # "about a tenth": LoRA has so many times LoRTA's parameters
+RULE = (
+    "Rule for every difference (paired: the same seed on both sides, so the same head, images and order; mean ± its standard "
+    "error over the seeds): **no difference seen** where the mean is within one standard error of 0; **clear** where it is "
+    "outside the 95 % interval of Student's t as well; between the two, **a hint**, which equal methods show often by chance."
+)
+
+
+def best(found: Mapping[str, float]) -> float:
+    """The rate of the lowest loss."""
+    return float(min(found, key=lambda rate: (not math.isfinite(found[rate]), found[rate])))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference over seeds.
+
+    Attributes:
+        mean: of second less first.
+        error: its standard error; None for one seed.
+        clear: whether 0 is outside the 95 % interval.
+    """
+
+    mean: float
+    error: float | None
+    clear: bool
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where a difference is seen, 0 where none is."""
+        seen = self.error is not None and abs(self.mean) > self.error
+        return (1 if self.mean > 0 else -1) if seen else 0
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if self.error is None:
+            return "one seed: not judged"
+        if self.sign == 0:
+            return "no difference seen"
+        return ("clear: " if self.clear else "a hint: ") + ("more" if self.sign > 0 else "less")
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Second less first, seed by seed.
+
+    Raises:
+        ValueError: not one number a seed on both sides.
+    """
+    each = [b - a for a, b in zip(first, second, strict=True)]
+    mean = statistics.fmean(each)
+    if len(each) < 2:
+        return Difference(mean, None, False)
+    error = statistics.stdev(each) / math.sqrt(len(each))
+    return Difference(mean, error, abs(mean) > QUANTILES[min(len(each) - 1, len(QUANTILES)) - 1] * error)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two settings side by side, and what the second has more (in accuracy)."""
+
+    first: Data
+    second: Data
+
+    @property
+    def difference(self) -> Difference:
+        """Second less first."""
+        return difference(self.first["accuracies"], self.second["accuracies"])
+
+
+Test = Callable[[Data, Data], bool]
+
+
+def pairs(rows: Sequence[Data], test: Test) -> Iterator[Pair]:
+    """For each second row, the first row that the test allows and whose count is nearest, where both count as equal."""
+    for second in rows:
+        allowed = [first for first in rows if first is not second and test(first, second)]
+        if allowed:
+            first = min(allowed, key=lambda row: _apart(row, second))
+            if _apart(first, second) <= EQUAL:
+                yield Pair(first, second)
+
+
+def _apart(one: Data, other: Data) -> float:
+    """How many times the parameters of the smaller the larger has."""
+    counts = sorted((one["parameters"], other["parameters"]))
+    return float(counts[1] / counts[0])
+
+
+def tenths(rows: Sequence[Data]) -> list[Pair]:
+    """Each LoRA beside the unprojected LoRTA nearest to a tenth of its parameters."""
+    found = []
+    for lora in (r for r in rows if r["variant"] == "LoRA"):
+        candidates = [r for r in rows if r["variant"].startswith("LoRTA")]
+        fit = [r for r in candidates if TENTH[0] <= lora["parameters"] / r["parameters"] <= TENTH[1]]
+        if fit:
+            near = min(fit, key=lambda r: abs(math.log(lora["parameters"] / r["parameters"] / 10)))
+            found.append(Pair(lora, near))
+    return found
+
+
+def rank_pairs(rows: Sequence[Data]) -> list[Pair]:
+    """LoRA of the fewest parameters beside LoRA of the most."""
+    own = sorted((r for r in rows if r["variant"] == "LoRA"), key=lambda r: r["parameters"])
+    return [Pair(own[0], own[-1])] if len(own) > 1 else []
+
+
+def rank_answer(found: Sequence[Pair]) -> str:
+    """Does accuracy depend on the number of parameters at all?"""
+    if not found or found[0].difference.error is None:
+        return "Not answered: it takes two LoRA settings and two seeds."
+    times, d = _apart(found[0].first, found[0].second), found[0].difference
+    if d.sign > 0:
+        return f"Yes: {times:.0f} times LoRA's parameters gave more accuracy ({d.verdict})."
+    return (
+        f"**No**: {times:.0f} times LoRA's parameters gave no more accuracy here ({d.verdict}). So that some variant does as "
+        "well with fewer says little at this scale."
+    )
+
+
+def _plain(row: Data) -> bool:
+    return not row["projection"]
+
+
+def _same_flat(first: Data, second: Data) -> bool:
+    return bool(first["order"] == second["order"] >= 2 and first["groups"] == second["groups"])
+
+
+QUESTIONS: tuple[tuple[str, str, Test], ...] = (
+    (
+        "What does grouping (G) give?",
+        "more groups",
+        lambda a, b: _plain(a) and a["variant"] == b["variant"] and b["groups"] > a["groups"] == 1,
+    ),
+    (
+        "What does reshaping (2D to near-square 2D reshape) give?",
+        "reshaping",
+        lambda a, b: a["variant"] == "2D" and b["variant"] == "2D reshape",
+    ),
+    (
+        "What does shuffling give?",
+        "shuffling",
+        lambda a, b: (
+            _plain(a)
+            and b["projection"] == "shuffle"
+            and _same_flat(a, b)
+            and b["variant"] == f"shuffled {a['variant'].partition(' M=')[0]}"
+        ),
+    ),
+    (
+        "What does a fixed projection give?",
+        "projection",
+        lambda a, b: (
+            _plain(a)
+            and a["variant"].startswith("LoRTA")
+            and b["projection"].startswith("rho")
+            and "tanh" not in b["projection"]
+            and _same_flat(a, b)
+        ),
+    ),
+    (
+        "What does tanh behind the projection give?",
+        "tanh",
+        lambda a, b: b["projection"] == f"{a['projection']} tanh",
+    ),
+    (
+        "What do more modes (LoRTA M=4, 5 beside M=3) give?",
+        "more modes",
+        lambda a, b: a["variant"] == "LoRTA M=3" and b["variant"] in ("LoRTA M=4", "LoRTA M=5") and a["groups"] == b["groups"],
+    ),
+    (
+        "What does the Kronecker product of the general formula (K=2) give over LoRTA?",
+        "K=2",
+        lambda a, b: a["variant"] == "LoRTA M=3" and b["variant"] == "SuperLoRA K=2" and _same_flat(a, b),
+    ),
+)
+
+
+def summary(found: Sequence[Pair], what: str) -> str:
+    """One sentence over all pairs of a question."""
+    if not found:
+        return "Not answered: no two settings of this run have counts equal enough."
+    judged = [p.difference for p in found]
+    if any(d.error is None for d in judged):
+        return "Not answered: one seed has no spread to judge by."
+    gains, losses = sum(d.sign > 0 for d in judged), sum(d.sign < 0 for d in judged)
+    clear = sum(d.clear and d.sign != 0 for d in judged)
+    if gains == losses == 0:
+        return f"At equal parameters {what} made no difference that {_count(len(found))} would show."
+    words = f"Of {_count(len(found))}, {what} raised accuracy in {gains} and lowered it in {losses}; {clear} of these clearly."
+    if clear == 0:
+        words += " So nothing is settled at this scale."
+    elif gains and losses:
+        words += " The signs are mixed: it depends on the setting."
+    return words
+
+
+def _count(pairs: int) -> str:
+    return "the one pair" if pairs == 1 else f"{pairs} pairs"
+
+
+def tenth_answer(found: Sequence[Pair]) -> str:
+    """Does LoRTA reach LoRA's accuracy with about a tenth of the parameters?"""
+    if not found:
+        return "Not answered: no LoRTA of this run has about a tenth of a LoRA's parameters."
+    judged = [p.difference for p in found]
+    if any(d.error is None for d in judged):
+        return "Not answered: one seed has no spread to judge by."
+    wins, level, behind = (sum(d.sign == sign for d in judged) for sign in (1, 0, -1))
+    counts = (
+        f"at {len(found)} levels of LoRA it was ahead at {wins}, no difference was seen at {level}, it was behind at {behind}"
+    )
+    clear = sum(d.clear and d.sign < 0 for d in judged)
+    if behind == 0:
+        return f"**Yes**: {counts}."
+    if wins + level == 0:
+        return f"**No, this did not reproduce at this scale**: {counts} (clearly at {clear})."
+    return f"**In part**: {counts} (clearly at {clear})."

@@ -1,0 +1,105 @@
+"""What ``superlora-tn reproduce`` does: run one experiment, draw it, and write the report of all that the folder holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from superlora_tn.reproduce import classification, geometry_run, report
+from superlora_tn.reproduce.store import Data
+from superlora_tn.reproduce.task import Task, TaskError, digits_task, folder_task
+from superlora_tn.reproduce.training import RECIPES, Recipe
+from superlora_tn.transfer.base import FULL
+from superlora_tn.transfer.base import Recipe as DigitsRecipe
+from superlora_tn.transfer.progress import on_step
+
+EXPERIMENTS = ("classification", "geometry", "diffusion")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for.
+
+    Attributes:
+        experiment: one of `EXPERIMENTS`.
+        scale: "small" or "full".
+        data: the data folder, or for the full scale a data set's folder or hub name; None takes what is there without.
+        model: for the full scale, a folder or hub name.
+        target: of the small scale with a data folder, see `task.TARGETS`.
+        device: "cpu" or "cuda".
+        out: the folder for all that is written.
+        digits: of the model that is pre-trained where there is no data folder.
+    """
+
+    experiment: str
+    out: Path
+    scale: str = "small"
+    data: str | None = None
+    model: str | None = None
+    target: str = "tinyimagenet30"
+    device: str = "cpu"
+    digits: DigitsRecipe = FULL
+
+
+def reproduce(request: Request, as_json: bool = False, recipes: Mapping[str, Recipe] = RECIPES) -> Data:
+    """Run an experiment into its folder: JSON, pictures, and ``report.md``. A run that was stopped goes on.
+
+    Args:
+        request: what.
+        as_json: print the results as JSON alone.
+        recipes: hyper-parameters by scale, of classification and geometry.
+
+    Raises:
+        TaskError: data, model or device are not there.
+    """
+    if request.device == "cuda" and not torch.cuda.is_available():
+        raise TaskError("--device cuda was asked for, but torch sees no GPU here; use --device cpu.")
+    console = Console(stderr=True) if as_json else Console()
+    request.out.mkdir(parents=True, exist_ok=True)
+    result = _run(request, console, recipes)
+    if as_json:
+        print(json.dumps(result, indent=1))
+    console.print(f"Written: {report.write(request.out)}, with {request.experiment}.json and its pictures beside it.")
+    return result
+
+
+def _run(request: Request, console: Console, recipes: Mapping[str, Recipe]) -> Data:
+    out, scale = request.out, request.scale
+    if request.experiment == "diffusion":
+        from superlora_tn.reproduce import diffusion
+
+        folder = None if request.data is None else Path(request.data)
+        if folder is not None and not folder.is_dir():
+            raise TaskError(f"the data folder {folder} is not there; give another --data (or SUPERLORA_DATA), or none.")
+        return diffusion.run(out, "full" if scale == "full" else "small", folder, request.device, console)
+    recipe = recipes["digits" if scale == "small" and request.data is None else scale]
+
+    def make(bar: Progress) -> Task:
+        return make_task(request, bar)
+
+    if request.experiment == "geometry":
+        return geometry_run.run(out, scale, recipe, make, console)
+    return classification.run(out, scale, recipe, make, console)
+
+
+def make_task(request: Request, bar: Progress) -> Task:
+    """The model and data of a scale; without a data folder the small one is the demo's digits.
+
+    Raises:
+        TaskError: what was asked for is not there, or does not go with the scale.
+    """
+    if request.scale == "full":
+        from superlora_tn.reproduce import hub
+
+        return hub.hub_task(request.model or hub.MODEL, request.data or hub.DATA, request.device)
+    if request.model is not None:
+        raise TaskError(f"--model {request.model} goes with --scale full; the small scale brings its own model.")
+    if request.data is None:
+        return digits_task(request.out, request.digits, on_step(bar, "pre-training on printed digits"))
+    return folder_task(Path(request.data), request.target, request.device)

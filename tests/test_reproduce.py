@@ -1,0 +1,322 @@
+"""The paper's experiments in miniature: they run, go on where they were stopped, and say what their rows say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the reproduce extra is not installed")
+pytest.importorskip("sklearn", reason="the reproduce extra is not installed")
+
+from superlora_tn.cli import main
+from superlora_tn.reproduce import classification, geometry_run, report
+from superlora_tn.reproduce.answers import (
+    QUESTIONS,
+    difference,
+    pairs,
+    rank_answer,
+    rank_pairs,
+    summary,
+    tenth_answer,
+    tenths,
+)
+from superlora_tn.reproduce.classification import map_words
+from superlora_tn.reproduce.command import Request, reproduce
+from superlora_tn.reproduce.settings import settings
+from superlora_tn.reproduce.task import MEAN, STD, folder_task
+from superlora_tn.reproduce.training import Recipe
+from superlora_tn.transfer.base import Recipe as DigitsRecipe
+
+DATA = Path(os.environ.get("SUPERLORA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+VIT = {f"layers.{k}.self_attn.{part}": (128, 128) for k in range(6) for part in ("q_proj", "v_proj")}
+TINY = Recipe(steps=4, batch=8, rates=(1e-3, 4e-3), head_rates=(1e-2,), seeds=(0, 1), apart=0.2, look=450)
+DIGITS = DigitsRecipe(dim=16, layers=2, heads=2, pool=256, base_steps=8, base_batch=32)
+VOLATILE = ("seconds", "step_seconds", "machine")
+
+
+def few(shapes):
+    """Enough settings to ask something, few enough to be quick."""
+    every = settings(shapes)
+    return [s for v in ("dense", "LoRA", "LoRTA M=3", "shuffled LoRTA") for s in [e for e in every if e.variant == v][:2]]
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Both experiments with few settings; counts the trainings, and can break one off."""
+    calls = {"made": 0, "stop": None}
+    genuine = classification.descend
+
+    def descend(*args):
+        if calls["made"] == calls["stop"]:
+            raise KeyboardInterrupt
+        calls["made"] += 1
+        return genuine(*args)
+
+    monkeypatch.setattr(classification, "settings", few)
+    monkeypatch.setattr(classification, "descend", descend)
+    return calls
+
+
+def go(out: Path, experiment: str = "classification", **more):
+    return reproduce(Request(experiment, out, digits=DIGITS, **more), recipes={"digits": TINY, "full": TINY})
+
+
+def steady(value):
+    """Without what the clock wrote."""
+    if isinstance(value, dict):
+        return {k: steady(v) for k, v in value.items() if k not in VOLATILE}
+    return [steady(v) for v in value] if isinstance(value, list) else value
+
+
+def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(tmp_path, short):
+    whole = go(tmp_path / "whole")
+    trainings = short["made"]
+    short.update(made=0, stop=trainings // 2)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "broken")
+    short.update(made=0, stop=None)
+    again = go(tmp_path / "broken")
+    assert short["made"] == trainings - trainings // 2
+    assert steady(again) == steady(whole)
+    short.update(made=0)
+    assert go(tmp_path / "broken") == again
+    assert short["made"] == 0
+
+
+def test_classification_and_geometry_share_their_runs_and_their_report(tmp_path, short):
+    result = go(tmp_path)
+    assert [len(row["accuracies"]) for row in result["rows"]] == [2] * len(few(VIT))
+    assert all(0 <= a <= 1 for row in result["rows"] for a in row["accuracies"])
+    assert result["head_parameters"] == 10 * (16 + 1)
+    short.update(made=0)
+    found = go(tmp_path, "geometry")
+    assert short["made"] == 0  # every run was there, with its adapter
+    by_name = {row["variant"]: row for row in found["rows"]}
+    for weight in by_name["LoRA"]["weights"][0].values():
+        assert weight["left"] > 0  # trained away from zero
+        assert 0 < weight["scaled"] < 1
+    for weight in by_name["dense"]["weights"][0].values():  # a dW of zero: no direction, and all of the distance
+        assert weight["left"] == weight["right"] == 0
+        assert weight["distance"] > 0
+    text = (tmp_path / "report.md").read_text()
+    for heading in ("# Image classification", "# Geometry", "Does dE fall", "What does shuffling give?"):
+        assert heading in text
+    for picture in (report.PARETO, geometry_run.LAYERS, geometry_run.COUNTS):
+        assert f"({picture})" in text
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    for name, data in (("classification", result), ("geometry", found)):
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == json.loads(json.dumps(data))
+
+
+def test_rates_are_chosen_without_test_images(tmp_path, short, monkeypatch):
+    """Labels of the test images change nothing but the accuracies that are reported."""
+    first = go(tmp_path / "one")
+    from superlora_tn.reproduce import command, task
+
+    def shifted(out, recipe, show):
+        made = task.digits_task(out, recipe, show)
+        source = made.test.source
+        return replace(made, test=task.Split.whole(task.Memory(source.images, (source.labels + 1) % 10)))
+
+    monkeypatch.setattr(command, "digits_task", shifted)
+    second = go(tmp_path / "two")
+    assert second["tried"] == first["tried"]
+    assert [r["train_losses"] for r in second["rows"]] == [r["train_losses"] for r in first["rows"]]
+    assert second["head_only"] != first["head_only"]
+
+
+def test_the_settings_span_from_under_100_to_over_100_000_parameters_on_the_small_vit():
+    every = settings(VIT)
+    counts = [s.spec.count(VIT) for s in every]
+    assert counts == [s.parameters for s in every]
+    assert min(counts) < 100
+    assert max(counts) > 100_000
+    assert len({s.job for s in every}) == len(every) >= 25
+    kinds = {"dense", "LoRA", "2D", "2D reshape", "LoKr", "LoNKr", "LoTR", "LoRTA M=3", "LoRTA M=4", "LoRTA M=5"}
+    assert {s.variant for s in every} > kinds
+
+
+def made_up(gain):
+    """Rows of the small ViT's settings: accuracies 0.3, 0.31, 0.32 over the seeds and a setting's own gain."""
+    return [
+        {
+            "variant": s.variant,
+            "words": s.words,
+            "order": s.order,
+            "groups": s.groups,
+            "projection": map_words(s),
+            "parameters": s.parameters,
+            "accuracies": [0.3 + 0.01 * k + gain(s) * (1 + k / 100) for k in range(3)],
+        }
+        for s in settings(VIT)
+    ]
+
+
+@pytest.mark.parametrize(("title", "what", "test"), QUESTIONS, ids=[what for _, what, _ in QUESTIONS])
+def test_every_question_has_a_pair_at_equal_counts_on_the_small_vit(title, what, test):
+    found = list(pairs(made_up(lambda s: 0.0), test))
+    if what == "more modes":
+        assert {p.second["variant"] for p in found} == {"LoRTA M=4"}
+    assert found
+    assert summary(found, what).startswith("At equal parameters")
+    seconds = {(p.second["variant"], p.second["words"]) for p in found}
+    up = list(pairs(made_up(lambda s: 0.1 * ((s.variant, s.words) in seconds)), test))
+    assert f"raised accuracy in {len(found)} and lowered it in 0; {len(found)} of these clearly" in summary(up, what)
+    down = list(pairs(made_up(lambda s: -0.1 * ((s.variant, s.words) in seconds)), test))
+    assert f"raised accuracy in 0 and lowered it in {len(found)}" in summary(down, what)
+
+
+@pytest.mark.parametrize(("gain", "answer"), [(0.1, "**Yes**"), (0.0, "**Yes**"), (-0.1, "**No, this did not reproduce")])
+def test_the_answer_about_a_tenth_follows_the_rows(gain, answer):
+    found = tenths(made_up(lambda s: gain * s.variant.startswith("LoRTA")))
+    assert len(found) == 5  # no LoRTA is near a tenth of the largest LoRA
+    assert all(5 <= p.first["parameters"] / p.second["parameters"] <= 20 for p in found)
+    assert tenth_answer(found).startswith(answer)
+
+
+def test_a_flat_ladder_of_ranks_is_said_to_prove_little():
+    flat = rank_pairs(made_up(lambda s: 0.0))
+    rising = rank_pairs(made_up(lambda s: 1e-6 * s.parameters))
+    assert rank_answer(flat).startswith("**No**")
+    assert rank_answer(rising).startswith("Yes: 32 times")
+
+
+def test_a_difference_is_judged_by_its_spread_over_the_seeds():
+    assert difference([0.1, 0.2, 0.3], [0.2, 0.1, 0.31]).verdict == "no difference seen"
+    assert difference([0.1, 0.2, 0.3], [0.11, 0.24, 0.33]).verdict == "a hint: more"  # 0.027 +- 0.009, t = 3.02 < 4.303
+    assert difference([0.1, 0.2, 0.3], [0.05, 0.151, 0.249]).verdict == "clear: less"
+    assert difference([0.1], [0.9]).verdict == "one seed: not judged"
+
+
+def trends(rise):
+    """A geometry result in which all measures of two LoRA settings differ by `rise`, and dense lies at distance 1."""
+
+    def weights(value):
+        return [{f"layers.0.{n}": dict.fromkeys(geometry_run.SHORT, value + 0.001 * k) for n in ("q", "v")} for k in range(3)]
+
+    rows = [("dense", 1000, 1.0), ("LoRA", 10, 0.5), ("LoRA", 100, 0.5 + rise)]
+    return {
+        "machine": {"date": "a day", "device": "a core", "threads": "1", "torch": "2"},
+        "task": "a task",
+        "directions": 5,
+        "side": 64,
+        "rows": [{"variant": v, "words": str(n), "parameters": n, "weights": weights(x)} for v, n, x in rows],
+    }
+
+
+def test_the_geometry_report_follows_the_rows():
+    rising, falling = geometry_run.report(trends(0.1)), geometry_run.report(trends(-0.1))
+    assert "dL rises: **yes**, in 2 of 2" in rising
+    assert "dE falls: **no**, in 0 of 2" in rising
+    assert "dL rises: **no**, in 0 of 2" in falling
+    assert "dE falls: **yes**, in 2 of 2" in falling
+    assert "q: dE is below that of no change (1.001) in 2 of 2 settings" in rising
+
+
+@pytest.fixture
+def local(tmp_path, monkeypatch):
+    """A tiny ViT and a tiny set of images on disk, as the hub would give them; the network is out of reach."""
+    datasets = pytest.importorskip("datasets", reason="the reproduce extra is not installed")
+    from PIL import Image
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    config = ViTConfig(
+        image_size=16,
+        patch_size=8,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=7,
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    columns = datasets.Features(
+        {
+            "img": datasets.Image(),
+            "coarse_label": datasets.ClassLabel(names=["x", "y"]),
+            "fine_label": datasets.ClassLabel(names=["a", "b", "c"]),
+        }
+    )
+    noise = torch.randint(256, (40, 12, 12, 3), dtype=torch.uint8).numpy()
+    (tmp_path / "images").mkdir()
+    for split, rows in (("train", range(30)), ("test", range(30, 40))):
+        data = {
+            "img": [Image.fromarray(noise[k]) for k in rows],
+            "coarse_label": [k % 2 for k in rows],
+            "fine_label": [k % 3 for k in rows],
+        }
+        datasets.Dataset.from_dict(data, columns).to_parquet(tmp_path / "images" / f"{split}-00000-of-00001.parquet")
+    return str(tmp_path / "model"), str(tmp_path / "images")
+
+
+def test_the_full_scale_runs_on_local_files(tmp_path, local, short):
+    model, data = local
+    result = go(tmp_path / "out", scale="full", model=model, data=data)
+    assert result["classes"] == 3  # the finer of the two labels
+    assert result["images"] == {"train": 30, "apart": 6, "test": 10}
+    assert result["weights"] == 4
+    assert (tmp_path / "out" / "report.md").is_file()
+
+
+def test_names_that_cannot_be_loaded_are_answered_with_what_to_do(tmp_path, local, capsys):
+    model, data = local
+    for arguments, expected in (
+        (["--model", model, "--data", "no/such-images"], "the data set 'no/such-images' cannot be loaded"),
+        (["--model", "no/such-model", "--data", data], "the model 'no/such-model' cannot be loaded"),
+    ):
+        assert main(["reproduce", "classification", "--scale", "full", "--out", str(tmp_path / "o"), *arguments]) == 2
+        told = capsys.readouterr().err
+        assert expected in told
+        assert "and give its folder" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--data", "nowhere"], "the data folder nowhere has no weights_vit_cifar10/vit_cifar10.pth; give another --data"),
+        (["--model", "some/vit"], "--model some/vit goes with --scale full"),
+        (["--data", "nowhere", "--target", "cats"], "there is no target 'cats'; choose one of tinyimagenet30, mnist"),
+        (["--device", "cuda"], "torch sees no GPU here; use --device cpu"),
+    ],
+)
+def test_a_wrong_request_is_answered_in_words(arguments, expected, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("SUPERLORA_DATA", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["reproduce", "classification", "--out", str(tmp_path), *arguments]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_diffusion_does_not_fall_back_in_silence_where_a_data_folder_is_wrong(tmp_path, capsys):
+    assert main(["reproduce", "diffusion", "--data", "nowhere", "--out", str(tmp_path)]) == 2
+    assert "the data folder nowhere is not there" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (DATA / "weights_vit_cifar10").is_dir(), reason=f"there is no data folder at {DATA}")
+@pytest.mark.parametrize(("target", "classes"), [("tinyimagenet30", 30), ("mnist", 10)])
+def test_the_data_folder_is_read_as_its_own_reader_reads_it(target, classes):
+    own = importlib.util.spec_from_file_location("shared_data", DATA / "load.py")
+    reader = importlib.util.module_from_spec(own)
+    own.loader.exec_module(reader)
+    task = folder_task(DATA, target, "cpu")
+    assert task.classes == classes
+    assert task.shapes == {f"transformer.{name}": shape for name, shape in VIT.items()}
+    [(images, labels)] = task.test.in_order(len(task.test.rows))
+    expected, own_labels = reader.tinyimagenet("val") if target == "tinyimagenet30" else reader.mnist("test")
+    assert images.shape == (1500, 3, 32, 32)
+    assert labels.tolist() == own_labels[:1500].tolist()
+    if target == "tinyimagenet30":
+        back = (images.permute(0, 2, 3, 1) * STD + MEAN) * 255
+        torch.testing.assert_close(back, torch.tensor(expected).float(), rtol=0, atol=1e-2)  # of 255; float32 there and back
+    train, apart = task.train.cut(0.04, seed=1)
+    assert len(train.rows) + len(apart.rows) == 15_000
+    assert not set(train.rows.tolist()) & set(apart.rows.tolist())
