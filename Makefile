@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check thorough format bench clean
+.PHONY: demo test check thorough mutations format bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; say make PYTHON=python3.12 ..."'
@@ -18,6 +18,9 @@ test: .venv/installed
 
 thorough: .venv/installed
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest
+
+mutations: .venv/installed
+	$(BIN)/python tests/mutations.py
 
 check: .venv/installed
 	$(BIN)/ruff check .

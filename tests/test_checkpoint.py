@@ -41,6 +41,8 @@ every_variant = pytest.mark.parametrize("spec", VARIANTS.values(), ids=VARIANTS)
 JSON, TENSORS = "adapter.json", "adapter.safetensors"
 # A fuzzed file costs a millisecond, so it gets more examples than the profile's.
 many = settings(max_examples=10 * settings().max_examples)
+# The thorough profile feeds `load` 100,000 broken adapters, in the two tests of files.
+files = settings(max_examples=300 if settings().max_examples < 300 else 50_000)
 SPEC = sl.lotr(2, alpha=4)
 
 
@@ -599,7 +601,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@many
+@files
 @given(file=st.sampled_from([JSON, TENSORS]), mutate=mutations(), sign=st.booleans())
 def test_mutated_bytes_load_or_raise_checkpoint_error(small: Path, file: str, mutate: Any, sign: bool) -> None:
     original = {name: (small / name).read_bytes() for name in (JSON, TENSORS)}
@@ -650,7 +652,7 @@ def test_any_json_is_a_spec_or_a_spec_error(data: Any) -> None:
         assert str(error)
 
 
-@many
+@files
 @given(mangled())
 def test_any_signed_declaration_loads_or_raises_checkpoint_error(small: Path, data: Any) -> None:
     original = (small / JSON).read_bytes()
@@ -670,5 +672,6 @@ def test_no_module_of_the_package_unpickles() -> None:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {a.name for a in node.names} | {getattr(node, "module", None) or ""}
                 assert not names & {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}, source
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                assert (node.value.id, node.attr) != ("torch", "load"), source
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                # Tensors and plain containers alone: what comes from elsewhere (a published .pth) runs no code.
+                assert "weights_only=True" in [ast.unparse(k).strip() for k in node.keywords], source
