@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from superlora_tn.initialise import first_values
 from superlora_tn.nodes import Dense
 from superlora_tn.plan import Optimizer, Route, make_plan
 from superlora_tn.spec import AdapterSpec
-from superlora_tn.steps import Device
+from superlora_tn.steps import CPU, DEVICES, Device
 
 # Plans are made for these numbers of tokens; a call takes the plan of the largest that is not above its own.
 TOKEN_STEPS = (1, 32, 256, 2048, 16384)
@@ -106,6 +106,19 @@ class Adapter(nn.Module, ABC):
         self.active = True
         self.route = route
         self._names = tuple(f"node_{n.name}" for n in graph.nodes)
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Plan and compile for the profile; done again where the adapter moves to a device of another type."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `cuda` and the like do to every tensor."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        profile = DEVICES.get(self.tensors()[0].device.type, CPU)
+        if profile != self.profile:
+            self.profile = profile
+            self.prepare()
+        return self
 
     def fill(self, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None) -> None:
         """Make the nodes' tensors with their first values; on the meta device only their shapes."""

@@ -57,11 +57,15 @@ class FlatAdapter(Adapter):
             raise SpecError("a flat fold has no apply route: its modes are not the weight's in and out. Leave route=None.")
         self.recompute = recompute
         self.map = fixed_map(self.spec.projection, self.group.inner, self.group.length)
-        self._multiply = {target: self._dense((d_out, d_in)) for target, (_, d_out, d_in) in self.group.members.items()}
+        self._kept = Kept()
+        self.prepare()
+
+    def prepare(self) -> None:
+        """See `Adapter.prepare`."""
         members = self.group.members
+        self._multiply = {target: self._dense((d_out, d_in)) for target, (_, d_out, d_in) in members.items()}
         self._slabs = {target: self._cut(start, start + d_out * d_in) for target, (start, d_out, d_in) in members.items()}
         (self._all,) = self._cut(0, self.group.total)
-        self._kept = Kept()
 
     @property
     def fan_in(self) -> int:

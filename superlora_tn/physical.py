@@ -69,6 +69,10 @@ class PhysicalAdapter(Adapter):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """See `Adapter.prepare`."""
         settings = (self.profile, self.optimize)
         self._build: Run = compiled(make_plan(self.graph, "delta", 1, *settings), self.backend)
         blocks = Counter(target.rpartition(".")[0] for target in self.group.members)

@@ -294,3 +294,23 @@ def test_gradients_can_be_differentiated_again(name: str) -> None:
     for left, right in zip(*found, strict=True):
         # Second derivatives of a sum over 1,280 outputs, each squared again: relative to the largest.
         torch.testing.assert_close(left, right, rtol=1e-9, atol=float(1e-11 * right.abs().max()))
+
+
+def test_an_adapter_that_moves_to_another_kind_of_device_is_planned_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from superlora_tn import base
+    from superlora_tn.steps import CPU, H200
+
+    for spec in (sl.lotr(4), sl.lorta(2)):
+        model = Stack()
+        adapter = sl.attach(model, spec, TARGETS).adapters[0]
+        assert adapter.profile == CPU
+        # The meta device stands in for a GPU.
+        monkeypatch.setattr(base, "DEVICES", {"meta": H200})
+        model.to("meta")
+        assert adapter.profile == H200
+        assert model(torch.empty(2, 3, WIDTH, device="meta")).shape == (2, 3, WIDTH)
+        plans = [run.plan for run in (adapter._all.run if spec == sl.lorta(2) else adapter._build,)]
+        assert all(plan.device == H200 for plan in plans)
+        monkeypatch.undo()
+        model.to_empty(device="cpu")
+        assert adapter.profile == CPU
