@@ -50,9 +50,10 @@ class Kept:
         self._tensors = {}
 
     def holds(self, nodes: Sequence[Tensor]) -> bool:
-        """Whether tensors without gradients are here that the nodes, as they are now, would give again."""
-        kept = self._tensors.values()
-        return bool(kept) and not any(t.requires_grad for t in kept) and self._made_from == state(nodes)
+        """Whether what is here can serve another pass: the nodes are as they were, and no gradient has to go through it."""
+        kept, wanted = self._tensors.values(), torch.is_grad_enabled() and any(n.requires_grad for n in nodes)
+        stale = wanted or any(t.requires_grad or (t.is_inference() and not torch.is_inference_mode_enabled()) for t in kept)
+        return bool(kept) and not stale and self._made_from == state(nodes)
 
     def get(self, key: Any, nodes: Sequence[Tensor]) -> Tensor | None:
         """A tensor, where this pass made it and may differentiate through it.

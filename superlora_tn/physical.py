@@ -81,6 +81,7 @@ class PhysicalAdapter(Adapter):
         self._scheme = scheme(self.graph, max(blocks.values()), NOMINAL_TOKENS, *settings)
         self._runs = _schedule(self.graph, self.group.shape, self.route, self._scheme, *settings, self.backend)
         self._roots = [(r, compiled(r.together, self.backend), compiled(r.single, self.backend)) for r in self._scheme.roots]
+        self._inside = sorted({k for root in self._scheme.roots for k in root.leaves})
         self._select = {target: self._selections(positions) for target, positions in self.group.members.items()}
         self._multiply = self._dense(self.group.shape)
         self._kept = Kept()
@@ -124,7 +125,8 @@ class PhysicalAdapter(Adapter):
         if not is_eager() or not self.active:
             return
         self._carried, nodes = None, self.tensors()
-        if not self._roots or self._kept.holds(nodes):
+        leaves = [nodes[k] for k in self._inside]
+        if not self._roots or self._kept.holds(leaves):
             return
         made = [together(*(nodes[k] for k in root.leaves)) for root, together, _ in self._roots]
         member = self.graph.open("member")
@@ -133,7 +135,7 @@ class PhysicalAdapter(Adapter):
             own = value.shape[sum(i in member for i in root.indices) :]
             # Taken apart once: the members' gradients come together in one tensor.
             views |= {(r, place): part for place, part in enumerate(value.reshape(-1, *own).unbind())}
-        self._kept.keep(views, nodes, made)
+        self._kept.keep(views, leaves, made)
 
     def end(self) -> None:
         """No other layer reads the last x."""
@@ -144,14 +146,14 @@ class PhysicalAdapter(Adapter):
         """The tensors of the scheme's graph for one member, in a dtype."""
         nodes, (select, places) = self.tensors(), self._select[target]
         if self._roots:
-            inside = {k for root, _, _ in self._roots for k in root.leaves}
             own = [n[select[k]] if k in select else n for k, n in enumerate(nodes)]
-            kept = [self._kept.get((r, place), nodes) for r, place in enumerate(places)]
+            leaves = [nodes[k] for k in self._inside]
+            kept = [self._kept.get((r, place), leaves) for r, place in enumerate(places)]
             roots = [
                 single(*(own[k] for k in root.leaves)) if value is None else value
                 for value, (root, _, single) in zip(kept, self._roots, strict=True)
             ]
-            nodes = [n for k, n in enumerate(own) if k not in inside] + roots
+            nodes = [n for k, n in enumerate(own) if k not in self._inside] + roots
         else:
             for k, chosen in select.items():
                 nodes[k] = nodes[k][chosen]
