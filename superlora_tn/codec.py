@@ -12,6 +12,9 @@ from superlora_tn.nodes import MAX_DEPTH, PARTS, Hadamard, Kronecker, Network, N
 
 KINDS: dict[str, type] = {k.__name__: k for k in (*PARTS, Node, PhysicalFold, FlatFold, *PROJECTIONS)}
 
+# Fields that came after adapters had been saved without them; where they are missing, their defaults say what was meant.
+LATER = {"FlatFold": frozenset({"multiple"}), "Fastfood": frozenset({"order", "scaling"})}
+
 
 def encode(value: Any) -> Any:
     """A declaration as dicts, lists, strings and numbers (what JSON holds)."""
@@ -46,8 +49,9 @@ def _decode_kind(data: Mapping[str, Any], depth: int) -> Any:
         raise SpecError(f"unknown kind {data.get('kind')!r} in a declaration; known kinds are {', '.join(KINDS)}.")
     given = {k: v for k, v in data.items() if k != "kind"}
     names = {f.name for f in dataclasses.fields(kind)}
-    if set(given) != names:
-        wrong = sorted(set(given) ^ names)
+    needed = names - LATER.get(kind.__name__, frozenset())
+    if not needed <= set(given) <= names:
+        wrong = sorted((set(given) - names) | (needed - set(given)))
         raise SpecError(
             f"{kind.__name__} in a declaration has fields {sorted(given)}, expected {sorted(names)}; look at {wrong}."
         )
