@@ -219,8 +219,9 @@ def pareto(points: Sequence[Point], path: str | Path, title: str, references: Ma
         title: above the picture.
         references: accuracies drawn as horizontal lines, such as the frozen base's.
     """
-    figure, axes = _figure(7.2, 4.8)
     variants = list(dict.fromkeys(p.variant for p in points))
+    beside = len(variants) > 8  # so long a legend would lie on the points
+    figure, axes = _figure(8.8 if beside else 7.2, 4.8)
     for k, variant in enumerate(variants):
         own = [p for p in points if p.variant == variant]
         colour = PALETTE[k % len(PALETTE)]
@@ -265,7 +266,8 @@ def pareto(points: Sequence[Point], path: str | Path, title: str, references: Ma
     axes.set_ylabel("accuracy, %")
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25, which="both")
-    axes.legend(fontsize=8, framealpha=0.9)
+    place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if beside else {}
+    axes.legend(fontsize=8, framealpha=0.9, **place)
     return _save(figure, path)
 
 
