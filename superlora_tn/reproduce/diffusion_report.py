@@ -65,7 +65,7 @@ def draw_samples(result: Data, images: Mapping[str, Tensor], path: Path) -> Path
         canvas.append(padded)
         places.append(y + space + size / 2)
         y += space + size
-    figure, axes = _figure(9.8, 0.5 + 0.34 * len(rows))
+    figure, axes = _figure(11.4, 0.5 + 0.34 * len(rows))
     axes.imshow(np.concatenate(canvas), interpolation="nearest", aspect="equal")
     axes.set_yticks(places, [_label(row) for row in rows], fontsize=7)
     axes.set_anchor("E")  # all room to spare goes to the names on the left
