@@ -1,0 +1,465 @@
+"""The faults that `mutations` plants: each one a mistake that a maintainer could make, as an exact replacement of text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One wrong value.
+
+    Attributes:
+        name: what is wrong, for the report and for ``--only``.
+        file: where, from the root.
+        old: the right text, which is there exactly once.
+        new: the wrong text.
+        tests: test files, or ``file::test``, that are most likely to notice; tried first.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+# file -> name -> (right text, wrong text, tests separated by spaces)
+Table = dict[str, dict[str, tuple[str, str, str]]]
+TABLE: Table = {
+    "superlora_tn/base.py": {
+        "kept-tensors-of-older-parameters": (
+            "or not is_eager() or self._made_from != state(nodes)",
+            "or not is_eager()",
+            "test_holes.py::test_a_layer_called_alone_never_takes_an_older_dw",
+        ),
+    },
+    "superlora_tn/physical.py": {
+        "scale-dropped-on-apply": (
+            "stage.rest(cast, *nodes, out=out, alpha=self.scale, base=base)",
+            "stage.rest(cast, *nodes, out=out, base=base)",
+            "test_routes_agree.py::test_apply_delta_and_the_chosen_route_agree",
+        ),
+        "scale-dropped-on-delta": (
+            "(*self._member(target), alpha=self.scale)",
+            "(*self._member(target))",
+            "test_equals_dense.py::test_every_variants_delta_equals_the_oracle",
+        ),
+        "scale-dropped-behind-a-shared-x": (
+            "stage.rest(t, *rest, out=out, alpha=self.scale",
+            "stage.rest(t, *rest, out=out",
+            "test_sharing.py::test_outputs_and_gradients_are_the_oracles_also_accumulated",
+        ),
+        "shared-x-overwritten": (
+            "            x._version,\n",
+            "",
+            "test_sharing.py::test_an_x_changed_in_place_between_two_calls_is_seen",
+        ),
+        "shared-x-through-older-parameters": (
+            "            state(self.tensors()),\n",
+            "",
+            "test_holes.py::test_an_x_shared_by_two_calls_never_goes_through_older_factors",
+        ),
+        "start-by-out": (
+            "return self.group.shape[1]",
+            "return self.group.shape[0]",
+            "test_holes.py::test_the_first_values_variances_multiply_to_loras",
+        ),
+        "dropout-in-the-base-gradient": (
+            "cast, base = self.drop(cast), None",
+            "cast = self.drop(cast)",
+            "test_holes.py::test_dropout_drops_nothing_of_the_bases_gradient",
+        ),
+        "plan-of-fewer-tokens-at-the-border": (
+            "if tokens >= least)",
+            "if tokens > least)",
+            "test_holes.py::test_a_call_takes_the_plan_of_the_largest_number_of_tokens_not_above_its_own",
+        ),
+    },
+    "superlora_tn/flat.py": {
+        "scale-inside-tanh": (
+            "self.map(rows[:, :inner]) * self.scale",
+            "self.map(rows[:, :inner] * self.scale)",
+            "test_holes.py::test_the_scale_stands_behind_the_nonlinear_map",
+        ),
+        "flat-weight-in-fortran-order": (
+            ".reshape(self.group.members[target][1:])",
+            ".reshape(self.group.members[target][:0:-1]).T",
+            "test_equals_dense.py::test_every_variants_delta_equals_the_oracle",
+        ),
+        "shared-weight-in-fortran-order": (
+            "{t: p.reshape(members[t][1:]) for",
+            "{t: p.reshape(members[t][:0:-1]).T for",
+            "test_merge_detach.py::test_merged_equals_attached_equals_dense",
+        ),
+        "groups-counted-from-zero": (
+            "slice(first, last), *rows[1:]",
+            "slice(0, groups), *rows[1:]",
+            "test_holes.py::test_a_weight_of_several_whole_groups_begins_with_its_own",
+        ),
+        "slice-counted-from-the-group": (
+            "begin - low * row, stop",
+            "begin, stop",
+            "test_equals_dense.py::test_every_variants_delta_equals_the_oracle",
+        ),
+        "surplus-cut-in-front-of-the-map": (
+            "self.map(rows[:, :inner])",
+            "self.map(rows[:, -inner:])",
+            "test_equals_dense.py::test_every_variants_delta_equals_the_oracle",
+        ),
+        "surplus-cut-in-front-of-the-group": (
+            "return rows[:, :length]",
+            "return rows[:, -length:]",
+            "test_holes.py::test_a_pass_of_the_model_cuts_the_surplus_behind_each_group",
+        ),
+        "recomputed-gradient-of-x-without-the-base": (
+            "grad @ (saved[-1] if ctx.fused else dense)",
+            "grad @ dense",
+            "test_recompute.py::test_outputs_and_gradients_are_those_of_a_kept_dw",
+        ),
+    },
+    "backends/superlora_tn_backends/writer.py": {
+        "scale-dropped-in-gradient-of-large": (
+            'f"({small} if alpha == 1.0 else {small} * alpha)" if alpha and not late else small',
+            "small",
+            "test_gradients.py::test_gradients_of_every_variant_equal_the_oracles",
+        ),
+        "scale-dropped-in-gradient-of-small": (
+            'f"{text} if alpha == 1.0 else ({text}).mul_(alpha)" if alpha else text',
+            "text",
+            "test_gradients.py::test_gradients_of_every_variant_equal_the_oracles",
+        ),
+        "scale-dropped-without-gradients": (
+            "torch.addmm({out}, {left}, {right}, alpha=alpha), out.shape",
+            "torch.addmm({out}, {left}, {right}), out.shape",
+            "test_holes.py::test_a_layer_carries_the_scale_with_and_without_gradients",
+        ),
+        "gradient-of-a-hyperindex-averaged": (
+            'f"TL.sum({text}, {lacking})" if lacking',
+            'f"torch.mean({text}, {lacking})" if lacking',
+            "test_gradients.py::test_gradients_of_every_variant_equal_the_oracles",
+        ),
+        "gradient-of-a-batch-averaged": (
+            'f"TL.sum(TL.matmul({result}, {large}.mT), {first})"',
+            'f"torch.mean(TL.matmul({result}, {large}.mT), {first})"',
+            "test_routes_agree.py::test_apply_delta_and_the_chosen_route_agree",
+        ),
+    },
+    "backends/superlora_tn_backends/tensorly_torch.py": {
+        "scale-dropped-in-second-derivatives": (
+            "program.run(*views, alpha=alpha)",
+            "program.run(*views)",
+            "test_holes.py::test_second_derivatives_carry_the_scale",
+        ),
+        "gradient-of-x-without-the-base": (
+            "layer = grad @ base if (source if ctx.apart else wanted[0]) else None",
+            "layer = None",
+            "test_attach.py::test_gradient_reaches_the_input",
+        ),
+    },
+    "backends/superlora_tn_backends/numpy_reference.py": {
+        "scale-dropped-by-numpy": (
+            "result = alpha * result.reshape(flat)",
+            "result = result.reshape(flat)",
+            "test_backends.py::test_all_members_at_once_equal_the_oracle",
+        ),
+    },
+    "superlora_tn/spec.py": {
+        "rslora-scales-by-rank": (
+            "math.sqrt(rank) if self.rslora else rank",
+            "rank",
+            "test_spec_json.py::test_the_scale_is_alpha_over_rank_or_over_its_root",
+        ),
+    },
+    "superlora_tn/nodes.py": {
+        "scale-by-the-smallest-rank": (
+            "return max(part.rank) if isinstance(part.rank, tuple)",
+            "return min(part.rank) if isinstance(part.rank, tuple)",
+            "test_holes.py::test_alpha_is_divided_by_the_largest_rank",
+        ),
+    },
+    "superlora_tn/graph.py": {
+        "kronecker-swapped": (
+            "self.stride * math.prod(sizes[k + 1 :])",
+            "self.stride * math.prod(sizes[:k])",
+            "test_equals_dense.py::test_a_named_variant_is_its_papers_formula",
+        ),
+        "tucker-core-transposed": (
+            "tuple(bonds.get(a, a) for a in axes), zero=True",
+            "tuple(bonds.get(a, a) for a in axes[::-1]), zero=True",
+            "test_equals_dense.py::test_every_variants_delta_equals_the_oracle",
+        ),
+        "tucker-ranks-by-position": (
+            "[given[wanted.index(a.root)] for a in factored]",
+            "list(given)",
+            "test_equals_dense.py::test_tucker_gives_each_rank_to_the_factor_named_beside_it",
+        ),
+        "dense-if-large-border": (
+            "part.rank >= max(sizes) / 2",
+            "part.rank > max(sizes) / 2",
+            "test_holes.py::test_a_split_at_half_its_longer_side_is_dense",
+        ),
+        "heads-split-fastest": (
+            "tuple(i for mode, indices in self.modes if mode.role == role for i in indices)",
+            'tuple(i for m, ids in sorted(self.modes, key=lambda m: m[0].name == "head") if m.role == role for i in ids)',
+            "test_equals_dense.py::test_every_variants_delta_equals_the_oracle",
+        ),
+        "loha-first-product-at-zero": (
+            "last = k == len(part.parts) - 1",
+            "last = k == 0",
+            "test_zero_at_start.py::test_a_variant_starts_at_zero_where_its_paper_or_peft_does",
+        ),
+        "factor-of-in-at-zero": (
+            'a for a in axes if a.root == "out"',
+            'a for a in axes if a.root == "in"',
+            "test_zero_at_start.py::test_a_variant_starts_at_zero_where_its_paper_or_peft_does",
+        ),
+    },
+    "superlora_tn/initialise.py": {
+        "start-nearly-zero": (
+            "return torch.zeros(shape)",
+            "return torch.full(shape, 1e-8)",
+            "test_zero_at_start.py::test_every_variant_starts_at_zero",
+        ),
+        "start-too-wide": (
+            "(1 / (3 * fan_in))",
+            "(1 / fan_in)",
+            "test_holes.py::test_the_first_values_variances_multiply_to_loras",
+        ),
+    },
+    "superlora_tn/plan.py": {
+        "flat-modes-reversed": (
+            'axes = (graph.open("flat"),)',
+            'axes = (graph.open("flat")[::-1],)',
+            "test_equals_dense.py::test_every_variants_delta_equals_the_oracle",
+        ),
+        "route-inverted": (
+            "self.delta_price < self.apply.price",
+            "self.delta_price > self.apply.price",
+            "test_plan.py::test_the_cheaper_route_is_chosen_and_the_other_refused_with_its_price",
+        ),
+        "delta-priced-without-backward": (
+            "self.delta.price + 3 * product",
+            "self.delta.price + product",
+            "test_holes.py::test_a_price_counts_the_products_of_forward_and_backward",
+        ),
+    },
+    "superlora_tn/fold.py": {
+        "group-border-off-by-one": (
+            "min(group, self.total % self.groups)",
+            "min(group, self.total % self.groups + 1)",
+            "test_folds.py::test_a_flat_fold_covers_each_element_once_in_order",
+        ),
+        "inner-size-in-floats": (
+            "math.ceil(Fraction(str(ratio)) * offset / groups)",
+            "math.ceil(ratio * offset / groups)",
+            "test_folds.py::test_a_ratio_is_counted_in_fractions_not_floats",
+        ),
+        "inner-size-of-the-rounded-length": (
+            "Fraction(str(ratio)) * offset / groups",
+            "Fraction(str(ratio)) * length",
+            "test_holes.py::test_a_ratio_is_of_the_mean_group_not_of_the_longest",
+        ),
+        "stacked-to-the-narrowest": (
+            "self._sides(inner, max(",
+            "self._sides(inner, min(",
+            "test_folds.py::test_stacked_is_as_wide_as_the_widest_weight",
+        ),
+        "last-component-is-a-layer": (
+            "enumerate(words[:-1])",
+            "enumerate(words)",
+            "test_folds.py::test_a_name_splits_behind_its_last_layer_number",
+        ),
+        "member-off-by-one": (
+            "values[n].index(words[t][n])",
+            "values[n].index(words[t][n]) - 1",
+            "test_equals_dense.py::test_every_variants_delta_equals_the_oracle",
+        ),
+    },
+    "superlora_tn/projection.py": {
+        "signs-of-the-wrong-stream": (
+            '("signs", "flips"',
+            '("gaussians", "flips"',
+            "test_projections.py::test_a_mapped_vector_of_a_seed_is_this_for_ever",
+        ),
+        "permutation-of-the-wrong-stream": (
+            '("permutation", "order"',
+            '("signs", "order"',
+            "test_projections.py::test_a_mapped_vector_of_a_seed_is_this_for_ever",
+        ),
+        "tables-of-the-wrong-seed": (
+            "make(declared.seed, ",
+            "make(declared.seed + 1, ",
+            "test_projections.py::test_a_mapped_vector_of_a_seed_is_this_for_ever",
+        ),
+        "fastfood-not-normalised": (
+            "1.0 / math.sqrt(self.size_in *",
+            "1.0 / math.sqrt(self.padded *",
+            "test_projections.py::test_a_map_is_its_explicit_matrix",
+        ),
+        "tanh-dropped": (
+            "return torch.tanh(y) if self.declared.tanh else y",
+            "return y",
+            "test_projections.py::test_tanh_follows_the_linear_map",
+        ),
+        "shuffle-inverted": (
+            "return x.index_select(-1, self.order)",
+            "return x.index_select(-1, self.order.argsort())",
+            "test_projections.py::test_a_map_is_its_explicit_matrix",
+        ),
+    },
+    "superlora_tn/walsh.py": {
+        "transform-inverted-in-backward": (
+            "return hadamard(gradient)",
+            "return hadamard(gradient) / gradient.shape[-1]",
+            "test_projections.py::test_the_transform_in_runs_differentiates_twice_and_maps",
+        ),
+    },
+    "superlora_tn/layers.py": {
+        "weight-that-trains-gets-no-gradient": (
+            "        and not weight.requires_grad\n",
+            "",
+            "test_holes.py::test_a_weight_that_trains_gets_its_gradient_without_a_bias",
+        ),
+        "kernel-before-in": (
+            "adapter.current(target).reshape(layer.weight.shape)",
+            "adapter.current(target).reshape(layer.weight.movedim(1, -1).shape).movedim(-1, 1)",
+            "test_layers.py::test_convolutions",
+        ),
+        "conv1d-written-untransposed": (
+            "layer.weight.copy_(matrix.t())",
+            "layer.weight.copy_(matrix.reshape(layer.weight.shape))",
+            "test_layers.py::test_gpt2s_conv1d",
+        ),
+        "merge-rounds-twice": (
+            "weight(layer).to(delta.dtype) + delta",
+            "weight(layer) + delta.to(weight(layer).dtype)",
+            "test_layers.py::test_adding_to_a_weight_rounds_once",
+        ),
+    },
+    "superlora_tn/hooks.py": {
+        "kept-output-overwritten": (
+            "is_eager() and self._is_first(layer)",
+            "is_eager()",
+            "test_layers.py::test_an_output_that_a_users_hook_kept_is_not_overwritten",
+        ),
+        "merged-weight-adapted-again": (
+            "if not self.adapter.active:\n            return output\n        untouched",
+            "untouched",
+            "test_merge_detach.py::test_merged_equals_attached_equals_dense",
+        ),
+    },
+    "superlora_tn/attach.py": {
+        "merge-adds-twice": (
+            "layers.add_to_weight(layer, delta)",
+            "layers.add_to_weight(layer, 2 * delta)",
+            "test_merge_detach.py::test_merged_equals_attached_equals_dense",
+        ),
+        "unmerge-subtracts": (
+            "layers.write(self._layers[name], original)",
+            "layers.add_to_weight(self._layers[name], -self.delta(name))",
+            "test_merge_detach.py::test_unmerge_and_detach_give_the_base_back_byte_for_byte",
+        ),
+        "detach-leaves-frozen": (
+            "parameter.requires_grad_(wanted)",
+            "parameter.requires_grad_(False)",
+            "test_merge_detach.py::test_detach_restores_requires_grad",
+        ),
+        "disabled-switches-all-on": (
+            "before = [a.active for a in self._adapters()]",
+            "before = [True for a in self._adapters()]",
+            "test_merge_detach.py::test_disabled_nests_and_survives_errors",
+        ),
+        "disabled-stays-unmerged": (
+            "if was_merged:\n                self.merge()",
+            "if was_merged:\n                pass",
+            "test_merge_detach.py::test_disabled_is_the_base_bit_for_bit_also_while_merged",
+        ),
+    },
+    "superlora_tn/targets.py": {
+        "unmatched-target-skipped": (
+            "if not own:",
+            "if not own and len(targets) == 1:",
+            "test_attach.py::test_what_does_not_fit_raises_and_changes_nothing",
+        ),
+    },
+    "superlora_tn/checkpoint.py": {
+        "extra-tensor-ignored": (
+            "if name not in wanted:",
+            "if name not in wanted and len(found) < len(wanted):",
+            "test_checkpoint.py::test_an_unexpected_tensor_raises",
+        ),
+        "wrong-shape-loads": (
+            "if found[name] != wanted[name]:",
+            "if len(found[name]) != len(wanted[name]):",
+            "test_checkpoint.py::test_a_wrong_shape_raises",
+        ),
+        "wrong-dtype-loads": ("or not dtypes <= FLOATS", "", "test_checkpoint.py::test_tensors_that_are_no_floats_raise"),
+        "mixed-dtypes-load": ("if len(dtypes) > 1 or", "if", "test_holes.py::test_an_adapter_of_two_dtypes_is_refused"),
+        "hash-not-checked": (
+            "if candidate.is_file() and _sha256(candidate) == wanted:",
+            "if candidate.is_file():",
+            "test_checkpoint.py::test_tensors_of_another_save_raise",
+        ),
+        "digest-not-checked": (
+            'if body["digest"] != _digest(body):',
+            'if not body["digest"]:',
+            "test_checkpoint.py::test_an_edited_json_raises",
+        ),
+    },
+    "superlora_tn/steps.py": {
+        "step-priced-without-backward": (
+            "return once * self.products",
+            "return once",
+            "test_holes.py::test_a_price_counts_the_products_of_forward_and_backward",
+        ),
+        "plan-cached-without-the-device": (
+            "    width: int = 1\n",
+            "    width: int = 1\n    __eq__ = lambda one, other: isinstance(other, Device)\n    __hash__ = lambda one: 0\n",
+            "test_holes.py::test_a_plan_is_priced_for_its_own_device",
+        ),
+    },
+    "superlora_tn/budget.py": {
+        "budget-may-not-be-spent-whole": (
+            "self._last(low, lambda p: p[0] <= budget)",
+            "self._last(low, lambda p: p[0] < budget)",
+            "test_holes.py::test_a_budget_may_be_spent_whole",
+        ),
+    },
+    "superlora_tn/geometry.py": {
+        "similarity-over-the-directions-found": (
+            "float((a.T @ b).square().sum()) / k",
+            "float((a.T @ b).square().sum()) / max(a.shape[1], 1)",
+            "test_geometry.py::test_missing_directions_share_nothing",
+        ),
+    },
+    "backends/superlora_tn_backends/tenalg.py": {
+        "ellipsis-from-the-left": (
+            "range(covered, 0, -1)",
+            "range(covered)",
+            "test_tenalg.py::test_each_form_is_planned_and_equals_torch",
+        ),
+        "diagonal-in-front": (
+            "left = [*(i for k, i in enumerate(left) if k not in pairs[-1]), repeated[0]]",
+            "left = [repeated[0], *(i for k, i in enumerate(left) if k not in pairs[-1])]",
+            "test_tenalg.py::test_each_form_is_planned_and_equals_torch",
+        ),
+    },
+    "superlora_tn/verification/cases.py": {
+        "verify-takes-a-million-bounds": (
+            "np.where(error > 0, error / allowed, 0.0)",
+            "np.where(error > 0, error / (1e6 * allowed), 0.0)",
+            "test_holes.py::test_verify_notices_an_error_of_a_billionth",
+        ),
+        "verify-takes-nan-for-no-error": (
+            "if not np.isfinite(error).all():\n        return math.inf",
+            "if not np.isfinite(error).all():\n        return 0.0",
+            "test_holes.py::test_verify_takes_no_number_that_is_none",
+        ),
+    },
+}
+FAULTS = tuple(
+    Fault(name, file, old, new, tuple(f"tests/{test}" for test in tests.split()))
+    for file, faults in TABLE.items()
+    for name, (old, new, tests) in faults.items()
+)
