@@ -55,8 +55,10 @@ def test_a_weight_of_several_whole_groups_begins_with_its_own() -> None:
 
 
 def test_a_budget_may_be_spent_whole() -> None:
-    count = sl.lora(8).count([(96, 64)])
-    assert [sl.fit(sl.lora, budget, [(96, 64)]).count for budget in (count - 1, count)] == [count * 7 // 8, count]
+    one = sl.lora(1).count([(96, 64)])
+    for budget, rank in ((8 * one - 1, 7), (8 * one, 8)):
+        choice = sl.fit(sl.lora, budget, [(96, 64)])
+        assert (choice.count, choice.next_count) == (rank * one, (rank + 1) * one)
 
 
 # --- first values ---------------------------------------------------------------------------------------------------
