@@ -11,7 +11,7 @@ from typing import Any
 import opt_einsum as oe
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import EPS, SHAPES, Bound, Case, node_tensors, physical_cases
 from test_equals_dense import VARIANTS
@@ -93,6 +93,8 @@ def test_optimizers_agree(route: str, optimize: Any) -> None:
 
 @given(physical_cases(), st.sampled_from(OPTIMIZERS[1:5]))
 def test_optimizers_agree_on_random_networks(case: Case, optimize: str) -> None:
+    # opt_einsum's exhaustive searches try (operands)! orders: minutes from 9 operands (x among them) on.
+    assume(all(len(graph.nodes) < 8 for _, graph in case.spec.lay_out(case.shapes)))
     for ours, other in zip(case.bound(route="apply"), case.bound(route="apply", optimize=optimize), strict=True):
         target = ours.targets[0]
         assert_same(results(ours, target, 2), results(other, target, 2), ours, target, 2)
