@@ -32,7 +32,7 @@ NOTES = {
 
 LoHa of ranks (8, 8) has 64 = r1 r2 rank-one terms, so its six products are thin only by 64 and need 8 times LoRA's
 FLOPs. At the frozen layer's own FLOP/s that alone is the overhead in the next table's last column, 0.8 to 1.15 times
-PEFT's LoRA whole; with its passes over memory and the joined factors it runs at 1.3 to 1.9 times. The aim, 1.3 at
+PEFT's LoRA whole; with its passes over memory and the joined factors it runs at 1.1 to 2.0 times. The aim, 1.3 at
 every shape, is not reached.""",
     "loha_designs": "Tried besides, and no faster: the joined factors with `in` and `out` contiguous, (r1 r2, in).",
     "memory": "Exact, from torch's record of allocations. The gradients of the adapter's parameters are included.",
