@@ -36,24 +36,39 @@ class Kept:
     def __init__(self) -> None:
         self._tensors: dict[Any, Tensor] = {}
         self._made_from: list[tuple[int, int]] = []
+        self._copies: list[Tensor] = []
         self._detached = False
 
-    def keep(self, tensors: Mapping[Any, Tensor], nodes: Sequence[Tensor], through: Sequence[Tensor]) -> None:
-        """Keep tensors made from the nodes; the gradients of the tensors `through` end their time."""
+    def keep(
+        self, tensors: Mapping[Any, Tensor], nodes: Sequence[Tensor], through: Sequence[Tensor], again: bool = False
+    ) -> None:
+        """Keep tensors made from the nodes; the gradients of the tensors `through` end their time.
+
+        With `again` they may serve another pass, see `holds`.
+        """
         self._tensors, self._made_from, self._detached = dict(tensors), state(nodes), False
+        self._copies = [n.detach().clone() for n in nodes] if again and not any(t.requires_grad for t in through) else []
         for tensor in through:
             if tensor.requires_grad:
                 tensor.register_hook(lambda _: self.drop())  # type: ignore[no-untyped-call]
 
     def drop(self) -> None:
         """Forget them."""
-        self._tensors = {}
+        self._tensors, self._copies = {}, []
 
     def holds(self, nodes: Sequence[Tensor]) -> bool:
-        """Whether what is here can serve another pass: the nodes are as they were, and no gradient has to go through it."""
-        kept, wanted = self._tensors.values(), torch.is_grad_enabled() and any(n.requires_grad for n in nodes)
-        stale = wanted or any(t.requires_grad or (t.is_inference() and not torch.is_inference_mode_enabled()) for t in kept)
-        return bool(kept) and not stale and self._made_from == state(nodes)
+        """Whether what is here can serve another pass: the nodes are as they were, and no gradient has to go through it.
+
+        Values are compared, as a write through ``.data`` leaves no other trace. On a GPU that would wait for it, so there
+        only what is made of frozen nodes serves again.
+        """
+        trained = any(n.requires_grad for n in nodes)
+        stale = any(t.is_inference() and not torch.is_inference_mode_enabled() for t in self._tensors.values())
+        if not self._copies or stale or (trained and (torch.is_grad_enabled() or nodes[0].device.type != "cpu")):
+            return False
+        if self._made_from != state(nodes):
+            return False
+        return nodes[0].device.type != "cpu" or all(map(torch.equal, nodes, self._copies))
 
     def get(self, key: Any, nodes: Sequence[Tensor]) -> Tensor | None:
         """A tensor, where this pass made it and may differentiate through it.
@@ -107,6 +122,7 @@ class Adapter(nn.Module, ABC):
         self.active = True
         self.route = route
         self._names = tuple(f"node_{n.name}" for n in graph.nodes)
+        self._kept = Kept()
 
     @abstractmethod
     def prepare(self) -> None:
@@ -115,6 +131,7 @@ class Adapter(nn.Module, ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `to`, `cuda` and the like do to every tensor."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._kept.drop()
         profile = DEVICES.get(self.tensors()[0].device.type, CPU)
         if profile != self.profile:
             self.profile = profile

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from superlora_tn.base import Adapter, Kept, Run
+from superlora_tn.base import Adapter, Run
 from superlora_tn.eager import is_eager
 from superlora_tn.execute import compiled
 from superlora_tn.fold import FlatGroup
@@ -57,7 +57,6 @@ class FlatAdapter(Adapter):
             raise SpecError("a flat fold has no apply route: its modes are not the weight's in and out. Leave route=None.")
         self.recompute = recompute
         self.map = fixed_map(self.spec.projection, self.group.inner, self.group.length)
-        self._kept = Kept()
         self.prepare()
 
     def prepare(self) -> None:
@@ -166,13 +165,10 @@ class FlatAdapter(Adapter):
             x, base = self.drop(x), None
         if self.recompute and is_eager() and torch.is_grad_enabled():
             given = None if base is None else out.detach()
-            update = cast(Tensor, _apply(_Recomputed, self, target, out.dtype, base, given, x, *self.tensors()))
-            return out + update if base is None else update
+            arguments = (self, target, out.dtype, base, given, x, *self.tensors())
+            update: Tensor = _Recomputed.apply(*arguments)  # type: ignore[no-untyped-call]
+            return out + update.reshape(out.shape) if base is None else update
         return self._multiply[target](x, self.current(target).to(out.dtype), out=out, base=base)
-
-
-def _apply(function: Any, *arguments: Any) -> Any:
-    return function.apply(*arguments)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -201,22 +197,18 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: checkpointing unpacks it for a single reading
         x, nodes, again = saved[0], saved[1 : len(saved) - ctx.fused], torch.is_grad_enabled()
-        wanted = ctx.needs_input_grad[5:]
+        source, *wanted = ctx.needs_input_grad[5:]
+        rows = grad.reshape(-1, grad.shape[-1])
         with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
             # Views, as a node may depend on another one.
-            views = (n.view_as(n) if again else n.detach().requires_grad_(w) for n, w in zip(nodes, wanted[1:], strict=True))
-            nodes = tuple(views)
-            delta = ctx.adapter._slice(ctx.target, nodes).to(ctx.dtype)
+            views = [n.view_as(n) if again else n.detach().requires_grad_(w) for n, w in zip(nodes, wanted, strict=True)]
+            delta = ctx.adapter._slice(ctx.target, views).to(ctx.dtype)
             with torch.set_grad_enabled(again):
-                dense = delta if again else delta.detach()
-                through = None
-                if wanted[0] and again:
-                    through = grad @ (dense + saved[-1] if ctx.fused else dense)
-                elif wanted[0]:
-                    through = grad @ (saved[-1] if ctx.fused else dense)
-                    if ctx.fused:
-                        through.flatten(0, -2).addmm_(grad.flatten(0, -2), dense)
-                outer = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-            inputs = [n for n, want in zip(nodes, wanted[1:], strict=True) if want]
+                through = rows @ delta if source else None
+                if through is not None and ctx.fused:
+                    through.addmm_(rows, saved[-1])
+                outer = rows.t() @ x.reshape(-1, x.shape[-1])
+            inputs = [n for n, want in zip(views, wanted, strict=True) if want]
             found = iter(torch.autograd.grad(delta, inputs, outer, create_graph=again) if inputs else ())
-        return (None, None, None, None, None, through, *(next(found) if want else None for want in wanted[1:]))
+        grads = (next(found) if want else None for want in wanted)
+        return (None, None, None, None, None, None if through is None else through.reshape(x.shape), *grads)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from superlora_tn.base import NOMINAL_TOKENS, TOKEN_STEPS, Adapter, Kept, Run, state
+from superlora_tn.base import NOMINAL_TOKENS, TOKEN_STEPS, Adapter, Run, state
 from superlora_tn.eager import is_eager
 from superlora_tn.execute import compiled
 from superlora_tn.fold import PhysicalGroup, Shape
@@ -24,9 +24,8 @@ from superlora_tn.steps import Device
 
 @dataclass(frozen=True)
 class _Stage:
-    """What a call of so many tokens runs: the delta route, or x through the common nodes (if any) and then the others."""
+    """What a call of so many tokens runs: x through the common nodes (if any), then the others; nothing: the delta route."""
 
-    delta: bool
     common: Run | None
     rest: Run | None
 
@@ -41,10 +40,10 @@ def _schedule(
     """(tokens from which on, what to run), from many tokens to few."""
     stages: list[tuple[int, _Stage]] = []
     for tokens in TOKEN_STEPS:
-        stage = _Stage(True, None, None)
+        stage = _Stage(None, None)
         if route == "apply" or (route is None and choose(graph, shape, tokens, profile, optimize).route == "apply"):
             common, rest = divided.plans(tokens, profile, optimize)
-            stage = _Stage(False, None if common is None else compiled(common, backend), compiled(rest, backend))
+            stage = _Stage(None if common is None else compiled(common, backend), compiled(rest, backend))
         stages.insert(0, (tokens if stages else 0, stage))
     return tuple(stages)
 
@@ -84,7 +83,6 @@ class PhysicalAdapter(Adapter):
         self._inside = sorted({k for root in self._scheme.roots for k in root.leaves})
         self._select = {target: self._selections(positions) for target, positions in self.group.members.items()}
         self._multiply = self._dense(self.group.shape)
-        self._kept = Kept()
         self._carried: _Carried | None = None
 
     def _selections(self, positions: tuple[int, ...]) -> tuple[dict[int, Any], tuple[int, ...]]:
@@ -93,8 +91,8 @@ class PhysicalAdapter(Adapter):
         places = []
         for root in self._scheme.roots:
             place = 0
-            for index in root.indices:
-                place = place * self.graph.size[index] + values[index] if index in values else place
+            for index in (i for i in root.indices if i in values):
+                place = place * self.graph.size[index] + values[index]
             places.append(place)
         select = enumerate(self.graph.select(positions))
         return {k: s for k, s in select if any(isinstance(i, int) for i in s)}, tuple(places)
@@ -111,6 +109,11 @@ class PhysicalAdapter(Adapter):
             nodes[k] = nodes[k][select]
         return nodes
 
+    def _leaves(self) -> list[Tensor]:
+        """The tensors of all nodes that are in a root."""
+        nodes = self.tensors()
+        return [nodes[k] for k in self._inside]
+
     def delta(self, target: str) -> Tensor:
         """dW of a target, scale included, shape (out, in)."""
         return self._build(*self._member(target), alpha=self.scale)
@@ -124,10 +127,10 @@ class PhysicalAdapter(Adapter):
         """Contract the roots for all members, where they changed."""
         if not is_eager() or not self.active:
             return
-        self._carried, nodes = None, self.tensors()
-        leaves = [nodes[k] for k in self._inside]
+        self._carried, leaves = None, self._leaves()
         if not self._roots or self._kept.holds(leaves):
             return
+        nodes = self.tensors()
         made = [together(*(nodes[k] for k in root.leaves)) for root, together, _ in self._roots]
         member = self.graph.open("member")
         views: dict[Any, Tensor] = {}
@@ -135,7 +138,7 @@ class PhysicalAdapter(Adapter):
             own = value.shape[sum(i in member for i in root.indices) :]
             # Taken apart once: the members' gradients come together in one tensor.
             views |= {(r, place): part for place, part in enumerate(value.reshape(-1, *own).unbind())}
-        self._kept.keep(views, leaves, made)
+        self._kept.keep(views, leaves, made, again=True)
 
     def end(self) -> None:
         """No other layer reads the last x."""
@@ -144,19 +147,15 @@ class PhysicalAdapter(Adapter):
 
     def _operands(self, target: str, dtype: torch.dtype) -> list[Tensor]:
         """The tensors of the scheme's graph for one member, in a dtype."""
-        nodes, (select, places) = self.tensors(), self._select[target]
+        nodes = self._member(target)
         if self._roots:
-            own = [n[select[k]] if k in select else n for k, n in enumerate(nodes)]
-            leaves = [nodes[k] for k in self._inside]
-            kept = [self._kept.get((r, place), leaves) for r, place in enumerate(places)]
+            leaves = self._leaves()
+            kept = [self._kept.get((r, place), leaves) for r, place in enumerate(self._select[target][1])]
             roots = [
-                single(*(own[k] for k in root.leaves)) if value is None else value
+                single(*(nodes[k] for k in root.leaves)) if value is None else value
                 for value, (root, _, single) in zip(kept, self._roots, strict=True)
             ]
-            nodes = [n for k, n in enumerate(own) if k not in self._inside] + roots
-        else:
-            for k, chosen in select.items():
-                nodes[k] = nodes[k][chosen]
+            nodes = [n for k, n in enumerate(nodes) if k not in self._inside] + roots
         return [n.to(dtype) for n in nodes] if any(n.dtype != dtype for n in nodes) else nodes
 
     def _carry(self, x: Tensor, cast: Tensor, run: Run, nodes: list[Tensor]) -> Tensor:

@@ -71,7 +71,6 @@ def scheme(graph: Graph, siblings: int, tokens: int, device: Device, optimize: O
         tokens: rows of x to price for.
         device, optimize: as in `make_plan`.
     """
-    everything = tuple(range(len(graph.nodes)))
     whole = make_plan(graph, "apply", tokens, device, optimize)
     best, price, parts = whole, siblings * whole.price, tuple[int, ...]()
     for common in _candidates(graph) if siblings > 1 else ():
@@ -80,7 +79,7 @@ def scheme(graph: Graph, siblings: int, tokens: int, device: Device, optimize: O
         cost = first.price + siblings * second.price + again + CALLS * device.latency
         if cost < price:
             best, price, parts = second, cost, common
-    later = tuple(k for k in everything if k not in parts)
+    later = tuple(k for k in range(len(graph.nodes)) if k not in parts)
     roots = tuple(_roots(graph, best, later, device, optimize))
     return _condensed(graph, roots, parts)
 
@@ -135,23 +134,25 @@ def _roots(graph: Graph, plan: Plan, nodes: tuple[int, ...], device: Device, opt
         leaves.append(None if left is None or right is None else left + right)
 
 
+def _open(graph: Graph, leaves: tuple[int, ...]) -> tuple[Indices, Indices]:
+    """The indices of a sub-network's result: the members', and the others that are needed outside of it."""
+    member = graph.open("member")
+    outside = {i for k, n in enumerate(graph.nodes) if k not in leaves for i in n.indices}
+    outside |= set(graph.open("out")) | set(graph.open("in"))
+    held = tuple(dict.fromkeys(i for k in leaves for i in graph.nodes[k].indices))
+    return tuple(i for i in member if i in held), tuple(i for i in held if i in outside and i not in member)
+
+
 def _pays(graph: Graph, leaves: tuple[int, ...], size: Mapping[str, int]) -> bool:
     """Whether a sub-network is worth keeping: it holds no more numbers, for all members, than x."""
-    nodes = [graph.nodes[k] for k in leaves]
     if not graph.open("member"):
-        return not any(n.trainable for n in nodes)
-    outside = {i for k, n in enumerate(graph.nodes) if k not in leaves for i in n.indices} | set(graph.open("out"))
-    held = {i for n in nodes for i in n.indices} & (outside | set(graph.open("in")) | set(graph.open("member")))
-    return volume(tuple(held), graph.size) <= size[TOKEN] * volume(graph.open("in"), graph.size)
+        return not any(graph.nodes[k].trainable for k in leaves)
+    members, kept = _open(graph, leaves)
+    return volume(members + kept, graph.size) <= size[TOKEN] * volume(graph.open("in"), graph.size)
 
 
 def _root(graph: Graph, leaves: tuple[int, ...], device: Device, optimize: Optimizer) -> Root:
-    member, own = graph.open("member"), [graph.nodes[k] for k in leaves]
-    outside = {i for k, n in enumerate(graph.nodes) if k not in leaves for i in n.indices}
-    outside |= set(graph.open("out")) | set(graph.open("in"))
-    held = tuple(dict.fromkeys(i for n in own for i in n.indices))
-    kept = tuple(i for i in held if i in outside and i not in member)
-    members = tuple(i for i in member if i in held)
+    own, (members, kept) = [graph.nodes[k] for k in leaves], _open(graph, leaves)
     plans = []
     for fixed in (False, True):
         inputs = tuple(graph.indices_of(n, fixed) for n in own)

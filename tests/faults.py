@@ -113,8 +113,8 @@ TABLE: Table = {
             "test_holes.py::test_a_pass_of_the_model_cuts_the_surplus_behind_each_group",
         ),
         "recomputed-gradient-of-x-without-the-base": (
-            "grad @ (saved[-1] if ctx.fused else dense)",
-            "grad @ dense",
+            "if through is not None and ctx.fused:",
+            "if False:",
             "test_recompute.py::test_outputs_and_gradients_are_those_of_a_kept_dw",
         ),
     },

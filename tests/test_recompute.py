@@ -59,6 +59,24 @@ def test_outputs_and_gradients_are_those_of_a_kept_dw(spec: sl.AdapterSpec) -> N
         close(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("leading", [(), (0,), (3, 2, 2)])
+def test_any_leading_axes_of_x(leading: tuple[int, ...]) -> None:
+    for frozen in (True, False):  # a layer that trains keeps its own graph
+        found = []
+        for recompute in (False, True):
+            torch.manual_seed(0)
+            layer = nn.Linear(6, 4).double()
+            tuned = sl.attach(nn.ModuleDict({"0": layer}), sl.lorta(2), ["0"], dtype=torch.float64, recompute=recompute)
+            perturb(tuned)
+            layer.weight.requires_grad_(not frozen)
+            x = noise(*leading, 6, dtype=torch.float64).requires_grad_()
+            y = layer(x)
+            y.pow(2).sum().backward()
+            found.append([y.detach(), x.grad, *(p.grad for p in tuned.parameters())])
+        for left, right in zip(*found, strict=True):
+            close(left, right)
+
+
 @each_spec
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_gives_the_same_gradients(spec: sl.AdapterSpec, reentrant: bool) -> None:
