@@ -7,7 +7,6 @@ All random numbers are drawn on the CPU, so that every device sees the same ones
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from superlora_tn.reproduce.domains import to_bytes, to_unit
 from superlora_tn.reproduce.unet import UNet
+from superlora_tn.transfer.files import whole
 
 OnStep = Callable[[int, int, float], None]
 _CLIP = 1.0  # largest gradient norm
@@ -104,9 +104,8 @@ class Run:
             "generator": self.generator.get_state(),
             "losses": self.losses,
         }
-        partial = path.with_suffix(f".{os.getpid()}.part")
-        torch.save(state, partial)
-        partial.replace(path)
+        with whole(path) as partial:
+            torch.save(state, partial)
 
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote for a run of the same parameters."""

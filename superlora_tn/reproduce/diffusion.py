@@ -6,7 +6,6 @@ Chen et al., arXiv 2403.11887: SVHN to MNIST at four levels of trainable paramet
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ from superlora_tn.reproduce.store import Data, Store, write_json
 from superlora_tn.reproduce.unet import TARGETS, UNet, UNetShape, attention_shapes, build
 from superlora_tn.spec import AdapterSpec
 from superlora_tn.transfer.digits import Split
+from superlora_tn.transfer.files import whole
 from superlora_tn.transfer.progress import on_step, progress
 from superlora_tn.variants import dense
 
@@ -310,9 +310,8 @@ def _line(row: Data) -> str:
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors whole or not at all."""
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
+    with whole(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

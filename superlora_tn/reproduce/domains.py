@@ -6,10 +6,8 @@ extra brings (printed digits on coloured grounds, scikit-learn's scans); the wor
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from superlora_tn.reproduce.folder import mnist, svhn
 from superlora_tn.transfer.digits import Split, printed_digits, scanned_digits
 
 FULL_SVHN = "train_32x32.mat"
@@ -41,19 +40,6 @@ def to_bytes(images: Tensor) -> Tensor:
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _reader(data: Path | None) -> ModuleType | None:
-    """The folder's own `load.py`, run as a module; None where there is none."""
-    place = None if data is None else data / "load.py"
-    if place is None or not place.is_file():
-        return None
-    spec = importlib.util.spec_from_file_location("superlora_tn_data", place)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{place} cannot be loaded as a Python module; give the readers of the data folder there.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def source(count: int, size: int, seed: int, data: Path | None = None, colours: int = 3) -> Domain:
     """The domain of pre-training: SVHN as far as it is there, in colour or in grey.
 
@@ -62,7 +48,7 @@ def source(count: int, size: int, seed: int, data: Path | None = None, colours: 
             scaled and recoloured, where the folder has any, and all others composed.
         size: pixels along an edge, a divisor of 32.
         seed: fixes what is drawn.
-        data: a folder with SVHN's ``train_32x32.mat``, or with a ``load.py`` whose ``svhn1083()`` gives (images, labels).
+        data: a folder with SVHN's ``train_32x32.mat``, or with ``svhn_train1083``.
         colours: 3, or 1 for their mean.
     """
     found = _source(count, size, seed, data)
@@ -74,11 +60,10 @@ def _source(count: int, size: int, seed: int, data: Path | None) -> Domain:
         images, labels = _svhn(data / FULL_SVHN)
         return Domain(_shrink(images, size), labels, f"SVHN, all {len(labels):,} training images")
     composed = "printed digits composed on coloured grounds"
-    reader = _reader(data)
-    if reader is None or data is None or not (data / "svhn_train1083").is_dir():
+    if data is None or not (data / "svhn_train1083").is_dir():
         return Domain(*_composed(count, size, seed), f"{count:,} {composed} (no SVHN in the data folder)")
-    real, labels = _channels_first(*reader.svhn1083())
-    varied, own = _varied(real, labels, count - count // 2, seed)
+    real, labels = svhn(data)
+    varied, own = _varied(_channels_first(real), labels, count - count // 2, seed)
     drawn = _composed(count // 2, size, seed)
     words = f"{len(own):,} variations of the first {len(labels):,} SVHN images and {len(drawn[1]):,} {composed}"
     return Domain(torch.cat([_shrink(varied, size), drawn[0]]), torch.cat([own, drawn[1]]), words)
@@ -90,16 +75,15 @@ def target(split: Split, size: int, data: Path | None = None, colours: int = 3) 
     Args:
         split: "train" or "test".
         size: pixels along an edge, a divisor of 32.
-        data: a folder with ``load.py`` whose ``mnist(split)`` gives (images (n, 28, 28) uint8, labels).
+        data: a folder with ``mnist``.
         colours: 3 or 1.
     """
-    reader = _reader(data)
-    if reader is None or data is None or not (data / "mnist").is_dir():
+    if data is None or not (data / "mnist").is_dir():
         scans, labels = scanned_digits(split, size=size)
         return Domain(to_bytes(scans).expand(-1, colours, -1, -1).contiguous(), labels, "scikit-learn's 8x8 scans, enlarged")
-    images, own = (torch.from_numpy(np.array(a)) for a in reader.mnist(split))
+    images, own = mnist(data, split == "train")
     grey = F.pad(images, (2, 2, 2, 2)).unsqueeze(1).expand(-1, colours, -1, -1)
-    return Domain(_shrink(grey, size), own.long(), f"MNIST, {split} images")
+    return Domain(_shrink(grey, size), own, f"MNIST, {split} images")
 
 
 def _svhn(path: Path) -> tuple[Tensor, Tensor]:
@@ -107,12 +91,13 @@ def _svhn(path: Path) -> tuple[Tensor, Tensor]:
     from scipy.io import loadmat  # type: ignore[import-untyped]  # scipy is needed for this one file alone
 
     found: dict[str, Any] = loadmat(str(path))
-    return _channels_first(found["X"].transpose(3, 0, 1, 2), found["y"].reshape(-1) % 10)
+    images, labels = (torch.from_numpy(np.array(found[name])) for name in "Xy")
+    return _channels_first(images.permute(3, 0, 1, 2)), labels.reshape(-1).long() % 10
 
 
-def _channels_first(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
-    """Arrays (n, h, w, 3) and (n,) to tensors (n, 3, h, w) uint8 and (n,) int64."""
-    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(np.array(labels)).long()
+def _channels_first(images: Tensor) -> Tensor:
+    """(n, h, w, 3) to (n, 3, h, w)."""
+    return images.permute(0, 3, 1, 2).contiguous()
 
 
 def _grey(images: Tensor) -> Tensor:

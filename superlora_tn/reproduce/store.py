@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from superlora_tn.transfer.files import whole
 
 Data = dict[str, Any]
 
@@ -46,7 +47,6 @@ class Store:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write data whole: a run that is stopped halfway leaves no broken file."""
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    partial.write_text(json.dumps(data, indent=1) + "\n")
-    partial.replace(path)
+    """Write data, whole or not at all."""
+    with whole(path) as partial:
+        partial.write_text(json.dumps(data, indent=1) + "\n")

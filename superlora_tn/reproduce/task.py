@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
-from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
 
 from superlora_tn.fold import Shape
 from superlora_tn.layers import weight
+from superlora_tn.reproduce.folder import mnist, tiny_imagenet
 from superlora_tn.reproduce.vit import Vit
 from superlora_tn.targets import match, named_layers
 from superlora_tn.transfer.base import FULL, OnStep, pretrained
@@ -179,7 +175,6 @@ def folder_task(folder: Path, target: str, device: str) -> Task:
             )
     model = Vit()
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    read = _tiny_imagenet if target == TARGETS[0] else _mnist
     name = "30 classes of Tiny ImageNet at 32x32" if target == TARGETS[0] else "MNIST at 32x32"
     size = sum(p.numel() for p in model.parameters())
     return Task(
@@ -187,11 +182,20 @@ def folder_task(folder: Path, target: str, device: str) -> Task:
         model=model.to(device).eval(),
         head="mlp_head.1",
         targets=("q_proj", "v_proj"),
-        train=read(folder, "train"),
-        test=read(folder, "val"),
+        train=_read(folder, target, "train"),
+        test=_read(folder, target, "val"),
         identity=hashlib.sha256(weights.read_bytes()).hexdigest(),
         device=device,
     )
+
+
+def _read(folder: Path, target: str, split: str) -> Split:
+    """The target's images, of MNIST the first ones."""
+    if target == TARGETS[0]:
+        return _normalised(*tiny_imagenet(folder, split))
+    images, labels = mnist(folder, split == "train")
+    most = MNIST_TRAIN if split == "train" else MNIST_TEST
+    return _normalised(images[:most], labels[:most])
 
 
 def _normalised(images: Tensor, labels: Tensor) -> Split:
@@ -200,27 +204,4 @@ def _normalised(images: Tensor, labels: Tensor) -> Split:
     scaled = ((pixels / 255 - MEAN) / STD).permute(0, 3, 1, 2)
     if scaled.shape[-1] != 32:
         scaled = functional.interpolate(scaled, size=(32, 32), mode="bilinear", align_corners=False)
-    return Split.whole(Memory(scaled.contiguous(), labels.long()))
-
-
-def _tiny_imagenet(folder: Path, split: str) -> Split:
-    """One contact sheet a class, `cols` images of 32x32 a row."""
-    pack = np.load(folder / "tinyimagenet30" / f"tin30_32px_{split}_sheets.npz")
-    blob, borders, count, columns = pack["blob"].tobytes(), pack["offsets"], int(pack["per_class"]), int(pack["cols"])
-    images = []
-    for start, end in itertools.pairwise(borders):
-        sheet = torch.from_numpy(np.array(Image.open(io.BytesIO(blob[start:end]))))
-        images.append(sheet.view(count // columns, 32, columns, 32, 3).transpose(1, 2).reshape(count, 32, 32, 3))
-    return _normalised(torch.cat(images), torch.arange(len(images)).repeat_interleave(count))
-
-
-def _mnist(folder: Path, split: str) -> Split:
-    """The first images of MNIST's own files."""
-    name, most = ("train", MNIST_TRAIN) if split == "train" else ("t10k", MNIST_TEST)
-
-    def read(ending: str, header: int) -> Tensor:
-        data = gzip.decompress((folder / "mnist" / f"{name}-{ending}-ubyte.gz").read_bytes())
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=header)
-
-    images = read("images-idx3", 16).view(-1, 28, 28)
-    return _normalised(images[:most], read("labels-idx1", 8)[:most])
+    return Split.whole(Memory(scaled.contiguous(), labels))

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from superlora_tn.transfer.digits import printed_digits
+from superlora_tn.transfer.files import whole
 
 OnStep = Callable[[int, int, float], None]
 """Called after each optimiser step with (steps done, steps in all, loss)."""
@@ -190,6 +190,5 @@ def _recorded_in(path: Path) -> str | None:
 def _save(model: nn.Module, path: Path, record: str) -> None:
     """Write the weights with their recipe; a run that is stopped halfway leaves no broken file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    save_file(model.state_dict(), partial, metadata={"recipe": record})
-    partial.replace(path)
+    with whole(path) as partial:
+        save_file(model.state_dict(), partial, metadata={"recipe": record})
