@@ -16,7 +16,7 @@ from superlora_tn.nodes import TOKEN
 Indices = tuple[str, ...]
 ITEM = 4
 # The forms of a step that are tried, in networks of up to so many steps; see `lay_out`.
-FORMS, ORDERED_UP_TO = ("keep", "swap", "flip", "swap flip", "lift", "copy"), 5
+FORMS, ORDERED_UP_TO = ("keep", "swap", "flip", "swap flip", "behind", "lift", "copy"), 5
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Step:
     ``[batch, before, lifted, contracted]`` and the result is ``[batch, before, new, lifted]``. With nothing contracted,
     `result` is the operands' broadcast product. Operands are numbered: the plan's inputs first, then one number a
     step. `permuted` says that the large operand has to be copied into another order; `items` counts the products of a
-    batched product, `row` is the length of the result's contiguous axis; `products` counts the result and the gradients.
+    batched product, `row` is the length of the result's contiguous axis; `copies` are those into another order, each
+    as (bytes, length of the pieces that stay whole); `products` counts the result and the gradients.
     """
 
     large: int
@@ -75,13 +76,17 @@ class Step:
     bytes: int
     items: int
     row: int
+    copies: tuple[tuple[int, int], ...]
     products: int
 
     def price(self, device: Device) -> float:
         """Seconds, forward plus backward: one product for the result and one for each operand with a gradient."""
-        speed = device.flops * min(1.0, self.row / device.width) if self.contracted else device.flops
-        once = self.flops / speed + self.bytes / device.bandwidth + self.items * device.item + device.latency
-        return once * self.products
+        full = min(1.0, self.row / device.width)
+        speed, rate = (full, 1.0) if self.contracted else (1.0, full)
+        # Copies of single numbers took four times as long as of whole rows (benchmarks/route_ranking.py).
+        torn = sum(count * (min(4.0, max(1.0, device.width / run)) - 1) for count, run in self.copies)
+        once = self.flops / (device.flops * speed) + self.bytes / (device.bandwidth * rate) + torn / device.bandwidth
+        return (once + self.items * device.item + device.latency) * self.products
 
 
 def volume(indices: Sequence[str], size: Mapping[str, int]) -> int:
@@ -108,8 +113,9 @@ def lay_out(
         final: the output's order where this is the last step, else empty.
         size: index -> size.
         form: ``"keep"`` as said; ``"swap"`` lets the smaller operand keep its order; ``"flip"`` puts the new indices of
-            an elementwise product first; ``"lift"`` sets them before the free indices behind the tokens, one product a
-            token; ``"copy"`` permutes an intermediate so that one matrix product does, where they would stand between.
+            an elementwise product first, ``"behind"`` those of both operands last; ``"lift"`` sets new indices before the
+            free ones behind the tokens, one product a token; ``"copy"`` permutes an intermediate so that one matrix
+            product does, where they would stand between.
 
     Returns:
         The step, or None where it has no such form.
@@ -126,18 +132,17 @@ def lay_out(
         if form in ("lift", "copy"):
             return None
         before, after, lifted = tuple(i for i in left if i not in batch), Indices(), Indices()
-        result = final or (new + left if "flip" in form else left + new)
-        permuted = tuple(i for i in result if i in left) != left
+        if form == "behind" and (TOKEN in left or not (batch and new and before)):
+            return None
+        orders_of = {"behind": before + new + batch, "flip": new + left, "swap flip": new + left}
+        result = final or orders_of.get(form, left + new)
     else:
         spread = _spread(left, batch, contracted, form, ids[big])
-        if spread is None or "flip" in form:
+        if spread is None or "flip" in form or form == "behind":
             return None
         before, after, lifted = spread
         result = batch + before + new + lifted + after
-        permuted = batch + before + lifted + contracted + after != left
-    return _priced(
-        ids, big, grads, (left, right), (batch, before, contracted, after, lifted, new), result, permuted, final, size
-    )
+    return _priced(ids, big, grads, (left, right), (batch, before, contracted, after, lifted, new), result, final, size)
 
 
 def _spread(
@@ -163,28 +168,41 @@ def _priced(
     ids: tuple[int, int],
     big: int,
     grads: tuple[bool, bool],
-    orders: tuple[Indices, Indices],
+    operands: tuple[Indices, Indices],
     parts: tuple[Indices, Indices, Indices, Indices, Indices, Indices],
     result: Indices,
-    permuted: bool,
     final: Indices,
     size: Mapping[str, int],
 ) -> Step:
     """The step with its FLOPs and its bytes, copies into another order included."""
-    left, right = orders
+    left, right = operands
     batch, before, contracted, after, lifted, new = parts
     inward, outward = volume(left, size), volume(result, size)
-    moved = inward + volume(right, size) + outward
-    moved += 2 * inward * permuted + 2 * outward * bool(final and result != final)
-    if contracted and right not in (batch + new + contracted, batch + contracted + new):
-        moved += 2 * volume(right, size)
+    # Each operand in the order it is read, and the result in the one wanted.
+    read = batch + before + lifted + contracted + after if contracted else tuple(i for i in result if i in left)
+    small = (batch + new + contracted, batch + contracted + new) if contracted else (tuple(i for i in result if i in right),)
+    orders = ((left, read), *(((right, small[0]),) if right not in small else ()), (result, final or result))
+    copies = tuple((2 * volume(a, size) * ITEM, volume(_tail(a, b), size)) for a, b in orders if a != b)
+    moved = ITEM * (inward + volume(right, size) + outward) + sum(count for count, _ in copies)
     flops = (2 if contracted else 1) * volume(left + new, size)
     items = volume(batch, size) * (volume(before, size) if lifted or (before and after) else 1) if contracted else 0
-    row = volume(lifted or after or new, size)
+    row = volume((lifted or after or new) if contracted else _last_run(result, left, right), size)
     return Step(
         ids[big], ids[1 - big], left, right, batch, before, contracted, after, lifted, new, result,
-        permuted, flops, moved * ITEM, items if items > 1 else 0, row, 1 + sum(grads),
+        left != read, flops, moved, items if items > 1 else 0, row, copies, 1 + sum(grads),
     )  # fmt: skip
+
+
+def _tail(one: Indices, other: Indices) -> Indices:
+    """The last indices, as far as they are the same."""
+    same = next((k for k, (a, b) in enumerate(zip(reversed(one), reversed(other), strict=True)) if a != b), len(one))
+    return one[len(one) - same :]
+
+
+def _last_run(result: Indices, left: Indices, right: Indices) -> Indices:
+    """The last indices of an elementwise product that are all on one operand, or all on both."""
+    kinds = [(i in left, i in right) for i in result]
+    return tuple(i for k, i in enumerate(result) if set(kinds[k:]) == {kinds[-1]})
 
 
 def _weight(indices: Indices, size: Mapping[str, int]) -> tuple[bool, int]:

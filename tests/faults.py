@@ -152,9 +152,26 @@ TABLE: Table = {
             "test_holes.py::test_second_derivatives_carry_the_scale",
         ),
         "gradient-of-x-without-the-base": (
-            "layer = grad @ base if (source if ctx.apart else wanted[0]) else None",
-            "layer = None",
+            "            total.addmm_(grad.reshape(-1, base.shape[0]), base)\n",
+            "",
             "test_attach.py::test_gradient_reaches_the_input",
+        ),
+    },
+    "backends/superlora_tn_backends/products.py": {
+        "scale-dropped-in-a-block": (
+            'part.add_(linear(left, b.t(), None, "none", [], ""), alpha=alpha)',
+            'part.add_(linear(left, b.t(), None, "none", [], ""))',
+            "test_products.py::test_products_are_the_oracles",
+        ),
+        "weights-of-a-sum-dropped": (
+            "total.addcmul_(part, factor)",
+            "total.add_(part)",
+            "test_products.py::test_weighted_sums_are_the_oracles",
+        ),
+        "onednn-for-double-precision": (
+            "or a.dtype is not torch.float32",
+            "",
+            "test_products.py::test_others_stay_with_torch",
         ),
     },
     "backends/superlora_tn_backends/numpy_reference.py": {
@@ -409,8 +426,8 @@ TABLE: Table = {
     },
     "superlora_tn/steps.py": {
         "step-priced-without-backward": (
-            "return once * self.products",
-            "return once",
+            "device.latency) * self.products",
+            "device.latency)",
             "test_holes.py::test_a_price_counts_the_products_of_forward_and_backward",
         ),
         "plan-cached-without-the-device": (

@@ -24,15 +24,16 @@ LIMITS = {
     "lorta_cp": (HEADS, 2, 4),
     "vera": (sl.vera(8), 2, 4),
 }
+PRODUCT = r"matmul\(|addmm_\("
 
 
 def products(source: str) -> int:
     """Matrix products on the longest way through the source: of an if and its else, one runs."""
     # Outer products' gradients, one small product for each row ("None" in them), are as cheap as elementwise work.
-    lines = [line for line in source.split("\n") if re.search(r"TL\.matmul|addmm_", line) and not re.search(r"None[,\]]", line)]
+    lines = [line for line in source.split("\n") if re.search(PRODUCT, line) and not re.search(r"None[,\]]", line)]
     # The line before an addmm_ into a given buffer is its alternative for when there is none.
     alternatives = sum("addmm_" in line for line in lines)
-    return sum(len(re.findall(r"TL\.matmul|addmm_", line.split(" if alpha")[0])) for line in lines) - alternatives
+    return sum(len(re.findall(PRODUCT, line.split(" if alpha")[0])) for line in lines) - alternatives
 
 
 def sources(spec: sl.AdapterSpec) -> tuple[str, str]:
@@ -50,10 +51,9 @@ def test_a_step_needs_no_more_products_than_when_it_was_measured(name: str) -> N
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_update_and_gradient_of_x_are_added_in_place(name: str) -> None:
-    forward, backward = sources(LIMITS[name][0])
-    assert re.search(r"TL\.reshape\(out, .*\)\.addmm_\(", forward), forward
-    assert re.search(r"TL\.reshape\(into, .*\)\.addmm_\(", backward), backward
+def test_the_update_is_added_in_place(name: str) -> None:
+    forward, _ = sources(LIMITS[name][0])
+    assert re.search(r"addmm_\(TL\.reshape\(out, |TL\.reshape\(out, .*\)\.addmm_\(", forward), forward
 
 
 @pytest.mark.parametrize("name", LIMITS)

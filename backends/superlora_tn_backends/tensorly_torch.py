@@ -21,6 +21,7 @@ from torch import Tensor
 
 from superlora_tn.eager import is_eager
 from superlora_tn.plan import Plan
+from superlora_tn_backends.products import addmm_, matmul, weighted_sum
 from superlora_tn_backends.writer import backward_source, forward_source, run_source
 
 NAME = "tensorly_torch"
@@ -34,7 +35,7 @@ def compile(plan: Plan) -> Program:
 
 
 def _made(source: str, name: str) -> Callable[..., Any]:
-    scope: dict[str, Any] = {"TL": TL, "torch": torch}
+    scope: dict[str, Any] = {"TL": TL, "torch": torch, "matmul": matmul, "addmm_": addmm_, "weighted_sum": weighted_sum}
     exec(source, scope)  # the source is made of operand numbers and sizes alone
     return scope[name]  # type: ignore[no-any-return]
 
@@ -143,13 +144,13 @@ class _Contraction(torch.autograd.Function):
         wanted = tuple(ctx.needs_input_grad[2:])
         if torch.is_grad_enabled():
             return (None, None, *_twice_differentiable(ctx.program, ctx.alpha, tensors, wanted, grad))
-        return (None, None, *ctx.program.backward(wanted)(grad, ctx.alpha, None, *tensors, *kept))
+        return (None, None, *ctx.program.backward(wanted)(grad, ctx.alpha, *tensors, *kept))
 
 
 class _FusedUpdate(torch.autograd.Function):
     """A frozen linear layer's output, adopted: the contraction is added in place, and backward covers both.
 
-    The layer's own graph is left behind, so x gets its gradient here alone: ``g W``, with the network's added in place
+    The layer's own graph is left behind, so x gets its gradient here alone: ``g W``, added in place to the network's
     where x is the network's first operand.
     """
 
@@ -170,14 +171,20 @@ class _FusedUpdate(torch.autograd.Function):
         base, *saved = ctx.saved_tensors
         tensors, kept = tuple(saved[: ctx.count]), saved[ctx.count :]
         source, *wanted = ctx.needs_input_grad[4:]
-        layer = grad @ base if (source if ctx.apart else wanted[0]) else None
-        apart, into = (layer, None) if ctx.apart else (None, layer)
         if torch.is_grad_enabled():
             grads = _twice_differentiable(ctx.program, ctx.alpha, tensors, tuple(wanted), grad)
-            if into is not None:
-                grads = (into + grads[0], *grads[1:])
         else:
-            grads = ctx.program.backward(tuple(wanted))(grad, ctx.alpha, into, *tensors, *kept)
+            grads = ctx.program.backward(tuple(wanted))(grad, ctx.alpha, *tensors, *kept)
+        apart = None
+        if ctx.apart:
+            apart = grad @ base if source else None
+        elif wanted[0] and torch.is_grad_enabled():
+            grads = (grads[0] + grad @ base, *grads[1:])
+        elif wanted[0]:
+            # Last, as reading W pushes what the network's gradients read out of the caches.
+            total = grads[0].reshape(-1, base.shape[1])
+            total.addmm_(grad.reshape(-1, base.shape[0]), base)
+            grads = (total.view(grads[0].shape), *grads[1:])
         return (None, None, None, None, apart, *grads)
 
 

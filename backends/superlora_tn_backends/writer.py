@@ -16,6 +16,8 @@ from superlora_tn_backends.layout import Axes, blocks, grouped, made_again, oper
 
 # Products with fewer columns (or rows of the result) than this are worth another memory order.
 THIN = 32
+# A product of so many multiply-adds, at the number of tokens planned for, goes through `products`.
+LARGE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def forward_source(plan: Plan) -> str:
 
 
 def backward_source(plan: Plan, wanted: tuple[bool, ...]) -> str:
-    """``backward(grad, alpha, into, *tensors, *kept)``: a gradient for each wanted operand, that of x added to `into`."""
+    """``backward(grad, alpha, *tensors, *kept)``: a gradient for each wanted operand."""
     return _Writer(plan).backward(wanted)
 
 
@@ -46,13 +48,14 @@ class _Writer:
     """The source of one plan."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+        self.plan, self.differentiable = plan, False
         self.lines: list[str] = []
         count = len(plan.inputs)
         self.values = [Variable(f"v{k}", plan.inputs[k], plan.shapes[k]) for k in range(count)]
         for k, step in enumerate(plan.steps):
             self.values.append(Variable(f"v{count + k}", step.result, self.sizes(grouped(step))))
         self.again, self.recalled = made_again(plan), list[str]()
+        self.ordered: dict[tuple[str, Indices], str] = {}
         self.kept = [f"v{count + k}" for k in range(len(plan.steps) - 1) if count + k not in self.again]
 
     def function(self, name: str, arguments: list[str]) -> str:
@@ -64,6 +67,7 @@ class _Writer:
 
     def run(self) -> str:
         """See `run_source`."""
+        self.differentiable = True
         self._early_steps()
         self._finish("return TL.reshape(torch.addmm({out}, {left}, {right}, alpha=alpha), out.shape)")
         self.lines.append("return result if out is None else out + TL.reshape(result, out.shape)")
@@ -73,7 +77,9 @@ class _Writer:
         """See `forward_source`."""
         self._early_steps()
         kept = "".join(f"{name}, " for name in self.kept)
-        self._finish(f"{{out}}.addmm_({{left}}, {{right}}, alpha=alpha)\nreturn out, ({kept})")
+        large = self.plan.steps and self._is_large(self.plan.steps[-1])
+        add = "addmm_({out}, {left}, {right}, alpha=alpha)" if large else "{out}.addmm_({left}, {right}, alpha=alpha)"
+        self._finish(f"{add}\nreturn out, ({kept})")
         self.lines.append(f"return (result if out is None else out.add_(TL.reshape(result, out.shape))), ({kept})")
         return self.function("forward", [*self._operands(), "out=None", "alpha=1.0"])
 
@@ -115,7 +121,17 @@ class _Writer:
             large, small = self.broadcast(step)
             return f"{large} * {small}"
         left, right = self.pair(step)
-        return f"TL.matmul({left[0]}, {right[0]})"
+        return self._times(left[0], right[0], step)
+
+    def _times(self, left: str, right: str, step: Step) -> str:
+        """A matrix product of a step: its result or a gradient."""
+        return f"{'matmul' if self._is_large(step) else 'TL.matmul'}({left}, {right})"
+
+    def _is_large(self, step: Step) -> bool:
+        """Whether `products` may have a faster way: on a CPU, for one product that autograd does not have to see."""
+        single = not step.batch and not step.lifted and not (step.before and step.after)
+        terms = volume((*step.large_indices, *step.new), self.plan.size)
+        return not self.differentiable and single and terms >= LARGE and self.plan.device.width > 1
 
     def pair(self, step: Step) -> tuple[tuple[str, int], tuple[str, int]]:
         """The two operands of a matmul as (expression, number of axes), in the order the result's memory wants."""
@@ -146,7 +162,24 @@ class _Writer:
         axes = grouped(step)
         large = tuple(a if a and a[0] in step.large_indices else () for a in axes)
         small = tuple(a if a and a[0] in step.small_indices else () for a in axes)
-        return self.view(self.values[step.large], large), self.view(self.values[step.small], small)
+        return self._spread(step.large, large, step), self._spread(step.small, small, step)
+
+    def _spread(self, operand: int, axes: Axes, step: Step) -> str:
+        """An operand with axes of 1, in the order of the product's memory where it is read many times."""
+        value = self.values[operand]
+        order = tuple(i for axis in axes for i in axis)
+        many = volume(step.result, self.plan.size) >= 4 * volume(order, self.plan.size)
+        if value.order == order or not many or TOKEN in order or self.differentiable:
+            return self.view(value, axes)
+        return self.view(Variable(self._ordered(value, order), order, self.sizes(tuple((i,) for i in order))), axes)
+
+    def _ordered(self, value: Variable, order: Indices) -> str:
+        """The name of a copy in this order, made once in a function."""
+        key = (value.text, order)
+        if key not in self.ordered:
+            self.ordered[key] = f"o{len(self.ordered)}"
+            self.lines.append(f"{self.ordered[key]} = {self.view(value, tuple((i,) for i in order))}.contiguous()")
+        return self.ordered[key]
 
     def backward(self, wanted: tuple[bool, ...]) -> str:
         """See `backward_source`."""
@@ -168,7 +201,7 @@ class _Writer:
             self._step_back(steps[k], grads.pop(count + k), grads, needs, folded and k == len(steps) - 1)
             ready += [j - count for j in (steps[k].large, steps[k].small) if j >= count and needs[j]]
         self._return_grads(grads, wanted)
-        return self.function("backward", ["grad", "alpha", "into", *self._operands(), *self.kept])
+        return self.function("backward", ["grad", "alpha", *self._operands(), *self.kept])
 
     def _recall(self, *operands: int) -> None:
         """Make intermediates that are not kept, where they are needed."""
@@ -191,12 +224,8 @@ class _Writer:
         for k, want in enumerate(wanted):
             if not want:
                 results.append("None")
-            elif grads[k].text == "into":
-                results.append("into")
             else:
                 results.append(f"TL.reshape({self.view(grads[k], tuple((i,) for i in self.plan.inputs[k]))}, v{k}.shape)")
-                if k == 0 and self.plan.route == "apply":
-                    results[-1] = f"{results[-1]} if into is None else into.add_({results[-1]})"
         self.lines.append(f"return ({', '.join(results)},)")
 
     def _step_back(self, step: Step, grad: Variable, grads: dict[int, Variable], needs: list[bool], alpha: bool) -> None:
@@ -245,17 +274,8 @@ class _Writer:
 
     def _large_grad(self, step: Step, sides: tuple[str, str], axes: Axes, grads: dict[int, Variable], alpha: bool) -> None:
         order = tuple(i for axis in axes for i in axis)
-        whole = f"TL.matmul({sides[0]}, {sides[1]})"
+        whole = self._times(*sides, step)
         whole = f"({whole} if alpha == 1.0 else {whole}.mul_(alpha))" if alpha else whole
-        is_x = step.large == 0 and self.plan.route == "apply"
-        if is_x and len(axes) == 2 and order == self.plan.inputs[0]:
-            scale = ", alpha=alpha" if alpha else ""
-            self.lines.append("if into is None:")
-            self.lines.append(f"    into = TL.reshape({whole}, v0.shape)")
-            self.lines.append("else:")
-            self.lines.append(f"    TL.reshape(into, {_text(self.sizes(axes))}).addmm_({sides[0]}, {sides[1]}{scale})")
-            grads[0] = Variable("into", order, None)
-            return
         self.lines.append(f"g{step.large} = {whole}")
         grads[step.large] = Variable(f"g{step.large}", order, self.sizes(axes))
 
@@ -265,18 +285,18 @@ class _Writer:
         large = self.view(self.values[step.large], large_axes)
         new, contracted = self.sizes((step.new, step.contracted))
         new_first = new <= contracted
-        if min(new, contracted) >= THIN:
+        if min(new, contracted) >= THIN and not self._is_large(step):
             new_first = self.values[step.small].order == step.batch + step.new + step.contracted
         if not step.after:
             # result (b, P, N), large (b, P, K)
             if new_first:
-                return f"TL.matmul({result}.mT, {large})", (*batch, step.new, step.contracted)
-            return f"TL.matmul({large}.mT, {result})", (*batch, step.contracted, step.new)
+                return self._times(f"{result}.mT", large, step), (*batch, step.new, step.contracted)
+            return self._times(f"{large}.mT", result, step), (*batch, step.contracted, step.new)
         if not step.before:
             # result (b, N, Q), large (b, K, Q)
             if new_first:
-                return f"TL.matmul({result}, {large}.mT)", (*batch, step.new, step.contracted)
-            return f"TL.matmul({large}, {result}.mT)", (*batch, step.contracted, step.new)
+                return self._times(result, f"{large}.mT", step), (*batch, step.new, step.contracted)
+            return self._times(large, f"{result}.mT", step), (*batch, step.contracted, step.new)
         return self._summed_grad(step, result, large, batch)
 
     def _summed_grad(self, step: Step, result: str, large: str, batch: Axes) -> tuple[str, Axes]:
@@ -307,7 +327,9 @@ class _Writer:
                 continue
             lacking = [k for k, axis in enumerate(axes) if axis and axis[0] not in own]
             held = tuple(axis for k, axis in enumerate(axes) if k not in lacking)
-            if outer:
+            if len(lacking) == 1 and lacking[0] < len(axes) - 1:
+                text = f"weighted_sum({result}, {broadcast[other]}, {lacking[0]})"
+            elif outer:
                 # An outer product for each of the first axis: small matrix products, and no temporary of that size.
                 factor, last = self.view(self.values[other], (axes[0], axes[lacking[0]])), lacking == [2]
                 text = f"TL.matmul({result}, {factor}[:, :, None])" if last else f"TL.matmul({factor}[:, None, :], {result})"
@@ -315,7 +337,7 @@ class _Writer:
                 text = f"{result} * {broadcast[other]}"
                 text = f"TL.sum({text}, {lacking})" if lacking else text
             self.lines.append(f"g{operand} = {text}")
-            shape = None if outer else self.sizes(held)  # the outer product's gradient has an axis of 1 in it
+            shape = self.sizes(held) if "matmul" not in text else None  # that leaves an axis of 1
             grads[operand] = Variable(f"g{operand}", tuple(i for a in held for i in a), shape)
 
     def view(self, variable: Variable, axes: Axes) -> str:
