@@ -183,6 +183,10 @@ def _priced(
     small = (batch + new + contracted, batch + contracted + new) if contracted else (tuple(i for i in result if i in right),)
     orders = ((left, read), *(((right, small[0]),) if right not in small else ()), (result, final or result))
     copies = tuple((2 * volume(a, size) * ITEM, volume(_tail(a, b), size)) for a, b in orders if a != b)
+    if grads[1 - big] and contracted and new:
+        # Its gradient comes with the shorter side first; one copy a step, where a price counts all three products.
+        thin = min((new, contracted), key=lambda side: volume(side, size))
+        copies += ((2 * volume(right, size) * ITEM // 3, 1),) if right[len(batch) : len(batch) + len(thin)] != thin else ()
     moved = ITEM * (inward + volume(right, size) + outward) + sum(count for count, _ in copies)
     flops = (2 if contracted else 1) * volume(left + new, size)
     items = volume(batch, size) * (volume(before, size) if lifted or (before and after) else 1) if contracted else 0

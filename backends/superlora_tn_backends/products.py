@@ -20,7 +20,7 @@ PLAIN = (Tensor, nn.Parameter)
 # three sizes are this large, and where it does not copy a long left side into rows for few columns.
 WORTH, NARROW, LONG = 1 << 23, 64, 32
 # Sums over fewer indices are bound by memory, where adding in place is as fast. A block of the others is this large.
-DEEP, BLOCK = 16, 1 << 18
+DEEP, BLOCK = 16, 1 << 17
 # `weighted_sum` adds up to so many rows one by one, where they are so long.
 FEW, ROW = 16, 512
 

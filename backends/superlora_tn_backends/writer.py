@@ -327,7 +327,7 @@ class _Writer:
                 continue
             lacking = [k for k, axis in enumerate(axes) if axis and axis[0] not in own]
             held = tuple(axis for k, axis in enumerate(axes) if k not in lacking)
-            if len(lacking) == 1 and lacking[0] < len(axes) - 1:
+            if not outer and len(lacking) == 1 and lacking[0] < len(axes) - 1:
                 text = f"weighted_sum({result}, {broadcast[other]}, {lacking[0]})"
             elif outer:
                 # An outer product for each of the first axis: small matrix products, and no temporary of that size.
