@@ -57,7 +57,8 @@ class Step:
     `result` is the operands' broadcast product. Operands are numbered: the plan's inputs first, then one number a
     step. `permuted` says that the large operand has to be copied into another order; `items` counts the products of a
     batched product, `row` is the length of the result's contiguous axis; `copies` are those into another order, each
-    as (bytes, length of the pieces that stay whole); `products` counts the result and the gradients.
+    as (bytes, length of the pieces that stay whole); `turned` is the bytes of the copy that brings the smaller operand's
+    gradient into its order; `products` counts the result and the gradients.
     """
 
     large: int
@@ -77,6 +78,7 @@ class Step:
     items: int
     row: int
     copies: tuple[tuple[int, int], ...]
+    turned: int
     products: int
 
     def price(self, device: Device) -> float:
@@ -84,9 +86,10 @@ class Step:
         full = min(1.0, self.row / device.width)
         speed, rate = (full, 1.0) if self.contracted else (1.0, full)
         # Copies of single numbers took four times as long as of whole rows (benchmarks/route_ranking.py).
-        torn = sum(count * (min(4.0, max(1.0, device.width / run)) - 1) for count, run in self.copies)
+        most = min(4.0, device.width)
+        torn = sum(count * (min(most, max(1.0, device.width / run)) - 1) for count, run in self.copies)
         once = self.flops / (device.flops * speed) + self.bytes / (device.bandwidth * rate) + torn / device.bandwidth
-        return (once + self.items * device.item + device.latency) * self.products
+        return (once + self.items * device.item + device.latency) * self.products + self.turned * most / device.bandwidth
 
 
 def volume(indices: Sequence[str], size: Mapping[str, int]) -> int:
@@ -183,17 +186,16 @@ def _priced(
     small = (batch + new + contracted, batch + contracted + new) if contracted else (tuple(i for i in result if i in right),)
     orders = ((left, read), *(((right, small[0]),) if right not in small else ()), (result, final or result))
     copies = tuple((2 * volume(a, size) * ITEM, volume(_tail(a, b), size)) for a, b in orders if a != b)
-    if grads[1 - big] and contracted and new:
-        # Its gradient comes with the shorter side first; one copy a step, where a price counts all three products.
-        thin = min((new, contracted), key=lambda side: volume(side, size))
-        copies += ((2 * volume(right, size) * ITEM // 3, 1),) if right[len(batch) : len(batch) + len(thin)] != thin else ()
     moved = ITEM * (inward + volume(right, size) + outward) + sum(count for count, _ in copies)
+    # The smaller operand's gradient comes with its shorter side first.
+    sides = sorted((new, contracted), key=lambda side: volume(side, size)) if contracted else [()]
+    turned = 2 * volume(right, size) * ITEM if grads[1 - big] and right[len(batch) :][: len(sides[0])] != sides[0] else 0
     flops = (2 if contracted else 1) * volume(left + new, size)
     items = volume(batch, size) * (volume(before, size) if lifted or (before and after) else 1) if contracted else 0
     row = volume((lifted or after or new) if contracted else _last_run(result, left, right), size)
     return Step(
         ids[big], ids[1 - big], left, right, batch, before, contracted, after, lifted, new, result,
-        left != read, flops, moved, items if items > 1 else 0, row, copies, 1 + sum(grads),
+        left != read, flops, moved, items if items > 1 else 0, row, copies, turned, 1 + sum(grads),
     )  # fmt: skip
 
 

@@ -77,9 +77,11 @@ def test_weighted_sums_are_the_oracles(shape: tuple[int, int, int], axis: int) -
         (noise(2048, 512, dtype=torch.float64), noise(512, 64, dtype=torch.float64)),
         (noise(64, 64), noise(64, 64)),
         (noise(1 << 20, 8), noise(8, 4)),
-        (noise(8, 1 << 20).t()[:, :8].t(), noise(1 << 20, 4)),
+        (noise(1 << 14, 64).t(), noise(1 << 14, 64)),
+        (noise(2048, 1024)[:, :512], noise(512, 64)),
+        (noise(2048, 512), noise(64, 1024).t()[:512]),
     ],
-    ids=["float64", "small", "narrow", "long"],
+    ids=["float64", "small", "narrow", "long", "gaps left", "gaps right"],
 )
 def test_others_stay_with_torch(a: Tensor, b: Tensor, calls: list[tuple[int, ...]]) -> None:
     assert torch.equal(products.matmul(a, b), a @ b)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 PLAIN = (Tensor, nn.Parameter)
 # oneDNN's call costs more, and more again where caches are cold. So from this many multiply-adds on, where two of the
-# three sizes are this large, and where it does not copy a long left side into rows for few columns.
+# three sizes are this large, and where it does not copy a long left side into rows for few columns. Of matrices with gaps
+# it makes loops a hundred times as slow.
 WORTH, NARROW, LONG = 1 << 23, 64, 32
 # Sums over fewer indices are bound by memory, where adding in place is as fast. A block of the others is this large.
 DEEP, BLOCK = 16, 1 << 17
@@ -46,7 +47,8 @@ def _chosen(a: Tensor, b: Tensor) -> Callable[..., Tensor] | None:
     if (
         m * k * n < WORTH
         or sorted((m, k, n))[1] < NARROW
-        or (a.stride(1) != 1 and k > LONG * n)
+        or not (a.is_contiguous() or (a.t().is_contiguous() and k <= LONG * n))
+        or not (b.is_contiguous() or b.t().is_contiguous())
         or a.dtype is not torch.float32
         or b.dtype is not torch.float32
         or a.device.type != "cpu"
