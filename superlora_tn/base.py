@@ -180,6 +180,13 @@ class Adapter(nn.Module, ABC):
         """dW of a target for a layer of this forward pass; a flat fold has built it already."""
         return self.delta(target)
 
+    def halves(self, target: str, rows: int, blocks: int = 1) -> tuple[Tensor, Tensor] | None:
+        """dW as a product of two thin matrices, outer (out, bond), scale included, and inner (bond, in); see `factors`.
+
+        None where `rows` rows of x, in so many blocks of inputs, go faster through dW itself.
+        """
+        return None
+
     @property
     def shares(self) -> bool:
         """Whether `begin` and `end` have anything to do."""

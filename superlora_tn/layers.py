@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrize import is_parametrized
 
+from superlora_tn.base import NOMINAL_TOKENS
+
 Update = Callable[[Any, Tensor, Tensor, Any, str, bool], Tensor]
 
 
@@ -25,6 +27,10 @@ class Adapts(Protocol):
 
     def current(self, target: str) -> Tensor:
         """dW of a target, (out, in), for this forward pass."""
+        ...
+
+    def halves(self, target: str, rows: int, blocks: int = 1) -> tuple[Tensor, Tensor] | None:
+        """dW as outer (out, bond) times inner (bond, in), where `rows` rows of x go faster through these."""
         ...
 
     def drop(self, x: Tensor) -> Tensor:
@@ -40,6 +46,7 @@ class LayerError(TypeError):
     """A layer of a type that is not supported."""
 
 
+CONVOLUTIONS = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
 PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -217,11 +224,20 @@ def conv_weight(layer: nn.Conv2d) -> Tensor:
 @update.register(nn.Conv2d)
 @update.register(nn.Conv3d)
 def conv_update(layer: nn.Conv2d, x: Tensor, y: Tensor, adapter: Adapts, target: str, untouched: bool) -> Tensor:
-    """y + conv(x, dW), with the layer's own padding, stride, dilation and groups."""
-    kernel = adapter.current(target).reshape(layer.weight.shape).to(y.dtype)
+    """y + conv(x, dW), with the layer's own padding, stride, dilation and groups.
+
+    Where dW is a product of thin matrices, x goes through the inner one as a kernel, then through the outer one, position by
+    position, as LoRA on convolutions does.
+    """
     x = adapter.drop(x).to(y.dtype)
+    rows = NOMINAL_TOKENS if torch.compiler.is_compiling() else y.numel() // layer.out_channels
+    found = adapter.halves(target, rows, layer.groups)
+    inner = adapter.current(target) if found is None else found[1].repeat(layer.groups, 1)
     # The layer's own method pads as padding_mode says, and knows its number of dimensions.
-    more: Tensor = layer._conv_forward(x, kernel, None)
+    more: Tensor = layer._conv_forward(x, inner.reshape(-1, *layer.weight.shape[1:]).to(y.dtype), None)
+    if found is not None:
+        point = found[0].reshape(*found[0].shape, *(1 for _ in layer.weight.shape[2:]))
+        more = CONVOLUTIONS[layer.weight.ndim](more, point.to(y.dtype), groups=layer.groups)
     return y + more
 
 

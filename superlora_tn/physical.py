@@ -15,6 +15,7 @@ from torch import Tensor
 from superlora_tn.base import NOMINAL_TOKENS, TOKEN_STEPS, Adapter, Run, state
 from superlora_tn.eager import is_eager
 from superlora_tn.execute import compiled
+from superlora_tn.factors import halves
 from superlora_tn.fold import PhysicalGroup, Shape
 from superlora_tn.graph import Graph
 from superlora_tn.plan import Optimizer, Route, choose, make_plan
@@ -83,6 +84,9 @@ class PhysicalAdapter(Adapter):
         self._inside = sorted({k for root in self._scheme.roots for k in root.leaves})
         self._select = {target: self._selections(positions) for target, positions in self.group.members.items()}
         self._multiply = self._dense(self.group.shape)
+        self._halves = None if self.route == "delta" else halves(self.graph, *settings)
+        parts = () if self._halves is None else (self._halves.outer, self._halves.inner)
+        self._half_runs = [(half.nodes, compiled(half.plan, self.backend)) for half in parts]
         self._carried: _Carried | None = None
 
     def _selections(self, positions: tuple[int, ...]) -> tuple[dict[int, Any], tuple[int, ...]]:
@@ -117,6 +121,17 @@ class PhysicalAdapter(Adapter):
     def delta(self, target: str) -> Tensor:
         """dW of a target, scale included, shape (out, in)."""
         return self._build(*self._member(target), alpha=self.scale)
+
+    def halves(self, target: str, rows: int, blocks: int = 1) -> tuple[Tensor, Tensor] | None:
+        """See `Adapter.halves`."""
+        if self._halves is None or (self.route is None and not self._halves.pays(self.group.shape, rows, blocks)):
+            return None
+        nodes = self._member(target)
+        outer, inner = (
+            run(*(nodes[k] for k in own), alpha=alpha)
+            for (own, run), alpha in zip(self._half_runs, (self.scale, 1.0), strict=True)
+        )
+        return outer, inner
 
     @property
     def shares(self) -> bool:

@@ -45,6 +45,11 @@ TABLE: Table = {
             "(*self._member(target))",
             "test_equals_dense.py::test_every_variants_delta_equals_the_oracle",
         ),
+        "scale-dropped-on-halves": (
+            "zip(self._half_runs, (self.scale, 1.0), strict=True)",
+            "zip(self._half_runs, (1.0, 1.0), strict=True)",
+            "test_halves.py::test_halves_multiply_to_the_oracles_dw",
+        ),
         "scale-dropped-behind-a-shared-x": (
             "stage.rest(t, *rest, out=out, alpha=self.scale",
             "stage.rest(t, *rest, out=out",
@@ -116,6 +121,18 @@ TABLE: Table = {
             "if through is not None and ctx.fused:",
             "if False:",
             "test_recompute.py::test_outputs_and_gradients_are_those_of_a_kept_dw",
+        ),
+    },
+    "superlora_tn/factors.py": {
+        "widest-cut-taken": (
+            "bond, inner = min(cuts)",
+            "bond, inner = max(cuts)",
+            "test_halves.py::test_the_thinnest_cut_is_found",
+        ),
+        "halves-always-taken": (
+            "return 2 * rows * self.bond * (d_out + blocks * d_in) < d_out * d_in * (rows + self.bond)",
+            "return True",
+            "test_halves.py::test_dw_is_built_where_halves_do_not_pay",
         ),
     },
     "backends/superlora_tn_backends/writer.py": {
@@ -339,8 +356,8 @@ TABLE: Table = {
             "test_holes.py::test_a_weight_that_trains_gets_its_gradient_without_a_bias",
         ),
         "kernel-before-in": (
-            "adapter.current(target).reshape(layer.weight.shape)",
-            "adapter.current(target).reshape(layer.weight.movedim(1, -1).shape).movedim(-1, 1)",
+            "inner.reshape(-1, *layer.weight.shape[1:])",
+            "inner.reshape(-1, *layer.weight.movedim(1, -1).shape[1:]).movedim(-1, 1)",
             "test_layers.py::test_convolutions",
         ),
         "conv1d-written-untransposed": (

@@ -21,7 +21,7 @@ FLOORS = [
     ["codec", "graph"],
     ["steps"],
     ["spec", "plan"],
-    ["budget", "sharing"],
+    ["budget", "sharing", "factors"],
     ["variants", "execute", "projection", "initialise"],
     ["base"],
     ["physical", "flat"],
@@ -34,7 +34,7 @@ FLOORS = [
 ]
 FLOOR = {name: k for k, names in enumerate(FLOORS) for name in names}
 TOP = len(FLOORS)
-NO_TORCH = ["budget", "nodes", "maps", "fold", "codec", "graph", "steps", "spec", "plan", "variants", "execute"]
+NO_TORCH = ["budget", "nodes", "maps", "fold", "codec", "graph", "steps", "spec", "plan", "variants", "execute", "factors"]
 SOURCES = sorted([*CORE.rglob("*.py"), *BACKENDS.rglob("*.py")])
 each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda s: str(s.relative_to(ROOT)))
 

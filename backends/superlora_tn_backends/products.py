@@ -50,7 +50,6 @@ def _chosen(a: Tensor, b: Tensor) -> Callable[..., Tensor] | None:
         or not (a.is_contiguous() or (a.t().is_contiguous() and k <= LONG * n))
         or not (b.is_contiguous() or b.t().is_contiguous())
         or a.dtype is not torch.float32
-        or b.dtype is not torch.float32
         or a.device.type != "cpu"
         or type(a) not in PLAIN
         or type(b) not in PLAIN
