@@ -175,11 +175,6 @@ TABLE: Table = {
         ),
     },
     "backends/superlora_tn_backends/products.py": {
-        "scale-dropped-in-a-block": (
-            'part.add_(linear(left, b.t(), None, "none", [], ""), alpha=alpha)',
-            'part.add_(linear(left, b.t(), None, "none", [], ""))',
-            "test_products.py::test_products_are_the_oracles",
-        ),
         "weights-of-a-sum-dropped": (
             "total.addcmul_(part, factor)",
             "total.add_(part)",

@@ -61,6 +61,17 @@ def test_forward_and_gradients_in_float32(spec: sl.AdapterSpec, recompute: bool)
         agree(exact, found, 500, torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.parametrize("spec", [sl.lora(2), sl.loha(2)], ids=["lora", "loha"])
+def test_a_convolution_through_its_halves(spec: sl.AdapterSpec) -> None:
+    model = nn.Sequential(nn.Conv2d(6, 8, 3, padding=1, groups=2)).double()
+    perturb(sl.attach(model, spec, ["0"], dtype=torch.float64, route="apply"))
+    copied, x = copy.deepcopy(model).to("cuda", torch.float32), noise(2, 6, 9, 9, dtype=torch.float64)
+    # Sums of up to 2 * 8 * 81 terms.
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        for exact, found in zip(gradients(model, x), gradients(copied, x.float().cuda()), strict=True):
+            agree(exact, found, 1500, torch.finfo(torch.float32).eps)
+
+
 @each_spec
 def test_forward_under_bfloat16_autocast(spec: sl.AdapterSpec) -> None:
     reference, model = pair(spec, torch.float32)

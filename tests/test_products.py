@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import superlora_tn as sl
 
 EPS = float(np.finfo(np.float32).eps)
-# (m, k, n): each above the sizes from which oneDNN is taken; the first has the most rows and is cut into blocks.
+# (m, k, n): each above the sizes from which oneDNN is taken.
 SIZES = ((6000, 64, 96), (128, 2048, 64), (300, 500, 64))
 
 
@@ -50,15 +50,12 @@ def test_products_are_the_oracles(
     size: tuple[int, int, int], left: Callable[..., Tensor], right: Callable[..., Tensor], calls: list[tuple[int, ...]]
 ) -> None:
     m, k, n = size
-    a, b, out = left(m, k), right(k, n), noise(m, n, seed=3)
-    wide_a, wide_b, before = (t.numpy().astype(np.float64) for t in (a, b, out.clone()))
-    # Each of k products and k - 1 sums rounds at most once; two more for alpha and the sum with out.
-    allowed = (k + 2) * EPS * (np.abs(wide_a) @ np.abs(wide_b) + np.abs(before))
+    a, b = left(m, k), right(k, n)
+    wide_a, wide_b = (t.numpy().astype(np.float64) for t in (a, b))
+    # Each of k products and k - 1 sums rounds at most once.
+    allowed = k * EPS * (np.abs(wide_a) @ np.abs(wide_b))
     assert (np.abs(products.matmul(a, b).numpy() - wide_a @ wide_b) <= allowed).all()
-    products.addmm_(out, a, b, alpha=-0.5)
-    assert (np.abs(out.numpy() - (before - 0.5 * (wide_a @ wide_b))) <= allowed).all()
-    assert calls
-    assert sum(shape[0] for shape in calls) == 2 * m
+    assert calls == [(m, k, n)]
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -20,8 +20,6 @@ PLAIN = (Tensor, nn.Parameter)
 # three sizes are this large, and where it does not copy a long left side into rows for few columns. Of matrices with gaps
 # it makes loops a hundred times as slow.
 WORTH, NARROW, LONG = 1 << 23, 64, 32
-# Sums over fewer indices are bound by memory, where adding in place is as fast. A block of the others is this large.
-DEEP, BLOCK = 16, 1 << 17
 # `weighted_sum` adds up to so many rows one by one, where they are so long.
 FEW, ROW = 16, 512
 
@@ -36,6 +34,7 @@ def _onednn() -> Callable[..., Tensor] | None:
     try:
         linear = torch.ops.mkldnn._linear_pointwise.default
         linear(torch.ones(1, 1), torch.ones(1, 1), None, "none", [], "")
+        torch._C._len_torch_dispatch_stack()
     except (AttributeError, RuntimeError, TypeError):  # another release of torch
         return None
     return cast(Callable[..., Tensor], linear)
@@ -43,9 +42,10 @@ def _onednn() -> Callable[..., Tensor] | None:
 
 def _chosen(a: Tensor, b: Tensor) -> Callable[..., Tensor] | None:
     """oneDNN for plain float32 matrices that are worth it. A mode that watches operations sees the usual ones."""
-    (m, k), n = a.shape, b.shape[1]
+    (m, k), n, linear = a.shape, b.shape[1], _onednn()
     if (
-        m * k * n < WORTH
+        linear is None
+        or m * k * n < WORTH
         or sorted((m, k, n))[1] < NARROW
         or not (a.is_contiguous() or (a.t().is_contiguous() and k <= LONG * n))
         or not (b.is_contiguous() or b.t().is_contiguous())
@@ -57,24 +57,13 @@ def _chosen(a: Tensor, b: Tensor) -> Callable[..., Tensor] | None:
         or not torch.backends.mkldnn.enabled
     ):
         return None
-    return _onednn()
+    return linear
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a (m, k) times b (k, n)."""
     linear = _chosen(a, b)
     return torch.matmul(a, b) if linear is None else linear(a, b.t(), None, "none", [], "")
-
-
-def addmm_(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """out (m, n) += alpha a (m, k) b (k, n), in place."""
-    linear = _chosen(a, b) if a.shape[1] >= DEEP else None
-    if linear is None:
-        out.addmm_(a, b, alpha=alpha)
-        return
-    rows = max(32, BLOCK // out.shape[1])
-    for part, left in zip(torch.split(out, rows), torch.split(a, rows), strict=True):
-        part.add_(linear(left, b.t(), None, "none", [], ""), alpha=alpha)
 
 
 def weighted_sum(a: Tensor, weights: Tensor, axis: int) -> Tensor:

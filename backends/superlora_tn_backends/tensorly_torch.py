@@ -21,7 +21,7 @@ from torch import Tensor
 
 from superlora_tn.eager import is_eager
 from superlora_tn.plan import Plan
-from superlora_tn_backends.products import addmm_, matmul, weighted_sum
+from superlora_tn_backends.products import matmul, weighted_sum
 from superlora_tn_backends.writer import backward_source, forward_source, run_source
 
 NAME = "tensorly_torch"
@@ -35,7 +35,7 @@ def compile(plan: Plan) -> Program:
 
 
 def _made(source: str, name: str) -> Callable[..., Any]:
-    scope: dict[str, Any] = {"TL": TL, "torch": torch, "matmul": matmul, "addmm_": addmm_, "weighted_sum": weighted_sum}
+    scope: dict[str, Any] = {"TL": TL, "torch": torch, "matmul": matmul, "weighted_sum": weighted_sum}
     exec(source, scope)  # the source is made of operand numbers and sizes alone
     return scope[name]  # type: ignore[no-any-return]
 

@@ -76,10 +76,9 @@ class _Writer:
     def forward(self) -> str:
         """See `forward_source`."""
         self._early_steps()
+        self.kept += self.ordered.values()
         kept = "".join(f"{name}, " for name in self.kept)
-        large = self.plan.steps and self._is_large(self.plan.steps[-1])
-        add = "addmm_({out}, {left}, {right}, alpha=alpha)" if large else "{out}.addmm_({left}, {right}, alpha=alpha)"
-        self._finish(f"{add}\nreturn out, ({kept})")
+        self._finish(f"{{out}}.addmm_({{left}}, {{right}}, alpha=alpha)\nreturn out, ({kept})")
         self.lines.append(f"return (result if out is None else out.add_(TL.reshape(result, out.shape))), ({kept})")
         return self.function("forward", [*self._operands(), "out=None", "alpha=1.0"])
 
@@ -183,6 +182,9 @@ class _Writer:
 
     def backward(self, wanted: tuple[bool, ...]) -> str:
         """See `backward_source`."""
+        ahead = _Writer(self.plan)
+        ahead.forward()
+        self.kept, self.ordered = ahead.kept, {key: name for key, name in ahead.ordered.items() if name in ahead.kept}
         count, steps = len(self.plan.inputs), self.plan.steps
         needs = [*wanted]
         for step in steps:
