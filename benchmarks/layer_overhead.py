@@ -95,7 +95,9 @@ def contestants(width: int) -> dict[str, nn.Module]:
 
 def main() -> None:
     """Measure all shapes."""
-    args = harness.arguments(__doc__ or "", only="")
+    args = harness.arguments(__doc__ or "", only="", onednn="on")
+    if args.onednn == "off":  # as on a processor where it brings nothing: see superlora_tn_backends/products.py
+        torch.backends.mkldnn.set_flags(_enabled=False, _allow_tf32=None)
     rows = []
     for width, tokens in SHAPES:
         if args.only and str(width) not in args.only.split(","):
@@ -108,7 +110,7 @@ def main() -> None:
         over = harness.overheads(times, "frozen")
         base = sorted(times["frozen"])[len(times["frozen"]) // 2]
         rows.append({"width": width, "tokens": tokens, "frozen ms": base * 1e3, **over})
-    harness.report("layer_overhead", args, rows)
+    harness.report("layer_overhead" if args.onednn == "on" else "layer_overhead_mkl", args, rows)
 
 
 if __name__ == "__main__":

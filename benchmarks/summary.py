@@ -9,6 +9,7 @@ from typing import Any
 HERE = Path(__file__).parent
 QUESTIONS = {
     "layer_overhead": "What does an adapter add to a linear layer's training step, as a fraction of the frozen layer's?",
+    "layer_overhead_mkl": "The same with `--onednn off`, all products by MKL",
     "loha_designs": "Which way of contracting LoHa is cheapest? Overheads, and the floor that FLOPs alone set",
     "convolution": "What does an adapter add to a convolution's training step, as a fraction of the frozen layer's?",
     "sharing": "What does sharing x between q, k and v save? Overheads of three layers over the frozen ones",
@@ -32,10 +33,16 @@ NOTES = {
 (layer, type, head, out, in).
 
 LoHa of ranks (8, 8) has 64 = r1 r2 rank-one terms, so its six products are thin only by 64 and need 8 times LoRA's
-FLOPs. At the frozen layer's own FLOP/s that alone is the overhead in the next table's last column, 0.8 to 1.15 times
-PEFT's LoRA whole; with its passes over memory and the joined factors it runs at 1.1 to 2.0 times. The aim, 1.3 at
-every shape, is not reached.""",
-    "loha_designs": "Tried besides, and no faster: the joined factors with `in` and `out` contiguous, (r1 r2, in).",
+FLOPs. With oneDNN for these it stays within 1.2 times PEFT's LoRA but for 64 tokens at 4096, with 1.7 here and 2.2 in the table of designs
+below; the aim was 1.3 at every shape.""",
+    "layer_overhead_mkl": """So LoHa takes 1.5 times PEFT's LoRA at the first three shapes and 2.2 times at the fourth; the
+others do not need oneDNN to stay below PEFT's LoRA.""",
+    "loha_designs": """At 64 tokens and a width of 4096 the aim of 1.3 is below what the count allows: FLOPs at the frozen
+layer's rate and bytes at a copy's, one after the other, already make 1.5 times PEFT's whole overhead. Reading W
+empties the caches before each of forward and backward, and every product then starts cold. Tried besides at that shape, and
+slower: joined factors (in, r1 r2) by either library, and the joined factors kept for backward.""",
+    "convolution": """One image, channels and sizes as in a U-Net, float32, rank 8. Where a network can be cut between out
+and in, x goes through the two halves; LoKr's cannot and builds dW.""",
     "memory": "Exact, from torch's record of allocations. The gradients of the adapter's parameters are included.",
 }
 
@@ -52,7 +59,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def section(name: str, question: str) -> str:
     """One benchmark's results, newest machine first."""
-    parts = [f"## {question}\n\n`{name}.py`"]
+    parts = [f"## {question}\n\n`{name.removesuffix('_mkl')}.py`"]
     for path in sorted((HERE / "results").glob(f"{name}-*.json"), reverse=True):
         data = json.loads(path.read_text())
         machine = data["machine"]
