@@ -33,8 +33,8 @@ NOTES = {
 (layer, type, head, out, in).
 
 LoHa of ranks (8, 8) has 64 = r1 r2 rank-one terms, so its six products are thin only by 64 and need 8 times LoRA's
-FLOPs. With oneDNN for these it stays within 1.2 times PEFT's LoRA but for 64 tokens at 4096, with 1.7 here and 2.2 in the table of designs
-below; the aim was 1.3 at every shape.""",
+FLOPs. With oneDNN for these it stays within 1.2 times PEFT's LoRA, but for 64 tokens at 4096: 1.7 here and 2.2 in
+the table of designs below. The aim was 1.3 at every shape.""",
     "layer_overhead_mkl": """So LoHa takes 1.5 times PEFT's LoRA at the first three shapes and 2.2 times at the fourth; the
 others do not need oneDNN to stay below PEFT's LoRA.""",
     "loha_designs": """At 64 tokens and a width of 4096 the aim of 1.3 is below what the count allows: FLOPs at the frozen
