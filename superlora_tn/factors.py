@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from superlora_tn.graph import Graph
-from superlora_tn.plan import Equation, Optimizer, Plan, plan_equation
+from superlora_tn.plan import Optimizer, Plan, plan_equation, sub_network
 from superlora_tn.steps import Device, Indices, volume
 
 
@@ -88,13 +88,5 @@ def _inner_sides(graph: Graph) -> Iterator[tuple[int, ...]]:
 
 
 def _half(graph: Graph, nodes: tuple[int, ...], result: tuple[Indices, ...], device: Device, optimize: Optimizer) -> Half:
-    own = [graph.nodes[k] for k in nodes]
-    equation = Equation(
-        tuple(n.name for n in own),
-        tuple(graph.indices_of(n, fixed=True) for n in own),
-        tuple(graph.shape_of(n, fixed=True) for n in own),
-        tuple(n.trainable for n in own),
-        result,
-        graph.sizes,
-    )
+    equation = sub_network(graph, [graph.nodes[k] for k in nodes], result)
     return Half(nodes, plan_equation(equation, "delta", device, optimize))

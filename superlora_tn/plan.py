@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import opt_einsum as oe
 
-from superlora_tn.graph import Graph
+from superlora_tn.graph import Graph, GraphNode
 from superlora_tn.nodes import TOKEN
-from superlora_tn.steps import CPU, FORMS, ITEM, Device, Indices, Step, best_orders, lay_out, volume
+from superlora_tn.steps import CPU, FORMS, ITEM, Device, Equation, Indices, Step, best_orders, lay_out, volume
 
 Route = Literal["apply", "delta"]
 # dp with outer products looks at 3^n pairs: 50 ms at 8 operands; without them chains stay cheap far longer.
@@ -142,27 +142,6 @@ def table(rows: Sequence[Sequence[str]], right: str = "FLOPs bytes") -> list[str
 Optimizer = str | Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class Equation:
-    """What is to be contracted, sized and in order.
-
-    Attributes:
-        names: operand names.
-        inputs: the indices of each operand. An index is on two operands at least, or in the result.
-        shapes: the stored shape of each; None for x, whose leading axes are free.
-        trained: whether each wants a gradient.
-        result: the indices of the result, one tuple an axis.
-        sizes: (index, size).
-    """
-
-    names: tuple[str, ...]
-    inputs: tuple[Indices, ...]
-    shapes: tuple[tuple[int, ...] | None, ...]
-    trained: tuple[bool, ...]
-    result: tuple[Indices, ...]
-    sizes: tuple[tuple[str, int], ...]
-
-
 @lru_cache(maxsize=8192)
 def make_plan(
     graph: Graph,
@@ -192,26 +171,29 @@ def make_plan(
     return plan_equation(_equation(graph, route, tokens, fixed), route, device, optimize, memory_limit)
 
 
+def sub_network(graph: Graph, nodes: Sequence[GraphNode], result: tuple[Indices, ...], fixed: bool = True) -> Equation:
+    """The equation of some nodes of a graph, for one member or (not `fixed`) for all."""
+    return Equation(
+        tuple(n.name for n in nodes),
+        tuple(graph.indices_of(n, fixed) for n in nodes),
+        tuple(graph.shape_of(n, fixed) for n in nodes),
+        tuple(n.trainable for n in nodes),
+        result,
+        graph.sizes,
+    )
+
+
 def _equation(graph: Graph, route: Route, tokens: int, fixed: bool) -> Equation:
     """The equation of a graph's route: dW, or x through it."""
-    names, inputs = tuple(n.name for n in graph.nodes), tuple(graph.indices_of(n, fixed) for n in graph.nodes)
-    shapes, trained = tuple(graph.shape_of(n, fixed) for n in graph.nodes), tuple(n.trainable for n in graph.nodes)
     if route == "delta":
         member = tuple(indices for mode, indices in graph.modes if mode.role == "member" and not fixed)
         axes = (graph.open("flat"),) if graph.is_flat else (graph.open("out"), graph.open("in"))
-        return Equation(names, inputs, shapes, trained, (*member, *axes), graph.sizes)
+        return sub_network(graph, graph.nodes, (*member, *axes), fixed)
     if not fixed:
         raise PlanError("the apply route is planned for one member: x belongs to one layer. Leave fixed=True.")
     if graph.is_flat:
         raise PlanError("a flat fold has only the delta route: its modes are not the weight's in and out.")
-    return Equation(
-        ("x", *names),
-        ((TOKEN, *graph.open("in")), *inputs),
-        (None, *shapes),
-        (True, *trained),
-        ((TOKEN,), graph.open("out")),
-        (*graph.sizes, (TOKEN, tokens)),
-    )
+    return sub_network(graph, graph.nodes, ((TOKEN,), graph.open("out"))).fed(graph.open("in"), tokens)
 
 
 @lru_cache(maxsize=1024)

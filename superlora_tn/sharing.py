@@ -13,8 +13,8 @@ from functools import lru_cache
 
 from superlora_tn.graph import Graph, GraphNode
 from superlora_tn.nodes import TOKEN
-from superlora_tn.plan import Equation, Optimizer, Plan, make_plan, plan_equation
-from superlora_tn.steps import ITEM, Device, Indices, volume
+from superlora_tn.plan import Optimizer, Plan, make_plan, plan_equation, sub_network
+from superlora_tn.steps import ITEM, Device, Equation, Indices, volume
 
 # A shared contraction costs this many more operations, in units of the device's latency: a graph node, a hook, a look-up.
 CALLS = 3
@@ -101,26 +101,12 @@ def _candidates(graph: Graph) -> Iterator[tuple[int, ...]]:
 def _halves(graph: Graph, common: tuple[int, ...], tokens: int) -> tuple[Equation, Equation]:
     """The equations of x through the common nodes, and of the result through the others."""
     inputs = [graph.indices_of(n, fixed=True) for n in graph.nodes]
-    shapes = [graph.shape_of(n, fixed=True) for n in graph.nodes]
     later = tuple(k for k in range(len(graph.nodes)) if k not in common)
     needed = {i for k in later for i in inputs[k]} | set(graph.open("out"))
     reached = dict.fromkeys([i for k in common for i in inputs[k]] + list(graph.open("in")))
     bonds = tuple(i for i in reached if i in needed)
-    sizes = (*graph.sizes, (TOKEN, tokens))
-
-    def equation(source: Indices, nodes: tuple[int, ...], result: tuple[Indices, ...]) -> Equation:
-        own = [graph.nodes[k] for k in nodes]
-        return Equation(
-            ("x", *(n.name for n in own)),
-            (source, *(inputs[k] for k in nodes)),
-            (None, *(shapes[k] for k in nodes)),
-            (True, *(n.trainable for n in own)),
-            result,
-            sizes,
-        )
-
-    first = equation((TOKEN, *graph.open("in")), common, ((TOKEN,), bonds))
-    return first, equation((TOKEN, *bonds), later, ((TOKEN,), graph.open("out")))
+    first = sub_network(graph, [graph.nodes[k] for k in common], ((TOKEN,), bonds)).fed(graph.open("in"), tokens)
+    return first, sub_network(graph, [graph.nodes[k] for k in later], ((TOKEN,), graph.open("out"))).fed(bonds, tokens)
 
 
 def _roots(graph: Graph, plan: Plan, nodes: tuple[int, ...], device: Device, optimize: Optimizer) -> Iterator[Root]:
@@ -155,11 +141,7 @@ def _root(graph: Graph, leaves: tuple[int, ...], device: Device, optimize: Optim
     own, (members, kept) = [graph.nodes[k] for k in leaves], _open(graph, leaves)
     plans = []
     for fixed in (False, True):
-        inputs = tuple(graph.indices_of(n, fixed) for n in own)
-        shapes = tuple(graph.shape_of(n, fixed) for n in own)
-        result = tuple((i,) for i in (kept if fixed else members + kept))
-        trained = tuple(n.trainable for n in own)
-        equation = Equation(tuple(n.name for n in own), inputs, shapes, trained, result, graph.sizes)
+        equation = sub_network(graph, own, tuple((i,) for i in (kept if fixed else members + kept)), fixed)
         plans.append(plan_equation(equation, "delta", device, optimize))
     return Root(leaves, members + kept, plans[0], plans[1])
 

@@ -1,4 +1,4 @@
-"""The steps of a contraction: what each costs on a device, and how it lies in memory.
+"""What is to be contracted, and the steps of it: what each costs on a device, and how it lies in memory.
 
 Costs: a product of sizes m, n, k counts 2 m n k FLOPs. Bytes are the reads and writes of a step at `ITEM` bytes a
 number. A price is in seconds on a `Device`, forward plus backward: a step's gradient is one more product of the same
@@ -45,6 +45,38 @@ CPU = Device("cpu", 1.8e11, 6e10, 8e-6, item=5e-8, width=16)
 GPU = Device("gpu", 6e13, 1e12, 6e-6)
 H200 = Device("h200", 3e14, 4e12, 6e-6)
 DEVICES: Mapping[str, Device] = {"cpu": CPU, "cuda": H200, "mps": GPU}
+
+
+@dataclass(frozen=True)
+class Equation:
+    """What is to be contracted, sized and in order.
+
+    Attributes:
+        names: operand names.
+        inputs: the indices of each operand. An index is on two operands at least, or in the result.
+        shapes: the stored shape of each; None for x, whose leading axes are free.
+        trained: whether each wants a gradient.
+        result: the indices of the result, one tuple an axis.
+        sizes: (index, size).
+    """
+
+    names: tuple[str, ...]
+    inputs: tuple[Indices, ...]
+    shapes: tuple[tuple[int, ...] | None, ...]
+    trained: tuple[bool, ...]
+    result: tuple[Indices, ...]
+    sizes: tuple[tuple[str, int], ...]
+
+    def fed(self, source: Indices, tokens: int) -> Equation:
+        """The same with x (tokens, source) in front."""
+        return Equation(
+            ("x", *self.names),
+            ((TOKEN, *source), *self.inputs),
+            (None, *self.shapes),
+            (True, *self.trained),
+            self.result,
+            (*self.sizes, (TOKEN, tokens)),
+        )
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from tensorly.tenalg import set_backend as set_tenalg_backend
 from tensorly.tenalg.einsum_tenalg import EinsumTenalgBackend
 from torch import Tensor
 
-from superlora_tn.plan import Equation, Optimizer, plan_equation
-from superlora_tn.steps import CPU, DEVICES, Indices
+from superlora_tn.plan import Optimizer, plan_equation
+from superlora_tn.steps import CPU, DEVICES, Equation, Indices
 from superlora_tn_backends.tensorly_torch import Program, compile
 
 BACKEND_NAME = "superlora_tn"
