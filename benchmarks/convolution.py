@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import harness
 import torch
-from layer_overhead import RANK, randomise, step
+from layer_overhead import RANK, lycoris_layer, ours, peft_layer, step
 from torch import nn
 
 import superlora_tn as sl
@@ -21,35 +21,6 @@ def convolution(channels: int, kernel: int) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
 
 
-def ours(channels: int, kernel: int, spec: sl.AdapterSpec) -> nn.Module:
-    """A convolution with one of our adapters."""
-    model = nn.ModuleDict({"layer": convolution(channels, kernel)})
-    randomise(sl.attach(model, spec, ["layer"]))
-    return model["layer"]
-
-
-def peft_layer(channels: int, kernel: int, kind: str, **options: object) -> nn.Module:
-    """A convolution with PEFT's adapter."""
-    import peft
-
-    config = getattr(peft, f"{kind}Config")(target_modules=["0"], r=RANK, **options)
-    model = peft.get_peft_model(nn.Sequential(convolution(channels, kernel)), config)
-    randomise(model)
-    return model.base_model.model[0]
-
-
-def lycoris_layer(channels: int, kernel: int, kind: str, bypass: bool) -> nn.Module:
-    """A convolution with LyCORIS's adapter."""
-    from lycoris.modules import LoConModule, LokrModule
-
-    layer = convolution(channels, kernel).requires_grad_(False)
-    module = {"lora": LoConModule, "lokr": LokrModule}[kind]("layer", layer, lora_dim=RANK, alpha=RANK, bypass_mode=bypass)
-    module.apply_to()
-    randomise(module)
-    layer.adapter = module
-    return layer
-
-
 def main() -> None:
     """Measure all shapes."""
     args = harness.arguments(__doc__ or "", repeats=11)
@@ -59,15 +30,15 @@ def main() -> None:
         gradient = torch.randn(1, channels, side, side, device=args.device)
         layers = {
             "frozen": convolution(channels, kernel).requires_grad_(False),
-            "lora": ours(channels, kernel, sl.lora(RANK)),
-            "loha": ours(channels, kernel, sl.loha(RANK)),
-            "lotr": ours(channels, kernel, sl.lotr(RANK)),
-            "lokr": ours(channels, kernel, sl.lokr(RANK)),
-            "peft_lora": peft_layer(channels, kernel, "Lora", lora_alpha=RANK),
-            "peft_loha": peft_layer(channels, kernel, "LoHa", alpha=RANK),
-            "peft_lokr": peft_layer(channels, kernel, "LoKr", alpha=RANK),
-            "lycoris_lora": lycoris_layer(channels, kernel, "lora", True),
-            "lycoris_lokr_bypass": lycoris_layer(channels, kernel, "lokr", True),
+            "lora": ours(convolution(channels, kernel), sl.lora(RANK)),
+            "loha": ours(convolution(channels, kernel), sl.loha(RANK)),
+            "lotr": ours(convolution(channels, kernel), sl.lotr(RANK)),
+            "lokr": ours(convolution(channels, kernel), sl.lokr(RANK)),
+            "peft_lora": peft_layer(convolution(channels, kernel), "Lora", lora_alpha=RANK),
+            "peft_loha": peft_layer(convolution(channels, kernel), "LoHa", alpha=RANK),
+            "peft_lokr": peft_layer(convolution(channels, kernel), "LoKr", alpha=RANK),
+            "lycoris_lora": lycoris_layer(convolution(channels, kernel), "lora", True),
+            "lycoris_lokr_bypass": lycoris_layer(convolution(channels, kernel), "lokr", True),
         }
         runs = {n: step(layer.to(args.device), x, gradient) for n, layer in layers.items()}
         times = harness.interleaved(runs, args.repeats, args.device)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import harness
 import torch
-from layer_overhead import ours, randomise, step
+from layer_overhead import linear, ours, randomise, step
 from torch import Tensor, nn
 
 import superlora_tn as sl
@@ -60,7 +60,7 @@ def main() -> None:
     x, gradient = torch.randn(BATCH, WIDTH, requires_grad=True), torch.randn(BATCH, WIDTH)
     rows = []
     for name, spec, hand in (("lora", sl.lora(RANK), HandLora()), ("lokr", sl.lokr(RANK), HandLokr())):
-        runs = {"ours": repeated(step(ours(WIDTH, spec), x, gradient)), "hand": repeated(step(hand, x, gradient))}
+        runs = {"ours": repeated(step(ours(linear(WIDTH), spec), x, gradient)), "hand": repeated(step(hand, x, gradient))}
         times = harness.interleaved(runs, args.repeats)
         middle = {k: sorted(v)[len(v) // 2] / LOOPS * 1e6 for k, v in times.items()}
         rows.append(

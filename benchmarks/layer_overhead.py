@@ -19,31 +19,31 @@ SHAPES = ((768, 1576), (1024, 512), (2048, 256), (4096, 64), (4096, 1024))
 RANK = 8
 
 
-def ours(width: int, spec: sl.AdapterSpec) -> nn.Module:
-    """A linear layer with one of our adapters."""
-    model = nn.ModuleDict({"layer": nn.Linear(width, width)})
+def ours(layer: nn.Module, spec: sl.AdapterSpec) -> nn.Module:
+    """The layer with one of our adapters."""
+    model = nn.ModuleDict({"layer": layer})
     tuned = sl.attach(model, spec, ["layer"])
     randomise(tuned)
     return model["layer"]
 
 
-def peft_layer(width: int, kind: str, **options: Any) -> nn.Module:
-    """A linear layer with PEFT's adapter."""
+def peft_layer(layer: nn.Module, kind: str, **options: Any) -> nn.Module:
+    """The layer with PEFT's adapter."""
     import peft
 
     config = getattr(peft, f"{kind}Config")(target_modules=["0"], r=RANK, **options)
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(width, width)), config)
+    model = peft.get_peft_model(nn.Sequential(layer), config)
     randomise(model)
     return model.base_model.model[0]
 
 
-def lycoris_layer(width: int, kind: str, bypass: bool) -> nn.Module:
-    """A linear layer with LyCORIS's adapter."""
-    from lycoris.modules import LohaModule, LokrModule
+def lycoris_layer(layer: nn.Module, kind: str, bypass: bool) -> nn.Module:
+    """The layer with LyCORIS's adapter."""
+    from lycoris.modules import LoConModule, LohaModule, LokrModule
 
-    layer = nn.Linear(width, width)
     layer.requires_grad_(False)
-    module = {"lokr": LokrModule, "loha": LohaModule}[kind]("layer", layer, lora_dim=RANK, alpha=RANK, bypass_mode=bypass)
+    make = {"lora": LoConModule, "lokr": LokrModule, "loha": LohaModule}[kind]
+    module = make("layer", layer, lora_dim=RANK, alpha=RANK, bypass_mode=bypass)
     module.apply_to()
     randomise(module)
     layer.adapter = module
@@ -58,9 +58,14 @@ def randomise(module: nn.Module) -> None:
                 parameter.normal_(0, 0.02)
 
 
+def linear(width: int) -> nn.Linear:
+    """The layer that is adapted."""
+    return nn.Linear(width, width)
+
+
 def frozen(width: int) -> nn.Module:
     """The layer alone."""
-    return nn.Linear(width, width).requires_grad_(False)
+    return linear(width).requires_grad_(False)
 
 
 def step(layer: nn.Module, x: Tensor, gradient: Tensor) -> Callable[[], None]:
@@ -81,22 +86,22 @@ def contestants(width: int) -> dict[str, nn.Module]:
     physical = sl.PhysicalFold("layer type head out in", heads=16)
     return {
         "frozen": frozen(width),
-        "lora": ours(width, sl.lora(RANK)),
-        "lokr": ours(width, sl.lokr(RANK)),
-        "loha": ours(width, sl.loha(RANK)),
-        "lotr": ours(width, sl.lotr(RANK)),
-        "lorta_cp": ours(width, sl.AdapterSpec(sl.CP(RANK), physical)),
-        "peft_lora": peft_layer(width, "Lora", lora_alpha=RANK),
-        "peft_lokr": peft_layer(width, "LoKr", alpha=RANK),
-        "peft_loha": peft_layer(width, "LoHa", alpha=RANK),
-        "lycoris_lokr_bypass": lycoris_layer(width, "lokr", True),
+        "lora": ours(linear(width), sl.lora(RANK)),
+        "lokr": ours(linear(width), sl.lokr(RANK)),
+        "loha": ours(linear(width), sl.loha(RANK)),
+        "lotr": ours(linear(width), sl.lotr(RANK)),
+        "lorta_cp": ours(linear(width), sl.AdapterSpec(sl.CP(RANK), physical)),
+        "peft_lora": peft_layer(linear(width), "Lora", lora_alpha=RANK),
+        "peft_lokr": peft_layer(linear(width), "LoKr", alpha=RANK),
+        "peft_loha": peft_layer(linear(width), "LoHa", alpha=RANK),
+        "lycoris_lokr_bypass": lycoris_layer(linear(width), "lokr", True),
     }
 
 
 def main() -> None:
     """Measure all shapes."""
     args = harness.arguments(__doc__ or "", only="", onednn="on")
-    if args.onednn == "off":  # as on a processor where it brings nothing: see superlora_tn_backends/products.py
+    if args.onednn == "off":  # see superlora_tn_backends/products.py
         torch.backends.mkldnn.set_flags(_enabled=False, _allow_tf32=None)
     rows = []
     for width, tokens in SHAPES:

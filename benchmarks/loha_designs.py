@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import harness
 import torch
-from layer_overhead import SHAPES, frozen, ours, peft_layer, randomise, step
+from layer_overhead import SHAPES, frozen, linear, ours, peft_layer, randomise, step
 from torch import Tensor, nn
 
 import superlora_tn as sl
@@ -80,10 +80,10 @@ def main() -> None:
         x, gradient = torch.randn(1, tokens, width, requires_grad=True), torch.randn(1, tokens, width)
         layers = {
             "frozen": frozen(width),
-            "planned": ours(width, sl.loha(RANK)),
+            "planned": ours(linear(width), sl.loha(RANK)),
             "build dW": built(width),
             "one pair at a time": OnePair(width),
-            "peft_lora": peft_layer(width, "Lora", lora_alpha=RANK),
+            "peft_lora": peft_layer(linear(width), "Lora", lora_alpha=RANK),
         }
         runs = {n: step(layer, x, gradient) for n, layer in layers.items()}
         times = harness.interleaved({**runs, "by MKL": by_mkl(runs["planned"])}, args.repeats)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import harness
 import torch
-from layer_overhead import RANK, SHAPES, peft_layer, randomise
+from layer_overhead import RANK, SHAPES, linear, peft_layer, randomise
 from torch import Tensor, nn
 
 import superlora_tn as sl
@@ -44,7 +44,7 @@ def main() -> None:
         x = torch.randn(1, tokens, width, requires_grad=True, device=args.device)
         gradient = torch.randn(1, tokens, width, device=args.device)
         frozen = [nn.Linear(width, width).requires_grad_(False) for _ in range(3)]
-        models = {"frozen": frozen, "peft_lora": [peft_layer(width, "Lora", lora_alpha=RANK) for _ in range(3)]}
+        models = {"frozen": frozen, "peft_lora": [peft_layer(linear(width), "Lora", lora_alpha=RANK) for _ in range(3)]}
         for name, spec in SPECS.items():
             models |= {f"{name} apart": block(width, spec, False), f"{name} shared": block(width, spec, True)}
         runs = {name: step([layer.to(args.device) for layer in m], x, gradient) for name, m in models.items()}

@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 QUESTIONS = {
     "layer_overhead": "What does an adapter add to a linear layer's training step, as a fraction of the frozen layer's?",
     "layer_overhead_mkl": "The same with `--onednn off`, all products by MKL",
-    "loha_designs": "Which way of contracting LoHa is cheapest? Overheads, and the floor that FLOPs alone set",
+    "loha_designs": "Which way of contracting LoHa is cheapest? Overheads, and what the count alone sets",
     "convolution": "What does an adapter add to a convolution's training step, as a fraction of the frozen layer's?",
     "sharing": "What does sharing x between q, k and v save? Overheads of three layers over the frozen ones",
     "dispatch": "What does Python cost on a tiny layer (batch 4, width 64), beside hand-written torch?",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from superlora_tn.graph import Graph
-from superlora_tn.plan import Optimizer, Plan, plan_equation, sub_network
+from superlora_tn.plan import Optimizer, Plan, grown, plan_equation, sub_network
 from superlora_tn.steps import Device, Indices, volume
 
 
@@ -78,13 +78,7 @@ def _inner_sides(graph: Graph) -> Iterator[tuple[int, ...]]:
     found = [k for k in range(len(graph.nodes)) if inward & set(_indices(graph, (k,)))]
     if not out or not inward or not set(found) <= set(free):
         return
-    while True:
-        yield tuple(found)
-        touched = set(_indices(graph, tuple(found)))
-        more = [k for k in free if k not in found and touched & set(_indices(graph, (k,)))]
-        if not more:
-            return
-        found = sorted(found + more)
+    yield from grown(graph, found, free)
 
 
 def _half(graph: Graph, nodes: tuple[int, ...], result: tuple[Indices, ...], device: Device, optimize: Optimizer) -> Half:

@@ -7,7 +7,7 @@ and is what a backend compiles. Two routes read one graph: `apply` contracts the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -181,6 +181,17 @@ def sub_network(graph: Graph, nodes: Sequence[GraphNode], result: tuple[Indices,
         result,
         graph.sizes,
     )
+
+
+def grown(graph: Graph, nodes: Sequence[int], free: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Numbers of nodes, and again with all of the free ones that hang on them, until none is left."""
+    indices = [set(graph.indices_of(n, fixed=True)) for n in graph.nodes]
+    found, more = list[int](), list(nodes)
+    while more:
+        found = sorted([*found, *more])
+        yield tuple(found)
+        touched = set[str]().union(*(indices[k] for k in found))
+        more = [k for k in free if k not in found and touched & indices[k]]
 
 
 def _equation(graph: Graph, route: Route, tokens: int, fixed: bool) -> Equation:

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from superlora_tn.graph import Graph, GraphNode
 from superlora_tn.nodes import TOKEN
-from superlora_tn.plan import Optimizer, Plan, make_plan, plan_equation, sub_network
+from superlora_tn.plan import Optimizer, Plan, grown, make_plan, plan_equation, sub_network
 from superlora_tn.steps import ITEM, Device, Equation, Indices, volume
 
 # A shared contraction costs this many more operations, in units of the device's latency: a graph node, a hook, a look-up.
@@ -89,13 +89,7 @@ def _candidates(graph: Graph) -> Iterator[tuple[int, ...]]:
     member, out = set(graph.open("member")), set(graph.open("out"))
     free = [k for k, n in enumerate(graph.nodes) if not (member | out) & set(n.indices)]
     found = [k for k in free if set(graph.nodes[k].indices) & set(graph.open("in"))]
-    while found:
-        yield tuple(sorted(found))
-        touched = {i for k in found for i in graph.nodes[k].indices}
-        more = [k for k in free if k not in found and touched & set(graph.nodes[k].indices)]
-        if not more:
-            return
-        found = found + more
+    yield from grown(graph, found, free)
 
 
 def _halves(graph: Graph, common: tuple[int, ...], tokens: int) -> tuple[Equation, Equation]:

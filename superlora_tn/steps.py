@@ -169,8 +169,7 @@ def lay_out(
         before, after, lifted = tuple(i for i in left if i not in batch), Indices(), Indices()
         if form == "behind" and (TOKEN in left or not (batch and new and before)):
             return None
-        orders_of = {"behind": before + new + batch, "flip": new + left, "swap flip": new + left}
-        result = final or orders_of.get(form, left + new)
+        result = final or (before + new + batch if form == "behind" else new + left if "flip" in form else left + new)
     else:
         spread = _spread(left, batch, contracted, form, ids[big])
         if spread is None or "flip" in form or form == "behind":

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
+from superlora_tn_backends.tensorly_torch import _add_product
 from superlora_tn_backends.writer import backward_source, forward_source
 
 import superlora_tn as sl
@@ -53,7 +55,16 @@ def test_a_step_needs_no_more_products_than_when_it_was_measured(name: str) -> N
 @pytest.mark.parametrize("name", LIMITS)
 def test_the_update_is_added_in_place(name: str) -> None:
     forward, _ = sources(LIMITS[name][0])
-    assert re.search(r"addmm_\(TL\.reshape\(out, |TL\.reshape\(out, .*\)\.addmm_\(", forward), forward
+    assert re.search(r"TL\.reshape\(out, .*\)\.addmm_\(", forward), forward
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3), (3,)])
+def test_the_layers_gradient_joins_that_of_the_network_in_place(shape: tuple[int, ...]) -> None:
+    total, grad, base = torch.ones(shape), torch.randn(*shape[:-1], 4), torch.randn(4, 3)
+    found = _add_product(total, grad, base)
+    assert found.data_ptr() == total.data_ptr()
+    assert found.shape == total.shape
+    torch.testing.assert_close(found, 1 + grad @ base)
 
 
 @pytest.mark.parametrize("name", LIMITS)

@@ -174,18 +174,17 @@ class _FusedUpdate(torch.autograd.Function):
         base, *saved = ctx.saved_tensors
         tensors, kept = tuple(saved[: ctx.count]), saved[ctx.count :]
         source, *wanted = ctx.needs_input_grad[4:]
-        if torch.is_grad_enabled():
+        again = torch.is_grad_enabled()
+        if again:
             grads = _twice_differentiable(ctx.program, ctx.alpha, tensors, tuple(wanted), grad)
         else:
             grads = ctx.program.backward(tuple(wanted))(grad, ctx.alpha, *tensors, *kept)
         apart = None
         if ctx.apart:
             apart = grad @ base if source else None
-        elif wanted[0] and torch.is_grad_enabled():
-            grads = (grads[0] + grad @ base, *grads[1:])
         elif wanted[0]:
             # Last, as reading W pushes what the network's gradients read out of the caches.
-            grads = (_add_product(grads[0], grad, base), *grads[1:])
+            grads = (grads[0] + grad @ base if again else _add_product(grads[0], grad, base), *grads[1:])
         return (None, None, None, None, apart, *grads)
 
 

@@ -329,17 +329,18 @@ class _Writer:
                 continue
             lacking = [k for k, axis in enumerate(axes) if axis and axis[0] not in own]
             held = tuple(axis for k, axis in enumerate(axes) if k not in lacking)
-            if not outer and len(lacking) == 1 and lacking[0] < len(axes) - 1:
-                text = f"weighted_sum({result}, {broadcast[other]}, {lacking[0]})"
-            elif outer:
+            shape: tuple[int, ...] | None = self.sizes(held)
+            if outer:
                 # An outer product for each of the first axis: small matrix products, and no temporary of that size.
                 factor, last = self.view(self.values[other], (axes[0], axes[lacking[0]])), lacking == [2]
                 text = f"TL.matmul({result}, {factor}[:, :, None])" if last else f"TL.matmul({factor}[:, None, :], {result})"
+                shape = None  # an axis of 1 is left
+            elif len(lacking) == 1 and lacking[0] < len(axes) - 1:
+                text = f"weighted_sum({result}, {broadcast[other]}, {lacking[0]})"
             else:
                 text = f"{result} * {broadcast[other]}"
                 text = f"TL.sum({text}, {lacking})" if lacking else text
             self.lines.append(f"g{operand} = {text}")
-            shape = self.sizes(held) if "matmul" not in text else None  # that leaves an axis of 1
             grads[operand] = Variable(f"g{operand}", tuple(i for a in held for i in a), shape)
 
     def view(self, variable: Variable, axes: Axes) -> str:
