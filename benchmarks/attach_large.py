@@ -33,7 +33,9 @@ def model(layers: int) -> nn.Module:
 
 def seconds(name: str, layers: int, repeats: int) -> float:
     """Median seconds of attach, planning included: the caches are emptied before."""
-    from superlora_tn import execute, graph, plan
+    from superlora_tn.contraction import backend as execute
+    from superlora_tn.contraction import plan
+    from superlora_tn.network import graph
 
     found = []
     for _ in range(repeats):

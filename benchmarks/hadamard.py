@@ -13,7 +13,7 @@ import harness
 import torch
 from torch import Tensor
 
-from superlora_tn.walsh import hadamard
+from superlora_tn.update.walsh import hadamard
 
 COPIES = 3
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from superlora_tn.measure import machine
+from superlora_tn.tools.measure import machine
 
 RESULTS = Path(__file__).parent / "results"
 WARM = {

@@ -17,7 +17,7 @@ from layer_overhead import SHAPES, frozen, linear, ours, peft_layer, randomise, 
 from torch import Tensor, nn
 
 import superlora_tn as sl
-from superlora_tn.measure import fastest
+from superlora_tn.tools.measure import fastest
 
 RANK = 8
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import harness
 
 import superlora_tn as sl
-from superlora_tn.measure import Measurement, machine, measure_routes
-from superlora_tn.steps import CPU
+from superlora_tn.contraction.profile import CPU
+from superlora_tn.tools.measure import Measurement, machine, measure_routes
 
 WIDTHS = (64, 128, 256, 512, 1024)
 TOKENS = (8, 64, 512, 4096)

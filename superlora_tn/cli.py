@@ -12,13 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from superlora_tn import variants
-from superlora_tn.fold import PhysicalFold
-from superlora_tn.graph import Graph
-from superlora_tn.nodes import Network, SpecError
-from superlora_tn.plan import Plan, PlanError, RouteChoice, choose, table
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.steps import DEVICES
+from superlora_tn.contraction.plan import Plan, RouteChoice, choose, table
+from superlora_tn.contraction.profile import DEVICES
+from superlora_tn.contraction.search import PlanError
+from superlora_tn.declare.fold import PhysicalFold
+from superlora_tn.declare.parts import Network, SpecError
+from superlora_tn.network import variants
+from superlora_tn.network.graph import Graph
+from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.verification import VerifyError
 
 VARIANTS: dict[str, Callable[..., AdapterSpec]] = {
@@ -92,7 +93,7 @@ def plan_command(args: argparse.Namespace) -> None:
     choice = choose(graph, shape, args.tokens, DEVICES[args.device], args.optimize, args.memory_limit)
     print(json.dumps(_plan_data(choice), indent=1) if args.json else choice)
     if args.draw:
-        from superlora_tn import draw
+        from superlora_tn.tools import draw
 
         print(f"drawn: {draw.tree(choice.chosen, args.draw)}", file=sys.stderr)
 
@@ -120,7 +121,7 @@ def _plan_data(choice: RouteChoice) -> dict[str, Any]:
 
 def bench_command(args: argparse.Namespace) -> None:
     """Measure both routes under several optimizers, beside what the cost model predicts."""
-    from superlora_tn.measure import calibrate, measure_routes
+    from superlora_tn.tools.measure import calibrate, measure_routes
 
     spec, profile = make_spec(args), calibrate()
     cases = [(w, t, o) for w in args.widths for t in args.tokens for o in args.optimizers]
@@ -143,7 +144,7 @@ def bench_command(args: argparse.Namespace) -> None:
         print("\n".join(table(rows, "width tokens ms predicted apply delta")))
         print(f"{agree} of {len(found)} settings ranked as measured, on {profile.name}")
     if args.draw:
-        from superlora_tn import draw
+        from superlora_tn.tools import draw
 
         points = [(m.predicted[r], m.measured[r], r) for m in found for r in m.predicted]
         print(f"drawn: {draw.predictions(points, args.draw)}", file=sys.stderr)
@@ -158,7 +159,7 @@ def verify_command(args: argparse.Namespace) -> int:
 
 def draw_command(args: argparse.Namespace) -> None:
     """Draw the network of a variant."""
-    from superlora_tn import draw
+    from superlora_tn.tools import draw
 
     graph, _ = _first_graph(args)
     print(f"drawn: {draw.network(graph, args.out, args.variant or args.network)}")
@@ -186,7 +187,7 @@ def variants_command(args: argparse.Namespace) -> None:
 def demo_command(args: argparse.Namespace) -> None:
     """Run the embedded demo."""
     try:
-        from superlora_tn.transfer.demo import run
+        from superlora_tn.demo.demo import run
     except ImportError as error:
         raise UsageError(f"the demo needs the extra packages: pip install 'superlora_tn[demo]' ({error}).") from error
     run(Path(args.out), quick=args.quick, as_json=args.json)

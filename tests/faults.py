@@ -27,14 +27,14 @@ class Fault:
 # file -> name -> (right text, wrong text, tests separated by spaces)
 Table = dict[str, dict[str, tuple[str, str, str]]]
 TABLE: Table = {
-    "superlora_tn/base.py": {
+    "superlora_tn/update/base.py": {
         "kept-tensors-of-older-parameters": (
             "or not is_eager() or self._made_from != state(nodes)",
             "or not is_eager()",
             "test_holes.py::test_a_layer_called_alone_never_takes_an_older_dw",
         ),
     },
-    "superlora_tn/physical.py": {
+    "superlora_tn/update/physical.py": {
         "scale-dropped-on-apply": (
             "stage.rest(cast, *nodes, out=out, alpha=self.scale, base=base)",
             "stage.rest(cast, *nodes, out=out, base=base)",
@@ -81,7 +81,7 @@ TABLE: Table = {
             "test_holes.py::test_a_call_takes_the_plan_of_the_largest_number_of_tokens_not_above_its_own",
         ),
     },
-    "superlora_tn/flat.py": {
+    "superlora_tn/update/flat.py": {
         "scale-inside-tanh": (
             "self.map(rows[:, :inner]) * self.scale",
             "self.map(rows[:, :inner] * self.scale)",
@@ -123,7 +123,7 @@ TABLE: Table = {
             "test_recompute.py::test_outputs_and_gradients_are_those_of_a_kept_dw",
         ),
     },
-    "superlora_tn/factors.py": {
+    "superlora_tn/contraction/cut.py": {
         "widest-cut-taken": (
             "bond, inner = min(cuts)",
             "bond, inner = max(cuts)",
@@ -193,21 +193,21 @@ TABLE: Table = {
             "test_backends.py::test_all_members_at_once_equal_the_oracle",
         ),
     },
-    "superlora_tn/spec.py": {
+    "superlora_tn/network/spec.py": {
         "rslora-scales-by-rank": (
             "math.sqrt(rank) if self.rslora else rank",
             "rank",
             "test_spec_json.py::test_the_scale_is_alpha_over_rank_or_over_its_root",
         ),
     },
-    "superlora_tn/nodes.py": {
+    "superlora_tn/declare/parts.py": {
         "scale-by-the-smallest-rank": (
             "return max(part.rank) if isinstance(part.rank, tuple)",
             "return min(part.rank) if isinstance(part.rank, tuple)",
             "test_holes.py::test_alpha_is_divided_by_the_largest_rank",
         ),
     },
-    "superlora_tn/graph.py": {
+    "superlora_tn/network/expand.py": {
         "kronecker-swapped": (
             "self.stride * math.prod(sizes[k + 1 :])",
             "self.stride * math.prod(sizes[:k])",
@@ -228,11 +228,6 @@ TABLE: Table = {
             "part.rank > max(sizes) / 2",
             "test_holes.py::test_a_split_at_half_its_longer_side_is_dense",
         ),
-        "heads-split-fastest": (
-            "tuple(i for mode, indices in self.modes if mode.role == role for i in indices)",
-            'tuple(i for m, ids in sorted(self.modes, key=lambda m: m[0].name == "head") if m.role == role for i in ids)',
-            "test_equals_dense.py::test_every_variants_delta_equals_the_oracle",
-        ),
         "loha-first-product-at-zero": (
             "last = k == len(part.parts) - 1",
             "last = k == 0",
@@ -244,7 +239,14 @@ TABLE: Table = {
             "test_zero_at_start.py::test_a_variant_starts_at_zero_where_its_paper_or_peft_does",
         ),
     },
-    "superlora_tn/initialise.py": {
+    "superlora_tn/network/graph.py": {
+        "heads-split-fastest": (
+            "tuple(i for mode, indices in self.modes if mode.role == role for i in indices)",
+            'tuple(i for m, ids in sorted(self.modes, key=lambda m: m[0].name == "head") if m.role == role for i in ids)',
+            "test_equals_dense.py::test_every_variants_delta_equals_the_oracle",
+        ),
+    },
+    "superlora_tn/update/initialise.py": {
         "start-nearly-zero": (
             "return torch.zeros(shape)",
             "return torch.full(shape, 1e-8)",
@@ -256,7 +258,7 @@ TABLE: Table = {
             "test_holes.py::test_the_first_values_variances_multiply_to_loras",
         ),
     },
-    "superlora_tn/plan.py": {
+    "superlora_tn/contraction/plan.py": {
         "flat-modes-reversed": (
             'axes = (graph.open("flat"),)',
             'axes = (graph.open("flat")[::-1],)',
@@ -273,7 +275,7 @@ TABLE: Table = {
             "test_holes.py::test_a_price_counts_the_products_of_forward_and_backward",
         ),
     },
-    "superlora_tn/fold.py": {
+    "superlora_tn/declare/fold.py": {
         "group-border-off-by-one": (
             "min(group, self.total % self.groups)",
             "min(group, self.total % self.groups + 1)",
@@ -305,7 +307,7 @@ TABLE: Table = {
             "test_equals_dense.py::test_every_variants_delta_equals_the_oracle",
         ),
     },
-    "superlora_tn/projection.py": {
+    "superlora_tn/update/fixed_maps.py": {
         "signs-of-the-wrong-stream": (
             '("signs", "flips"',
             '("gaussians", "flips"',
@@ -337,14 +339,14 @@ TABLE: Table = {
             "test_projections.py::test_a_map_is_its_explicit_matrix",
         ),
     },
-    "superlora_tn/walsh.py": {
+    "superlora_tn/update/walsh.py": {
         "transform-inverted-in-backward": (
             "return hadamard(gradient)",
             "return hadamard(gradient) / gradient.shape[-1]",
             "test_projections.py::test_the_transform_in_runs_differentiates_twice_and_maps",
         ),
     },
-    "superlora_tn/layers.py": {
+    "superlora_tn/model/kinds.py": {
         "weight-that-trains-gets-no-gradient": (
             "        and not weight.requires_grad\n",
             "",
@@ -366,7 +368,7 @@ TABLE: Table = {
             "test_layers.py::test_adding_to_a_weight_rounds_once",
         ),
     },
-    "superlora_tn/hooks.py": {
+    "superlora_tn/model/site.py": {
         "kept-output-overwritten": (
             "is_eager() and self._is_first(layer)",
             "is_eager()",
@@ -378,7 +380,7 @@ TABLE: Table = {
             "test_merge_detach.py::test_merged_equals_attached_equals_dense",
         ),
     },
-    "superlora_tn/attach.py": {
+    "superlora_tn/model/attach.py": {
         "merge-adds-twice": (
             "layers.add_to_weight(layer, delta)",
             "layers.add_to_weight(layer, 2 * delta)",
@@ -405,14 +407,14 @@ TABLE: Table = {
             "test_merge_detach.py::test_disabled_is_the_base_bit_for_bit_also_while_merged",
         ),
     },
-    "superlora_tn/targets.py": {
+    "superlora_tn/model/targets.py": {
         "unmatched-target-skipped": (
             "if not own:",
             "if not own and len(targets) == 1:",
             "test_attach.py::test_what_does_not_fit_raises_and_changes_nothing",
         ),
     },
-    "superlora_tn/checkpoint.py": {
+    "superlora_tn/files/own.py": {
         "extra-tensor-ignored": (
             "if name not in wanted:",
             "if name not in wanted and len(found) < len(wanted):",
@@ -436,26 +438,28 @@ TABLE: Table = {
             "test_checkpoint.py::test_an_edited_json_raises",
         ),
     },
-    "superlora_tn/steps.py": {
-        "step-priced-without-backward": (
-            "device.latency) * self.products",
-            "device.latency)",
-            "test_holes.py::test_a_price_counts_the_products_of_forward_and_backward",
-        ),
+    "superlora_tn/contraction/profile.py": {
         "plan-cached-without-the-device": (
             "    width: int = 1\n",
             "    width: int = 1\n    __eq__ = lambda one, other: isinstance(other, Device)\n    __hash__ = lambda one: 0\n",
             "test_holes.py::test_a_plan_is_priced_for_its_own_device",
         ),
     },
-    "superlora_tn/budget.py": {
+    "superlora_tn/contraction/layout.py": {
+        "step-priced-without-backward": (
+            "device.latency) * self.products",
+            "device.latency)",
+            "test_holes.py::test_a_price_counts_the_products_of_forward_and_backward",
+        ),
+    },
+    "superlora_tn/network/budget.py": {
         "budget-may-not-be-spent-whole": (
             "self._last(low, lambda p: p[0] <= budget)",
             "self._last(low, lambda p: p[0] < budget)",
             "test_holes.py::test_a_budget_may_be_spent_whole",
         ),
     },
-    "superlora_tn/geometry.py": {
+    "superlora_tn/tools/geometry.py": {
         "similarity-over-the-directions-found": (
             "float((a.T @ b).square().sum()) / k",
             "float((a.T @ b).square().sum()) / max(a.shape[1], 1)",

@@ -32,7 +32,7 @@ from tempfile import TemporaryDirectory
 
 from faults import FAULTS, Fault
 
-from superlora_tn.measure import machine
+from superlora_tn.tools.measure import machine
 
 ROOT = Path(__file__).parents[1]
 # The check itself stays out of the copies: it would notice any fault by its text.

@@ -12,13 +12,14 @@ import oracle
 import torch
 from hypothesis import strategies as st
 
-from superlora_tn.adapter import make_adapter
-from superlora_tn.base import Adapter
-from superlora_tn.fold import FlatFold, FlatGroup, Group, PhysicalFold
-from superlora_tn.graph import Graph, lower_group
-from superlora_tn.maps import Fastfood, Shuffle
-from superlora_tn.nodes import CP, Dense, Hadamard, Kronecker, Network, Node, Part, TensorTrain, Tucker
-from superlora_tn.spec import AdapterSpec
+from superlora_tn.declare.fold import FlatFold, FlatGroup, Group, PhysicalFold
+from superlora_tn.declare.maps import Fastfood, Shuffle
+from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, Network, Node, Part, TensorTrain, Tucker
+from superlora_tn.network.expand import lower_group
+from superlora_tn.network.graph import Graph
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.update.base import Adapter
+from superlora_tn.update.make import make_adapter
 
 Array = np.ndarray
 Shapes = dict[str, tuple[int, int]]

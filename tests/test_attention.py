@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import superlora_tn as sl
-from superlora_tn.flat import FlatAdapter
+from superlora_tn.update.flat import FlatAdapter
 
 E, HEADS = 8, 2
 PARTS = ["q_proj", "k_proj", "v_proj", "out_proj"]

@@ -13,11 +13,11 @@ from hypothesis import given
 from strategies import EPS, SHAPES, Case, dense_tensor, physical_cases
 from test_equals_dense import VARIANTS
 
-from superlora_tn.execute import BackendError, backend, backends, compiled
-from superlora_tn.graph import Graph
-from superlora_tn.nodes import Network
-from superlora_tn.plan import make_plan
-from superlora_tn.spec import AdapterSpec
+from superlora_tn.contraction.backend import BackendError, backend, backends, compiled
+from superlora_tn.contraction.plan import make_plan
+from superlora_tn.declare.parts import Network
+from superlora_tn.network.graph import Graph
+from superlora_tn.network.spec import AdapterSpec
 
 pytestmark = pytest.mark.parametrize("name", backends())
 RNG = np.random.default_rng(5)

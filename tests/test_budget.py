@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from superlora_tn.budget import MAX_FREE_GROUPS, ORDERS, RATIOS, Budget, Choice, best, fit, within
-from superlora_tn.fold import FlatFold
-from superlora_tn.maps import Fastfood, Shuffle
-from superlora_tn.nodes import CP, Hadamard, SpecError
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.variants import dense, loha, lokr, lonkr, lora, lorta, lotr, superlora, vera
+from superlora_tn.declare.fold import FlatFold
+from superlora_tn.declare.maps import Fastfood, Shuffle
+from superlora_tn.declare.parts import CP, Hadamard, SpecError
+from superlora_tn.network.budget import MAX_FREE_GROUPS, ORDERS, RATIOS, Budget, Choice, best, fit, within
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.network.variants import dense, loha, lokr, lonkr, lora, lorta, lotr, superlora, vera
 
 Maker = Callable[[int], AdapterSpec]
 Pairs = list[tuple[int, int]]

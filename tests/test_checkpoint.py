@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import superlora_tn as sl
-from superlora_tn import checkpoint
+from superlora_tn.files import own as checkpoint
 
 every_variant = pytest.mark.parametrize("spec", VARIANTS.values(), ids=VARIANTS)
 JSON, TENSORS = "adapter.json", "adapter.safetensors"

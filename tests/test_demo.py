@@ -9,7 +9,7 @@ import pytest
 transformers = pytest.importorskip("transformers", reason="the demo extra is not installed")
 pytest.importorskip("sklearn", reason="the demo extra is not installed")
 
-from superlora_tn.transfer.demo import run  # noqa: E402
+from superlora_tn.demo.demo import run  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import EPS, SHAPES, Bound, Case, cases, flat_cases, physical_cases, targets
 
-from superlora_tn.fold import FlatFold, FlatGroup, PhysicalFold
-from superlora_tn.maps import Fastfood
-from superlora_tn.nodes import CP, Dense, Hadamard, Kronecker, Network, Node, TensorTrain, Tucker
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.variants import dense, loha, lokr, lonkr, lora, lorta, lotr, superlora, vera
+from superlora_tn.declare.fold import FlatFold, FlatGroup, PhysicalFold
+from superlora_tn.declare.maps import Fastfood
+from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, Network, Node, TensorTrain, Tucker
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.network.variants import dense, loha, lokr, lonkr, lora, lorta, lotr, superlora, vera
 
 VARIANTS = [
     dense(alpha=2),

@@ -14,27 +14,26 @@ import superlora_tn
 
 ROOT = Path(superlora_tn.__file__).parents[1]
 CORE, BACKENDS = ROOT / "superlora_tn", ROOT / "backends" / "superlora_tn_backends"
-# design.md put the spec on the ground floor; a spec counts its own parameters, so it stands above the graph.
-FLOORS = [
-    ["nodes"],
-    ["maps", "fold", "eager", "walsh"],
-    ["codec", "graph"],
-    ["steps"],
-    ["spec", "plan"],
-    ["budget", "sharing", "factors"],
-    ["variants", "execute", "projection", "initialise"],
-    ["base"],
-    ["physical", "flat"],
-    ["adapter"],
-    ["layers"],
-    ["checkpoint", "targets", "hooks", "describe", "measure"],
-    ["attach"],
-    ["draw"],
-    ["geometry"],
-]
-FLOOR = {name: k for k, names in enumerate(FLOORS) for name in names}
-TOP = len(FLOORS)
-NO_TORCH = ["budget", "nodes", "maps", "fold", "codec", "graph", "steps", "spec", "plan", "variants", "execute", "factors"]
+# Folders from the ground up, and in each its rooms from the ground up; what is in none of them stands on top.
+HOUSE = {
+    "declare": [["parts"], ["maps", "fold"], ["codec"]],
+    "network": [["graph"], ["expand"], ["spec"], ["budget"], ["variants"]],
+    "contraction": [["profile"], ["layout"], ["search"], ["plan"], ["sharing", "cut"], ["backend"]],
+    "update": [["eager", "walsh", "initialise"], ["fixed_maps"], ["base"], ["physical", "flat"], ["make"]],
+    "files": [["own"]],
+    "model": [["kinds"], ["targets", "site", "describe"], ["attach"]],
+    "tools": [["draw", "measure"], ["geometry"]],
+}
+ROOMS = [(folder, room) for folder, storeys in HOUSE.items() for rooms in storeys for room in rooms]
+STOREYS = [(folder, k) for folder, storeys in HOUSE.items() for k in range(len(storeys))]
+FLOOR = {
+    f"{folder}.{room}": STOREYS.index((folder, k))
+    for folder, storeys in HOUSE.items()
+    for k, rooms in enumerate(storeys)
+    for room in rooms
+}
+TOP = len(STOREYS)
+NO_TORCH = ("declare", "network", "contraction")
 SOURCES = sorted([*CORE.rglob("*.py"), *BACKENDS.rglob("*.py")])
 each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda s: str(s.relative_to(ROOT)))
 
@@ -57,30 +56,26 @@ def imports(source: Path) -> Iterator[str]:
 
 
 def floor(module: str) -> int:
-    """The floor of a module of the core by its full name; what is not in the list stands on top."""
-    return FLOOR.get(module.split(".")[1], TOP)
+    """The floor of a module of the core by its full name; what is in no room of the house stands on top."""
+    return FLOOR.get(".".join(module.split(".")[1:3]), TOP)
 
 
 def own_imports(source: Path) -> set[str]:
     return {name for name in imports(source) if name.startswith("superlora_tn.")}
 
 
-def test_every_floor_is_built() -> None:
-    assert {s.stem for s in CORE.glob("*.py")} >= set(FLOOR)
+@pytest.mark.parametrize("folder", HOUSE)
+def test_every_room_is_built_and_known(folder: str) -> None:
+    built = {source.stem for source in (CORE / folder).glob("*.py")} - {"__init__"}
+    assert built == {room for own, room in ROOMS if own == folder}
 
 
-@pytest.mark.parametrize("name", sorted(FLOOR))
-def test_imports_go_strictly_downward(name: str) -> None:
-    for imported in own_imports(CORE / f"{name}.py"):
-        assert floor(imported) < FLOOR[name], f"{name} imports {imported}"
-    assert "superlora_tn" not in set(imports(CORE / f"{name}.py")), f"{name} imports the package's own face"
-
-
-def test_nothing_imports_the_top_floor() -> None:
-    for source in SOURCES:
-        if source.stem == "__init__" or floor(f"superlora_tn.{source.relative_to(ROOT).with_suffix('').parts[1]}") == TOP:
-            continue
-        assert all(floor(name) < TOP for name in own_imports(source)), source
+@pytest.mark.parametrize(("folder", "room"), ROOMS)
+def test_imports_go_strictly_downward(folder: str, room: str) -> None:
+    source = CORE / folder / f"{room}.py"
+    for imported in own_imports(source):
+        assert floor(imported) < FLOOR[f"{folder}.{room}"], f"{folder}/{room} imports {imported}"
+    assert "superlora_tn" not in set(imports(source)), f"{folder}/{room} imports the package's own face"
 
 
 def test_the_face_imports_the_core_only() -> None:
@@ -89,19 +84,19 @@ def test_the_face_imports_the_core_only() -> None:
 
 @pytest.mark.parametrize("source", sorted(BACKENDS.glob("*.py")), ids=lambda s: s.stem)
 def test_backends_import_nothing_above_the_plan(source: Path) -> None:
-    assert all(floor(name) <= FLOOR["plan"] for name in own_imports(source))
+    assert all(floor(name) <= FLOOR["contraction.plan"] or name == "superlora_tn.update.eager" for name in own_imports(source))
     assert "superlora_tn" not in set(imports(source))
 
 
-def test_only_the_plan_imports_opt_einsum() -> None:
+def test_only_the_planner_imports_opt_einsum() -> None:
     users = {s.relative_to(ROOT).as_posix() for s in SOURCES if any(n.split(".")[0] == "opt_einsum" for n in imports(s))}
-    assert users == {"superlora_tn/plan.py"}
+    assert users == {"superlora_tn/contraction/plan.py", "superlora_tn/contraction/search.py"}
 
 
-@pytest.mark.parametrize("name", NO_TORCH)
-def test_the_lower_floors_import_no_torch(name: str) -> None:
-    foreign = {n.split(".")[0] for n in imports(CORE / f"{name}.py")}
-    assert not foreign & {"torch", "tensorly", "safetensors", "transformers"}
+@pytest.mark.parametrize("folder", NO_TORCH)
+def test_the_lower_floors_import_no_torch(folder: str) -> None:
+    for source in (CORE / folder).glob("*.py"):
+        assert not {n.split(".")[0] for n in imports(source)} & {"torch", "tensorly", "safetensors", "transformers"}, source
 
 
 def test_the_core_imports_tensorly_in_backends_only() -> None:

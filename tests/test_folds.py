@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import targets
 
-from superlora_tn.adapter import make_adapter
-from superlora_tn.fold import FlatFold, PhysicalFold, equal_side, factorise, split_name
-from superlora_tn.maps import Fastfood
-from superlora_tn.nodes import Dense, SpecError
-from superlora_tn.spec import AdapterSpec
+from superlora_tn.declare.fold import FlatFold, PhysicalFold, equal_side, factorise, split_name
+from superlora_tn.declare.maps import Fastfood
+from superlora_tn.declare.parts import Dense, SpecError
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.update.make import make_adapter
 
 SHAPES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5)
 

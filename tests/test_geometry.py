@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from superlora_tn import geometry
-from superlora_tn.geometry import Comparison, compare, compare_all, figure
+from superlora_tn.tools import geometry
+from superlora_tn.tools.geometry import Comparison, compare, compare_all, figure
 
 SIDES = st.tuples(st.integers(5, 12), st.integers(5, 12))
 SEEDS = st.integers(0, 2**31)

@@ -10,8 +10,8 @@ from models import Tiny, noise, perturb, seeded
 from torch import Tensor, nn
 
 import superlora_tn as sl
-from superlora_tn.projection import fixed_map
-from superlora_tn.walsh import hadamard
+from superlora_tn.update.fixed_maps import fixed_map
+from superlora_tn.update.walsh import hadamard
 
 pytestmark = [
     pytest.mark.gpu,

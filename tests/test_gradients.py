@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from strategies import EPS, SHAPES, Bound, Case, flat_cases, node_tensors, physical_cases, targets
 from test_equals_dense import VARIANTS
 
-from superlora_tn.fold import FlatFold
-from superlora_tn.maps import Fastfood
-from superlora_tn.nodes import CP, Network, Node
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.variants import lora, lorta, vera
+from superlora_tn.declare.fold import FlatFold
+from superlora_tn.declare.maps import Fastfood
+from superlora_tn.declare.parts import CP, Network, Node
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.network.variants import lora, lorta, vera
 
 TANH = AdapterSpec(CP(2), FlatFold(2, groups=2), Fastfood(0.5, seed=1, tanh=True), alpha=2)
 

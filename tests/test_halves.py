@@ -13,8 +13,8 @@ from test_routes_agree import PHYSICAL
 from torch import nn
 
 import superlora_tn as sl
-from superlora_tn.factors import halves
-from superlora_tn.steps import CPU
+from superlora_tn.contraction.cut import halves
+from superlora_tn.contraction.profile import CPU
 
 GRID = sl.PhysicalFold("layer type out in")
 # What is cut, and the width of the thinnest cut: of a ring of two bonds both are cut.

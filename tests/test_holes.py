@@ -18,13 +18,13 @@ from test_sharing import adapted
 from torch import nn
 
 import superlora_tn as sl
-from superlora_tn.adapter import make_adapter
-from superlora_tn.fold import FlatFold
-from superlora_tn.graph import lower_group
-from superlora_tn.nodes import CP, Kronecker, Network, Node, TensorTrain, Tucker
-from superlora_tn.physical import PhysicalAdapter
-from superlora_tn.plan import choose, make_plan
-from superlora_tn.steps import Device
+from superlora_tn.contraction.plan import choose, make_plan
+from superlora_tn.contraction.profile import Device
+from superlora_tn.declare.fold import FlatFold
+from superlora_tn.declare.parts import CP, Kronecker, Network, Node, TensorTrain, Tucker
+from superlora_tn.network.expand import lower_group
+from superlora_tn.update.make import make_adapter
+from superlora_tn.update.physical import PhysicalAdapter
 from superlora_tn.verification.cases import ratio
 
 # --- declarations ---------------------------------------------------------------------------------------------------

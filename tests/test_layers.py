@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import superlora_tn as sl
-from superlora_tn import layers
+from superlora_tn.model import kinds as layers
 
 SPECS = {
     "lora": sl.lora(2, alpha=3),
@@ -266,7 +266,7 @@ def test_second_derivatives_exist() -> None:
 
 @pytest.mark.parametrize("make", [lambda: nn.Conv2d(3, 4, 3), lambda: nn.Linear(3, 4)], ids=["convolutions", "linear layers"])
 def test_layers_of_a_flat_fold_build_dw_once_a_pass(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    from superlora_tn.flat import FlatAdapter
+    from superlora_tn.update.flat import FlatAdapter
 
     class Two(nn.Module):
         def __init__(self) -> None:

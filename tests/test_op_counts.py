@@ -14,7 +14,7 @@ from superlora_tn_backends.tensorly_torch import _add_product
 from superlora_tn_backends.writer import backward_source, forward_source
 
 import superlora_tn as sl
-from superlora_tn.plan import make_plan
+from superlora_tn.contraction.plan import make_plan
 
 HEADS = sl.AdapterSpec(sl.CP(8), sl.PhysicalFold("layer type head out in", heads=12))
 # spec: (products forward, products backward), for a 768 x 768 weight and 2048 tokens.

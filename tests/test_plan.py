@@ -13,14 +13,16 @@ from hypothesis import given
 from strategies import EPS, SHAPES, Case, cases, physical_cases, targets
 from test_equals_dense import VARIANTS
 
-from superlora_tn.execute import compiled
-from superlora_tn.fold import PhysicalFold
-from superlora_tn.graph import Graph
-from superlora_tn.nodes import CP, TOKEN, Dense, Network, TensorTrain, Tucker
-from superlora_tn.plan import CPU, Plan, PlanError, choose, make_plan
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.steps import DEVICES, ITEM, volume
-from superlora_tn.variants import loha, lokr, lonkr, lora, lorta, lotr, vera
+from superlora_tn.contraction.backend import compiled
+from superlora_tn.contraction.layout import volume
+from superlora_tn.contraction.plan import CPU, Plan, choose, make_plan
+from superlora_tn.contraction.profile import DEVICES, ITEM
+from superlora_tn.contraction.search import PlanError
+from superlora_tn.declare.fold import PhysicalFold
+from superlora_tn.declare.parts import CP, TOKEN, Dense, Network, TensorTrain, Tucker
+from superlora_tn.network.graph import Graph
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.network.variants import loha, lokr, lonkr, lora, lorta, lotr, vera
 
 
 def graph_of(spec: AdapterSpec, shapes: dict[str, tuple[int, int]] | None = None) -> Graph:

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from strategies import EPS
 
 import superlora_tn as sl
-from superlora_tn import walsh
-from superlora_tn.adapter import make_adapter
-from superlora_tn.fold import FlatFold
-from superlora_tn.maps import Fastfood, Projection, Shuffle
-from superlora_tn.nodes import CP, SpecError
-from superlora_tn.projection import FixedMap, fixed_map, gaussians, permutation, signs
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.walsh import hadamard
+from superlora_tn.declare.fold import FlatFold
+from superlora_tn.declare.maps import Fastfood, Projection, Shuffle
+from superlora_tn.declare.parts import CP, SpecError
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.update import walsh
+from superlora_tn.update.fixed_maps import FixedMap, fixed_map, gaussians, permutation, signs
+from superlora_tn.update.make import make_adapter
+from superlora_tn.update.walsh import hadamard
 
 
 def made(projection: Projection, size_in: int, size_out: int) -> FixedMap:

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Case, cases
 
-from superlora_tn.adapter import make_adapter
-from superlora_tn.fold import FlatFold, PhysicalFold
-from superlora_tn.maps import Fastfood
-from superlora_tn.nodes import CP, Network, Node, Tucker
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.variants import dense, loha, lokr, lonkr, lora, lorta, lotr, superlora, vera
+from superlora_tn.declare.fold import FlatFold, PhysicalFold
+from superlora_tn.declare.maps import Fastfood
+from superlora_tn.declare.parts import CP, Network, Node, Tucker
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.network.variants import dense, loha, lokr, lonkr, lora, lorta, lotr, superlora, vera
+from superlora_tn.update.make import make_adapter
 
 Shapes = dict[str, tuple[int, int]]
 

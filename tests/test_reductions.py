@@ -10,10 +10,10 @@ import pytest
 import torch
 from strategies import EPS, SHAPES, Bound, Case, node_tensors, targets
 
-from superlora_tn.fold import FlatFold, PhysicalFold
-from superlora_tn.nodes import CP, Dense, Hadamard, Kronecker, Network, Part, TensorTrain, Tucker
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.variants import dense, loha, lokr, lonkr, lora, lorta, lotr, superlora
+from superlora_tn.declare.fold import FlatFold, PhysicalFold
+from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, Network, Part, TensorTrain, Tucker
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.network.variants import dense, loha, lokr, lonkr, lora, lorta, lotr, superlora
 
 Array = np.ndarray
 RNG = np.random.default_rng(8)

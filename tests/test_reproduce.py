@@ -15,23 +15,14 @@ pytest.importorskip("transformers", reason="the reproduce extra is not installed
 pytest.importorskip("sklearn", reason="the reproduce extra is not installed")
 
 from superlora_tn.cli import main
+from superlora_tn.demo.base import Recipe as DigitsRecipe
 from superlora_tn.reproduce import classification, geometry_run, report
-from superlora_tn.reproduce.answers import (
-    QUESTIONS,
-    difference,
-    pairs,
-    rank_answer,
-    rank_pairs,
-    summary,
-    tenth_answer,
-    tenths,
-)
+from superlora_tn.reproduce.answers import QUESTIONS, difference, pairs, rank_answer, rank_pairs, summary, tenth_answer, tenths
 from superlora_tn.reproduce.classification import map_words
 from superlora_tn.reproduce.command import Request, reproduce
 from superlora_tn.reproduce.settings import settings
 from superlora_tn.reproduce.task import MEAN, STD, folder_task
 from superlora_tn.reproduce.training import Recipe
-from superlora_tn.transfer.base import Recipe as DigitsRecipe
 
 DATA = Path(os.environ.get("SUPERLORA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 VIT = {f"layers.{k}.self_attn.{part}": (128, 128) for k in range(6) for part in ("q_proj", "v_proj")}

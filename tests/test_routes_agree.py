@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from strategies import EPS, SHAPES, Bound, Case, node_tensors, physical_cases
 from test_equals_dense import VARIANTS
 
-from superlora_tn.execute import compiled
-from superlora_tn.fold import PhysicalFold
-from superlora_tn.graph import Graph
-from superlora_tn.nodes import CP, TOKEN, Network, SpecError, TensorTrain, Tucker
-from superlora_tn.plan import make_plan
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.variants import lora, lorta
+from superlora_tn.contraction.backend import compiled
+from superlora_tn.contraction.plan import make_plan
+from superlora_tn.declare.fold import PhysicalFold
+from superlora_tn.declare.parts import CP, TOKEN, Network, SpecError, TensorTrain, Tucker
+from superlora_tn.network.graph import Graph
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.network.variants import lora, lorta
 
 PHYSICAL = [spec for spec in VARIANTS if isinstance(spec.fold, PhysicalFold)]
 SEARCHES = [oe.DynamicProgramming("size"), oe.DynamicProgramming("flops", False, True)]

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import superlora_tn as sl
-from superlora_tn.physical import PhysicalAdapter
+from superlora_tn.update.physical import PhysicalAdapter
 
 WIDTH, TOKENS, TARGETS = 64, 10, ["q_proj", "k_proj", "v_proj"]
 
@@ -323,8 +323,8 @@ def test_gradients_can_be_differentiated_again(name: str) -> None:
 
 
 def test_an_adapter_that_moves_to_another_kind_of_device_is_planned_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from superlora_tn import base
-    from superlora_tn.steps import CPU, H200
+    from superlora_tn.contraction.profile import CPU, H200
+    from superlora_tn.update import base
 
     for spec in (sl.lotr(4), sl.lorta(2)):
         model = Stack()

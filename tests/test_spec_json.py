@@ -13,11 +13,11 @@ from hypothesis import given
 from strategies import SHAPES, Case, cases
 from test_equals_dense import VARIANTS
 
-from superlora_tn.codec import LATER
-from superlora_tn.maps import Fastfood, Shuffle
-from superlora_tn.nodes import CP, SpecError
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.variants import lokr, lora, lorta, vera
+from superlora_tn.declare.codec import LATER
+from superlora_tn.declare.maps import Fastfood, Shuffle
+from superlora_tn.declare.parts import CP, SpecError
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.network.variants import lokr, lora, lorta, vera
 
 
 def by_json(spec: AdapterSpec) -> AdapterSpec:

@@ -16,30 +16,24 @@ import torch
 from hypothesis import strategies as st
 
 import superlora_tn as sl
-from superlora_tn.nodes import SpecError
-from superlora_tn.physical import PhysicalAdapter
+from superlora_tn.declare.parts import SpecError
+from superlora_tn.update.physical import PhysicalAdapter
 from superlora_tn.verification import (
     Certificate,
     Row,
     VerifyError,
-    carry,
     cases,
     check,
     checks,
-    counts,
-    differs,
     draws,
     engine,
-    gauge,
-    identities,
-    papers,
-    peers,
-    reductions,
     run,
     verify,
     verify_peers,
     verify_reductions,
 )
+from superlora_tn.verification.claims import counts, gauge, identities, reductions
+from superlora_tn.verification.references import carry, differs, papers, peers
 from superlora_tn.verification.source import source
 
 FEW = 6

@@ -8,12 +8,12 @@ from hypothesis import given
 from strategies import SHAPES, Case, cases, node_tensors
 from test_equals_dense import VARIANTS
 
-from superlora_tn.adapter import make_adapter
-from superlora_tn.base import Adapter
-from superlora_tn.fold import FlatFold, PhysicalFold
-from superlora_tn.nodes import CP, Dense, Hadamard, Kronecker, Network, Node, SpecError
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.variants import loha, lokr, lonkr, lora, lotr, vera
+from superlora_tn.declare.fold import FlatFold, PhysicalFold
+from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, Network, Node, SpecError
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.network.variants import loha, lokr, lonkr, lora, lotr, vera
+from superlora_tn.update.base import Adapter
+from superlora_tn.update.make import make_adapter
 
 
 def fresh(case: Case) -> list[Adapter]:

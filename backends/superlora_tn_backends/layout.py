@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from superlora_tn.nodes import TOKEN
-from superlora_tn.plan import Plan
-from superlora_tn.steps import Indices, Step, volume
+from superlora_tn.contraction.layout import Indices, Step, volume
+from superlora_tn.contraction.plan import Plan
+from superlora_tn.declare.parts import TOKEN
 
 Axes = tuple[Indices, ...]
 # Intermediates made of nodes alone that hold as many numbers as this are made again in backward, the largest first,

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from superlora_tn.nodes import TOKEN
-from superlora_tn.plan import Plan
+from superlora_tn.contraction.plan import Plan
+from superlora_tn.declare.parts import TOKEN
 
 NAME = "numpy_reference"
 
 
 def compile(plan: Plan) -> Callable[..., np.ndarray]:
-    """A callable that gives a float64 array; its arguments are those of `superlora_tn.execute.Backend`."""
+    """A callable that gives a float64 array; its arguments are those of `superlora_tn.contraction.backend.Backend`."""
     number = {name: k for k, (name, _) in enumerate(plan.sizes)}
 
     def shape(indices: tuple[str, ...]) -> tuple[int, ...]:

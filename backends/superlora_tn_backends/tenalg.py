@@ -28,8 +28,10 @@ from tensorly.tenalg import set_backend as set_tenalg_backend
 from tensorly.tenalg.einsum_tenalg import EinsumTenalgBackend
 from torch import Tensor
 
-from superlora_tn.plan import Optimizer, plan_equation
-from superlora_tn.steps import CPU, DEVICES, Equation, Indices
+from superlora_tn.contraction.layout import Equation, Indices
+from superlora_tn.contraction.plan import plan_equation
+from superlora_tn.contraction.profile import CPU, DEVICES
+from superlora_tn.contraction.search import Optimizer
 from superlora_tn_backends.tensorly_torch import Program, compile
 
 BACKEND_NAME = "superlora_tn"

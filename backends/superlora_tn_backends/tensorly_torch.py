@@ -19,8 +19,8 @@ import torch
 from tensorly.backend.pytorch_backend import PyTorchBackend
 from torch import Tensor
 
-from superlora_tn.eager import is_eager
-from superlora_tn.plan import Plan
+from superlora_tn.contraction.plan import Plan
+from superlora_tn.update.eager import is_eager
 from superlora_tn_backends.products import matmul, weighted_sum
 from superlora_tn_backends.writer import backward_source, forward_source, run_source
 
@@ -31,7 +31,7 @@ NOTHING = nullcontext()
 
 
 def compile(plan: Plan) -> Program:
-    """The plan as a `Program`; see `superlora_tn.execute.Backend`."""
+    """The plan as a `Program`; see `superlora_tn.contraction.backend.Backend`."""
     return Program(plan)
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from superlora_tn.nodes import TOKEN
-from superlora_tn.plan import Plan
-from superlora_tn.steps import Indices, Step, volume
+from superlora_tn.contraction.layout import Indices, Step, volume
+from superlora_tn.contraction.plan import Plan
+from superlora_tn.declare.parts import TOKEN
 from superlora_tn_backends.layout import Axes, blocks, grouped, made_again, operand_axes
 
 # Products with fewer columns (or rows of the result) than this are worth another memory order.

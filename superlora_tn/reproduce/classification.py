@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from superlora_tn.maps import Fastfood, Shuffle
-from superlora_tn.measure import machine
+from superlora_tn.declare.maps import Fastfood, Shuffle
+from superlora_tn.demo.progress import on_step, progress
 from superlora_tn.reproduce.answers import best
 from superlora_tn.reproduce.report import PARETO, draw_classification
 from superlora_tn.reproduce.settings import Setting, settings
 from superlora_tn.reproduce.store import Data, Store, write_json
 from superlora_tn.reproduce.task import Memory, Split, Task
 from superlora_tn.reproduce.training import Recipe, adapted, converged_head, descend, features, head_score, score
-from superlora_tn.transfer.progress import on_step, progress
+from superlora_tn.tools.measure import machine
 
 REVISION = 2  # raise it when the training code changes, so that older finished jobs expire
 NOT_A_JOBS = ("seeds", "rates", "dense_share", "head_rates")  # of the recipe: each job's own are in its name

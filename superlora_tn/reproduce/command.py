@@ -11,13 +11,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from superlora_tn.demo.base import FULL
+from superlora_tn.demo.base import Recipe as DigitsRecipe
+from superlora_tn.demo.progress import on_step
 from superlora_tn.reproduce import classification, geometry_run, report
 from superlora_tn.reproduce.store import Data
 from superlora_tn.reproduce.task import Task, TaskError, digits_task, folder_task
 from superlora_tn.reproduce.training import RECIPES, Recipe
-from superlora_tn.transfer.base import FULL
-from superlora_tn.transfer.base import Recipe as DigitsRecipe
-from superlora_tn.transfer.progress import on_step
 
 EXPERIMENTS = ("classification", "geometry", "diffusion")
 

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from superlora_tn.demo.files import whole
 from superlora_tn.reproduce.domains import to_bytes, to_unit
 from superlora_tn.reproduce.unet import UNet
-from superlora_tn.transfer.files import whole
 
 OnStep = Callable[[int, int, float], None]
 _CLIP = 1.0  # largest gradient norm

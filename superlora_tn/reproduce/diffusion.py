@@ -18,10 +18,14 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from superlora_tn.attach import attach
-from superlora_tn.fold import Shape
-from superlora_tn.measure import machine
-from superlora_tn.nodes import SpecError, reference_rank
+from superlora_tn.declare.fold import Shape
+from superlora_tn.declare.parts import SpecError, reference_rank
+from superlora_tn.demo.digits import Split
+from superlora_tn.demo.files import whole
+from superlora_tn.demo.progress import on_step, progress
+from superlora_tn.model.attach import attach
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.network.variants import dense
 from superlora_tn.reproduce.denoising import Schedule, Training, held_out_loss, sample, train
 from superlora_tn.reproduce.diffusion_report import SAMPLES, SCORES, answers, draw_samples, draw_scores, report
 from superlora_tn.reproduce.diffusion_settings import Setting, settings
@@ -38,11 +42,7 @@ from superlora_tn.reproduce.score import (
 )
 from superlora_tn.reproduce.store import Data, Store, write_json
 from superlora_tn.reproduce.unet import TARGETS, UNet, UNetShape, attention_shapes, build
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.transfer.digits import Split
-from superlora_tn.transfer.files import whole
-from superlora_tn.transfer.progress import on_step, progress
-from superlora_tn.variants import dense
+from superlora_tn.tools.measure import machine
 
 __all__ = ["RECIPES", "Recipe", "answers", "experiment", "report", "run"]
 SPLITS: tuple[Split, Split] = ("train", "test")

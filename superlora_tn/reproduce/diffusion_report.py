@@ -10,9 +10,9 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from superlora_tn.draw import INK, PALETTE, _figure, _save
 from superlora_tn.reproduce.diffusion_settings import LEVELS, PAPER_ELEMENTS, level_budget
 from superlora_tn.reproduce.store import Data
+from superlora_tn.tools.draw import INK, PALETTE, _figure, _save
 
 SAMPLES, SCORES = "diffusion_samples.png", "diffusion_scores.png"
 SHOWN = 20  # images in a row of the picture

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from superlora_tn.demo.digits import Split, printed_digits, scanned_digits
 from superlora_tn.reproduce.folder import mnist, svhn
-from superlora_tn.transfer.digits import Split, printed_digits, scanned_digits
 
 FULL_SVHN = "train_32x32.mat"
 

@@ -17,11 +17,8 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional
 
-from superlora_tn.attach import load
-from superlora_tn.draw import INK, PALETTE
-from superlora_tn.fold import split_name
-from superlora_tn.geometry import MEASURES, Comparison, _panels, compare_all, figure
-from superlora_tn.measure import machine
+from superlora_tn.declare.fold import split_name
+from superlora_tn.model.attach import load
 from superlora_tn.reproduce.answers import RULE, difference
 from superlora_tn.reproduce.classification import Experiment, choose_rates, opened
 from superlora_tn.reproduce.report import table, where
@@ -29,6 +26,9 @@ from superlora_tn.reproduce.settings import Setting
 from superlora_tn.reproduce.store import Data, write_json
 from superlora_tn.reproduce.task import Task
 from superlora_tn.reproduce.training import Recipe
+from superlora_tn.tools.draw import INK, PALETTE
+from superlora_tn.tools.geometry import MEASURES, Comparison, _panels, compare_all, figure
+from superlora_tn.tools.measure import machine
 
 K = 5  # singular directions, as in the paper
 COMPARED = ("dense", "LoRA", "2D", "2D reshape", "LoKr", "LoTR", "LoRTA M=3", "LoRTA M=5")

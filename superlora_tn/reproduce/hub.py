@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, ViTForImageClassification
 
+from superlora_tn.model.targets import AttachError, match
 from superlora_tn.reproduce.task import Batch, Split, Task, TaskError
-from superlora_tn.targets import AttachError, match
 
 MODEL, DATA = "google/vit-base-patch16-224-in21k", "uoft-cs/cifar100"
 WORKERS = 8  # processes that decode and resize images for a GPU

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from superlora_tn import draw
 from superlora_tn.reproduce.answers import (
     QUESTIONS,
     RULE,
@@ -21,6 +20,7 @@ from superlora_tn.reproduce.answers import (
     tenths,
 )
 from superlora_tn.reproduce.store import Data
+from superlora_tn.tools import draw
 
 PARETO = "classification.png"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from superlora_tn.transfer.files import whole
+from superlora_tn.demo.files import whole
 
 Data = dict[str, Any]
 

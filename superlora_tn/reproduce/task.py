@@ -13,14 +13,14 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
 
-from superlora_tn.fold import Shape
-from superlora_tn.layers import weight
+from superlora_tn.declare.fold import Shape
+from superlora_tn.demo.base import FULL, OnStep, pretrained
+from superlora_tn.demo.base import Recipe as DigitsRecipe
+from superlora_tn.demo.digits import scanned_digits
+from superlora_tn.model.kinds import weight
+from superlora_tn.model.targets import match, named_layers
 from superlora_tn.reproduce.folder import mnist, tiny_imagenet
 from superlora_tn.reproduce.vit import Vit
-from superlora_tn.targets import match, named_layers
-from superlora_tn.transfer.base import FULL, OnStep, pretrained
-from superlora_tn.transfer.base import Recipe as DigitsRecipe
-from superlora_tn.transfer.digits import scanned_digits
 
 Batch = tuple[Tensor, Tensor]
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])  # the ViT's own, per channel

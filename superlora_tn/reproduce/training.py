@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from superlora_tn.attach import Tuned, attach
+from superlora_tn.demo.base import OnStep
+from superlora_tn.model.attach import Tuned, attach
+from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.reproduce.task import Batch, Split, Task
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.transfer.base import OnStep
 
 CLIP = 1.0  # largest gradient norm: adapters that multiply several factors meet sudden slopes
 PROBE_DECAYS = (1e-4, 1e-3, 1e-2)

@@ -14,12 +14,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-from superlora_tn.fold import Shape
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.verification.carry import Carried, from_peft, kind_of, to_peft
+from superlora_tn.declare.fold import Shape
+from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.verification.cases import Case
 from superlora_tn.verification.certificate import Certificate, Row
 from superlora_tn.verification.checks import REFERENCES, Against
+from superlora_tn.verification.references.carry import Carried, from_peft, kind_of, to_peft
 
 __all__ = [
     "REFERENCES",

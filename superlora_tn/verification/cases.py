@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from superlora_tn.adapter import make_adapter
-from superlora_tn.base import Adapter
-from superlora_tn.fold import FlatGroup, Group, Shape
-from superlora_tn.graph import Graph
-from superlora_tn.plan import Route
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.verification import references
-from superlora_tn.verification.references import Array, Values
+from superlora_tn.contraction.plan import Route
+from superlora_tn.declare.fold import FlatGroup, Group, Shape
+from superlora_tn.network.graph import Graph
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.update.base import Adapter
+from superlora_tn.update.make import make_adapter
+from superlora_tn.verification.references import textbook as references
+from superlora_tn.verification.references.textbook import Array, Values
 from superlora_tn.verification.source import source
 
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24}  # half the distance from 1 to the next number

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from superlora_tn.nodes import SpecError
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.verification import papers, peers, properties, references
+from superlora_tn.declare.parts import SpecError
+from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.verification.cases import DTYPES, Case, NotApplicable, Sized, as_array, is_linear, ratio
-from superlora_tn.verification.references import Array
+from superlora_tn.verification.claims import properties
+from superlora_tn.verification.references import papers, peers
+from superlora_tn.verification.references import textbook as references
+from superlora_tn.verification.references.textbook import Array
 
 Delta = Callable[[dict[str, Array]], Any]
 NONE = "-"

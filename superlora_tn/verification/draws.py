@@ -12,13 +12,13 @@ from functools import lru_cache
 
 from hypothesis import strategies as st
 
-from superlora_tn import variants
-from superlora_tn.fold import FlatFold, Fold, Shape
-from superlora_tn.maps import Fastfood, Projection, Shuffle
-from superlora_tn.nodes import Network, Part, SpecError
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.verification import papers
+from superlora_tn.declare.fold import FlatFold, Fold, Shape
+from superlora_tn.declare.maps import Fastfood, Projection, Shuffle
+from superlora_tn.declare.parts import Network, Part, SpecError
+from superlora_tn.network import variants
+from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.verification.cases import Case
+from superlora_tn.verification.references import papers
 
 Shapes = tuple[tuple[str, Shape], ...]
 SIZES = (1, 2, 3, 4, 6, 8, 9, 12, 18)

@@ -12,13 +12,15 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
-from superlora_tn.fold import Shape
-from superlora_tn.nodes import SpecError, check_count
-from superlora_tn.spec import AdapterSpec
-from superlora_tn.verification import checks, differs, draws, identities, peers, reductions
+from superlora_tn.declare.fold import Shape
+from superlora_tn.declare.parts import SpecError, check_count
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.verification import checks, draws
 from superlora_tn.verification.cases import Case, NotApplicable
 from superlora_tn.verification.certificate import Certificate, Row, Status
 from superlora_tn.verification.checks import Against, Check
+from superlora_tn.verification.claims import identities, reductions
+from superlora_tn.verification.references import differs, peers
 
 Report = Callable[[str], None]
 SILENT = "has no such method"

@@ -6,7 +6,7 @@ import keyword
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
-from superlora_tn.nodes import Hadamard, Kronecker, Network, Node
+from superlora_tn.declare.parts import Hadamard, Kronecker, Network, Node
 
 
 def source(value: Any) -> str:

@@ -1,0 +1,73 @@
+"""Frozen declarations to plain dicts and back, strictly: an unknown kind or field raises, nothing is dropped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from superlora_tn.declare.fold import FlatFold, PhysicalFold
+from superlora_tn.declare.maps import PROJECTIONS, Compose
+from superlora_tn.declare.parts import MAX_DEPTH, PARTS, Hadamard, Kronecker, Network, Node, SpecError
+
+KINDS: dict[str, type] = {k.__name__: k for k in (*PARTS, Node, PhysicalFold, FlatFold, *PROJECTIONS)}
+
+# Fields that came after adapters had been saved without them; where they are missing, their defaults say what was meant.
+LATER = {"FlatFold": frozenset({"multiple"}), "Fastfood": frozenset({"order", "scaling"})}
+
+
+def encode(value: Any) -> Any:
+    """A declaration as dicts, lists, strings and numbers (what JSON holds)."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **fields}
+    if isinstance(value, tuple):
+        return [encode(v) for v in value]
+    return value
+
+
+def decode(data: Any, depth: int = 0) -> Any:
+    """The declaration that `encode` wrote.
+
+    Raises:
+        SpecError: not something `encode` writes, unknown kinds or fields, or a value its class refuses.
+    """
+    if depth > 3 * MAX_DEPTH:  # a part is a dict in a list of a dict
+        raise SpecError(f"the declaration nests deeper than {MAX_DEPTH} levels; it was not written by this library.")
+    if isinstance(data, Mapping):
+        return _decode_kind(data, depth)
+    if isinstance(data, list):
+        return tuple(decode(v, depth + 1) for v in data)
+    if data is None or isinstance(data, str | int | float | bool):
+        return data
+    raise SpecError(f"a declaration holds {type(data).__name__}; it may hold dicts, lists, strings, numbers and null.")
+
+
+def _decode_kind(data: Mapping[str, Any], depth: int) -> Any:
+    kind = KINDS.get(str(data.get("kind")))
+    if kind is None:
+        raise SpecError(f"unknown kind {data.get('kind')!r} in a declaration; known kinds are {', '.join(KINDS)}.")
+    given = {k: v for k, v in data.items() if k != "kind"}
+    names = {f.name for f in dataclasses.fields(kind)}
+    needed = names - LATER.get(kind.__name__, frozenset())
+    if not needed <= set(given) <= names:
+        wrong = sorted((set(given) - names) | (needed - set(given)))
+        raise SpecError(
+            f"{kind.__name__} in a declaration has fields {sorted(given)}, expected {sorted(names)}; look at {wrong}."
+        )
+    values = {k: decode(v, depth + 1) for k, v in given.items()}
+    try:
+        if issubclass(kind, Network):
+            nodes = dict(values["nodes"])
+            if len(nodes) != len(values["nodes"]):
+                raise SpecError("a Network in a declaration names a node twice; names are unique.")
+            return Network(values["modes"], dict(values["sizes"]), **nodes)
+        if issubclass(kind, Compose):
+            return Compose(*values["maps"])
+        if issubclass(kind, Kronecker | Hadamard):
+            return kind(*values.pop("parts"), **values)
+        return kind(**values)
+    except SpecError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise SpecError(f"{kind.__name__} in a declaration holds values of the wrong type: {error}.") from error

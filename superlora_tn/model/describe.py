@@ -1,0 +1,43 @@
+"""Adapters in words: the table that printing a handle shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from superlora_tn.contraction.plan import choose, table
+from superlora_tn.declare.fold import FlatGroup, split_name
+from superlora_tn.update.base import Adapter
+
+TOKENS = 1024
+
+
+def summary(adapters: Sequence[Adapter]) -> list[str]:
+    """Rows of a table: groups, weights, modes, ranks, parameters, route and price; equal groups share a row."""
+    rows = [("groups", "weights", "modes", "ranks", "parameters", "route", f"price of one at {TOKENS} tokens")]
+    alike: dict[tuple[str, ...], list[Adapter]] = {}
+    for adapter in adapters:
+        alike.setdefault(_describe(adapter), []).append(adapter)
+    for (kinds, modes, ranks, route, price), group in alike.items():
+        members = sum(len(a.group.members) for a in group)
+        parameters = sum(a.graph.num_parameters for a in group)
+        rows.append((f"{len(group)}", f"{members} ({kinds})", modes, ranks, f"{parameters:,}", route, price))
+    return table(rows, "groups parameters")
+
+
+def _describe(adapter: Adapter) -> tuple[str, str, str, str, str]:
+    """A group in words: kinds of weights, modes, ranks, route and price. Equal groups share a row."""
+    kinds = list(dict.fromkeys(split_name(n)[1] for n in adapter.group.members))
+    open_indices = {i for _, indices in adapter.graph.modes for i in indices}
+    bonds = [s for i, s in adapter.graph.sizes if i not in open_indices]
+    ranks = f"{bonds[0]}" + (f" x{len(bonds)}" if len(bonds) > 1 else "") if len(set(bonds)) == 1 else " ".join(map(str, bonds))
+    shape = next(iter(adapter.group.members.values()))[1:] if isinstance(adapter.group, FlatGroup) else adapter.group.shape
+    choice = choose(adapter.graph, (shape[0], shape[1]), TOKENS, adapter.profile, adapter.optimize)
+    route = adapter.route or choice.route
+    price = choice.apply.price if route == "apply" and choice.apply else choice.delta_price
+    return (
+        f"{', '.join(kinds[:2])}{', ...' if len(kinds) > 2 else ''}",
+        " ".join(f"{mode.name}={mode.size}" for mode, _ in adapter.graph.modes),
+        ranks or "-",
+        route,
+        f"{price * 1e3:.2f} ms",
+    )

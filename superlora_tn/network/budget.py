@@ -1,0 +1,289 @@
+"""Given how many parameters may train, which rank (order, groups, ratio)? The count decides, before any tensor exists.
+
+`fit` searches the rank of any preset; `within` searches every setting of the whole formula that is left free. Both
+find the largest count not above the budget and the smallest above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import product
+from typing import Any, Protocol
+
+from superlora_tn.declare.fold import Shape
+from superlora_tn.declare.maps import Compose, Fastfood, Projection, Shuffle
+from superlora_tn.declare.parts import CP, MAX_RANK, Hadamard, Kronecker, Part, SpecError
+from superlora_tn.network.graph import Graph
+from superlora_tn.network.spec import AdapterSpec
+
+Shapes = Mapping[str, Shape] | Sequence[Shape]
+Priced = tuple[int, AdapterSpec]
+ORDERS = (2, 3, 4, 5)
+RATIOS = (1.0, 0.5, 0.25, 0.1, 0.05, 0.01)
+MAX_FREE_GROUPS = 24  # the paper's runs use up to 12; more only make the search longer
+
+
+class Formula(Protocol):
+    """What `within` fills in: `variants.superlora`, or a function with the same settings."""
+
+    def __call__(
+        self, rank: int, order: int, groups: int | str, splits: int, projection: Projection | None, alpha: float | None
+    ) -> AdapterSpec:
+        """The spec of one setting."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a budget buys. Printing it says what was picked, and what the next larger would cost.
+
+    Attributes:
+        budget: the most parameters that were allowed.
+        spec: the pick: no other setting that was searched has a count between its own and the budget.
+        count: trainable parameters of the pick, at most `budget`.
+        next_count, next_spec: the smallest count above the budget, and its setting; None where nothing costs more.
+    """
+
+    budget: int
+    spec: AdapterSpec
+    count: int
+    next_count: int | None = None
+    next_spec: AdapterSpec | None = None
+
+    def __str__(self) -> str:
+        picked = f"{self.count:,} of {self.budget:,} parameters: {_words(self.spec)}"
+        if self.next_count is None or self.next_spec is None:
+            return f"{picked}; nothing that was searched costs more"
+        return f"{picked}; the next larger costs {self.next_count:,}: {_words(self.next_spec)}"
+
+
+def _words(spec: AdapterSpec) -> str:
+    mapped = "" if spec.projection is None else f", {_short(spec.projection)}"
+    return f"{_short(spec.network)}, {_short(spec.fold)}{mapped}"
+
+
+def _short(value: Any) -> str:
+    """A declaration without the settings that are at their default."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_short, value))})"
+    if not is_dataclass(value):
+        return repr(value)
+    own = [(f.name, getattr(value, f.name), f.default) for f in fields(value)]
+    given = ", ".join(
+        f"{name}={_short(setting)}" for name, setting, default in own if setting != default and (name, setting) != ("splits", 1)
+    )
+    return f"{type(value).__name__}({given})"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The whole formula with a number of parameters in place of settings: a value that `choose` turns into a spec.
+
+    A setting that is None is left free. Counts do not depend on weights' values, so `choose` needs shapes alone.
+
+    Args:
+        parameters: the most trainable parameters.
+        formula: rank and settings -> spec, `variants.superlora` as a rule.
+        rank: r; None searches every rank.
+        order: M; None searches `ORDERS`.
+        groups: G, or ``"weight"``; None searches ``"weight"``, 1 up to the number of weights (at most
+            `MAX_FREE_GROUPS`), and the number of weights.
+        splits: K.
+        ratio: rho. 1 keeps `projection` as it is; None searches `RATIOS`; any but 1 means fastfood.
+        projection: F, with the seed and tanh that a searched or given ratio then has too.
+        alpha: passed on; it does not change a count.
+    """
+
+    parameters: int
+    formula: Formula
+    rank: int | None = None
+    order: int | None = 2
+    groups: int | str | None = 1
+    splits: int = 1
+    ratio: float | None = 1.0
+    projection: Projection | None = None
+    alpha: float | None = None
+
+    def choose(self, shapes: Shapes) -> Choice:
+        """The setting whose count is the largest not above the budget; the first in the order searched where counts tie.
+
+        Searched are lower orders, then fewer groups, then ratios nearer 1 first.
+
+        Raises:
+            SpecError: the smallest possible count is above the budget (the message says how much it is), or no
+                setting fits the shapes.
+        """
+        if not shapes:
+            raise SpecError("a budget was given no weight to spend it on; give at least one shape (out, in).")
+        orders = ORDERS if self.order is None else (self.order,)
+        groups = _free_groups(len(shapes)) if self.groups is None else (self.groups,)
+        ratios = RATIOS if self.ratio is None else (self.ratio,)
+        maps = [self._map(ratio) for ratio in ratios]
+        return best([self._maker(*setting) for setting in product(orders, groups, maps)], self.parameters, shapes)
+
+    def _maker(self, order: int, groups: int | str, projection: Projection | None) -> Callable[[int], AdapterSpec]:
+        def make(rank: int) -> AdapterSpec:
+            chosen = rank if self.rank is None else self.rank
+            return self.formula(chosen, order=order, groups=groups, splits=self.splits, projection=projection, alpha=self.alpha)
+
+        return make
+
+    def _map(self, ratio: float) -> Projection | None:
+        if ratio == 1.0:
+            return self.projection
+        if isinstance(self.projection, Shuffle | Compose):
+            kind = "a shuffle keeps the length" if isinstance(self.projection, Shuffle) else "a Compose has ratios of its own"
+            raise SpecError(f"{kind}, but ratio={ratio} was asked for; give projection=Fastfood() or None.")
+        return replace(self.projection or Fastfood(), ratio=ratio)
+
+
+def _free_groups(weights: int) -> tuple[int | str, ...]:
+    numbers = dict.fromkeys([*range(1, min(weights, MAX_FREE_GROUPS) + 1), weights])
+    return (*numbers, "weight")
+
+
+def within(budget: int, shapes: Shapes, formula: Formula, **settings: Any) -> Choice:
+    """The whole formula fitted to a budget: ``Budget(budget, formula, **settings).choose(shapes)``."""
+    return Budget(budget, formula, **settings).choose(shapes)
+
+
+def fit(maker: Callable[[int], AdapterSpec], budget: int, shapes: Shapes) -> Choice:
+    """The rank of a preset whose count is the largest not above the budget; the smallest such rank where counts tie.
+
+    Args:
+        maker: rank -> spec, such as ``sl.lora`` or ``lambda r: sl.lokr(r, factor=4)``. Its count must not fall as the
+            rank rises; the exception the library knows, `CP(dense_if_large=True)`, is searched rank by rank.
+        budget: the most trainable parameters, at least 1.
+        shapes: (out, in) of each target, by module name, or as a list taken as one weight a layer, in order.
+
+    Raises:
+        SpecError: the smallest possible count is above the budget (the message says how much it is), or `maker`
+            makes nothing that fits the shapes.
+    """
+    return best([maker], budget, shapes)
+
+
+def best(makers: Iterable[Callable[[int], AdapterSpec]], budget: int, shapes: Shapes) -> Choice:
+    """The best `fit` over several makers; the first of them, and its smallest rank, where counts tie.
+
+    Raises:
+        SpecError: as `fit`; a maker that fits no rank to the shapes is passed over unless all are.
+    """
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+        raise SpecError(f"a budget was given as {budget!r}; it is the number of trainable parameters, at least 1.")
+    refused: SpecError | None = None
+    below: Priced | None = None
+    above: Priced | None = None
+    for maker in makers:
+        try:
+            found = _Ranks(maker, shapes).around(budget)
+        except SpecError as error:
+            refused = refused or error
+            continue
+        below = max((p for p in (below, found[0]) if p), key=_count, default=None)
+        above = min((p for p in (above, found[1]) if p), key=_count, default=None)
+    if below is not None:
+        return Choice(budget, below[1], below[0], *(above or (None, None)))
+    if above is not None:
+        raise SpecError(
+            f"a budget of {budget:,} parameters is below the smallest possible count, {above[0]:,} ({_words(above[1])}). "
+            "Raise the budget, leave more settings free, or adapt fewer weights."
+        )
+    raise refused or SpecError("there is nothing to choose from; leave at least one setting possible.")
+
+
+def _count(priced: Priced) -> int:
+    return priced[0]
+
+
+class _Ranks:
+    """The counts of one maker over its ranks, each computed once."""
+
+    def __init__(self, maker: Callable[[int], AdapterSpec], shapes: Shapes) -> None:
+        self.maker, self.shapes = maker, _named(shapes)
+        self.known: dict[int, Priced | None] = {}
+        self.counts: dict[AdapterSpec, int] = {}  # a maker may give the same spec at every rank
+
+    def price(self, rank: int) -> Priced | None:
+        """Count and spec; None where the rank is above a bound."""
+        if rank not in self.known:
+            try:
+                spec = self.maker(rank)
+                if spec not in self.counts:
+                    self.counts[spec] = spec.count(self.shapes)
+                self.known[rank] = (self.counts[spec], spec)
+            except SpecError:
+                self.known[rank] = None
+        return self.known[rank]
+
+    def around(self, budget: int) -> tuple[Priced | None, Priced | None]:
+        """The largest count not above the budget and the smallest above it, each at its smallest rank."""
+        first = self.maker(1)
+        first.count(self.shapes)  # a setting that is wrong at every rank says why
+        scanned = self._irregular(first) if _turns_dense(first.network) else 0
+        prices = [p for rank in range(1, scanned + 1) if (p := self.price(rank))]
+        prices += self._bisected(scanned + 1, budget)
+        below = max((p for p in prices if p[0] <= budget), key=_count, default=None)
+        above = min((p for p in prices if p[0] > budget), key=_count, default=None)
+        return below, above
+
+    def _irregular(self, first: AdapterSpec) -> int:
+        """The last rank before all is dense that may be, until when the count may fall from rank to rank."""
+        # A part turns dense at half its longest side, and no side is longer than the mode it splits.
+        limit = max(-(-mode.size // 2) for group, _ in first.lay_out(self.shapes) for mode in group.modes)
+        final = self._graphs(limit)
+        low, high = 0, limit
+        while final is not None and high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._graphs(middle) == final else (middle, high)
+        return high
+
+    def _graphs(self, rank: int) -> list[Graph] | None:
+        try:
+            return [graph for _, graph in self.maker(rank).lay_out(self.shapes)]
+        except SpecError:
+            return None
+
+    def _bisected(self, low: int, budget: int) -> list[Priced]:
+        """The prices on both sides of the budget at ranks from `low` up, where counts only rise."""
+        if self.price(low) is None:
+            return []
+        inside = self._last(low, lambda p: p[0] <= budget)
+        found = [self.price(inside + 1)]
+        if inside >= low:
+            most = _count_of(self.price(inside))
+            found.append(self.price(self._last(low, lambda p: p[0] < most) + 1))
+        return [p for p in found if p]
+
+    def _last(self, low: int, holds: Callable[[Priced], bool]) -> int:
+        """The last rank from `low` up whose price exists and holds; low - 1 if none. Doubles, then halves."""
+
+        def good(rank: int) -> bool:
+            priced = self.price(rank) if rank <= MAX_RANK else None
+            return priced is not None and holds(priced)
+
+        step = 1
+        while good(low - 1 + step):
+            step *= 2
+        inside, outside = low - 1 + step // 2, low - 1 + step
+        while outside - inside > 1:
+            middle = (inside + outside) // 2
+            inside, outside = (middle, outside) if good(middle) else (inside, middle)
+        return inside
+
+
+def _named(shapes: Shapes) -> Mapping[str, Shape]:
+    """Names for a list of shapes, as `AdapterSpec.count` gives them: one weight a layer."""
+    if isinstance(shapes, Mapping):
+        return shapes
+    return {f"layer.{k}.weight": (int(d_out), int(d_in)) for k, (d_out, d_in) in enumerate(shapes)}
+
+
+def _count_of(priced: Priced | None) -> int:
+    return priced[0] if priced else 0
+
+
+def _turns_dense(part: Part) -> bool:
+    if isinstance(part, Kronecker | Hadamard):
+        return any(map(_turns_dense, part.parts))
+    return isinstance(part, CP) and part.dense_if_large

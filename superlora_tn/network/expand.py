@@ -1,0 +1,297 @@
+"""From a declared part and sized modes to a graph: parts expand to nodes, and the finest digits of the modes get names.
+
+An *axis* is a run of digits of a mode's index in mixed radix: ``(root, stride, size)``. Kronecker splits an axis
+into finer ones; where several parts split the same mode, the graph's indices are the common refinement, and a node
+that does not split a mode just carries several indices in a row. Sizes of 1 carry no index at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, singledispatch
+from itertools import pairwise
+
+from superlora_tn.declare.fold import FlatGroup, Group, Mode, factorise
+from superlora_tn.declare.parts import (
+    CP,
+    GROUP,
+    TOKEN,
+    Dense,
+    Hadamard,
+    Kronecker,
+    Network,
+    Part,
+    SpecError,
+    TensorTrain,
+    Tucker,
+)
+from superlora_tn.network.graph import Graph, GraphNode
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A run of digits of a root index: value = (root value // stride) % size."""
+
+    root: str
+    stride: int
+    size: int
+
+    def split(self, sizes: Sequence[int]) -> tuple[Axis, ...]:
+        """Cut into finer axes, slowest first."""
+        strides = [self.stride * math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
+        return tuple(Axis(self.root, stride, size) for stride, size in zip(strides, sizes, strict=True))
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A node while lowering: axes instead of indices; `zero` marks the part's own choice of the node that starts at 0."""
+
+    name: str
+    axes: tuple[Axis, ...]
+    init: str = "auto"
+    trainable: bool = True
+    zero: bool = False
+
+
+@lru_cache(maxsize=4096)
+def lower(part: Part, modes: tuple[Mode, ...], batch: int = 1) -> Graph:
+    """Give a part sizes: the graph whose contraction, modes in order, is the tensor of dW.
+
+    Args:
+        part: the declared network.
+        modes: the sized modes, in order.
+        batch: groups of a flat fold; every node gets one slice a group.
+
+    Raises:
+        SpecError: ranks above their bound, modes that do not split as declared, names used twice, nothing trainable.
+    """
+    axes = tuple(Axis(m.name, 1, m.size) for m in modes)
+    drafts = _start_at_zero(expand(part, axes))
+    named = list(modes)
+    if batch > 1:
+        drafts = [replace(d, axes=(Axis(GROUP, 1, batch), *d.axes)) for d in drafts]
+        named.insert(0, Mode(GROUP, batch, "member"))
+    counts = Counter(d.name for d in drafts)
+    twice = next((name for name, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise SpecError(f"two nodes are named '{twice}'; give each node a name of its own.")
+    fine = _refine([a for d in drafts for a in d.axes] + [Axis(m.name, 1, m.size) for m in named])
+    nodes = tuple(
+        GraphNode(d.name, tuple(a.size for a in d.axes), tuple(fine[a] for a in d.axes), d.init, d.trainable) for d in drafts
+    )
+    sizes = {name: a.size for a, names_ in fine.items() if len(names_) == 1 for name in names_}
+    indices = dict.fromkeys(i for names_ in fine.values() for i in names_)
+    return Graph(
+        nodes,
+        tuple((i, sizes[i]) for i in indices),
+        tuple((m, fine[Axis(m.name, 1, m.size)]) for m in named),
+    )
+
+
+def lower_group(part: Part, group: Group) -> Graph:
+    """The graph of one group of a fold."""
+    return lower(part, group.modes, group.groups if isinstance(group, FlatGroup) else 1)
+
+
+def _start_at_zero(drafts: list[Draft]) -> list[Draft]:
+    """Keep exactly one node at zero: the one declared so, else the part's own choice."""
+    if not any(d.trainable for d in drafts):
+        raise SpecError("the network has no trainable node; let at least one be trainable.")
+    declared = [d.name for d in drafts if d.init == "zeros"]
+    still = next((d.name for d in drafts if d.init == "zeros" and not d.trainable), None)
+    if still is not None:
+        raise SpecError(f"the frozen node '{still}' is zero, so dW would stay zero; give it another init, or train it.")
+    if len(declared) > 1:
+        raise SpecError(f"{' and '.join(declared)} start at zero; exactly one node may, or none ever trains.")
+    chosen = declared[0] if declared else next((d for d in drafts if d.zero), drafts[0]).name
+    return [replace(d, init="zeros") if d.name == chosen else d for d in drafts]
+
+
+def _refine(axes: list[Axis]) -> dict[Axis, tuple[str, ...]]:
+    """Name the finest digits: each axis becomes the run of indices between all borders that any axis draws."""
+    borders: dict[str, set[int]] = {}
+    for axis in axes:
+        borders.setdefault(axis.root, set()).update((axis.stride, axis.stride * axis.size))
+    fine: dict[Axis, tuple[str, ...]] = {}
+    taken = {*borders, TOKEN}
+    by_root: dict[str, list[Axis]] = {}
+    for axis in axes:
+        by_root.setdefault(axis.root, []).append(axis)
+    for root, cuts in borders.items():
+        chain = sorted(cuts)
+        for low, high in pairwise(chain):
+            if high % low:
+                raise SpecError(
+                    f"the mode '{root}' of size {chain[-1]} is split in two ways that do not fit together "
+                    f"(borders {low} and {high}); give both parts the same split."
+                )
+        runs = list(pairwise(chain))[::-1]
+        names = [root] if len(runs) == 1 else _digit_names(root, len(runs), taken)
+        for (low, high), name in zip(runs, names, strict=True):
+            fine[Axis(root, low, high // low)] = (name,)
+        for axis in by_root[root]:
+            fine[axis] = tuple(
+                n for (low, high), n in zip(runs, names, strict=True) if axis.stride <= low and high <= axis.stride * axis.size
+            )
+    return fine
+
+
+def _digit_names(root: str, count: int, taken: set[str]) -> list[str]:
+    """``out1 out2 ...``, with underscores in between where other indices are called so."""
+    mark = ""
+    while any(f"{root}{mark}{k + 1}" in taken for k in range(count)):
+        mark += "_"
+    names = [f"{root}{mark}{k + 1}" for k in range(count)]
+    taken.update(names)
+    return names
+
+
+@singledispatch
+def expand(part: Part, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
+    """The nodes of a part over the given axes. A new kind of part registers itself here."""
+    raise SpecError(f"{part!r} is not a part of a network; register it with graph.expand.")
+
+
+@expand.register
+def _(part: Dense, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
+    return [Draft(f"{prefix}weight", axes, zero=True)]
+
+
+def _bounded(owner: str, ranks: Sequence[int], bounds: Sequence[int], each: bool, sizes: Sequence[int]) -> None:
+    """Raise where a rank is above its bound; one rank for all bonds is measured against the largest bound."""
+    limits = bounds if each else [max(bounds)] * len(bounds)
+    for rank, limit in zip(ranks, limits, strict=True):
+        if rank > limit:
+            raise SpecError(
+                f"{owner} was given rank={rank} over modes of sizes {tuple(sizes)}; there a rank above {limit} adds nothing. "
+                f"Choose rank <= {limit}."
+            )
+
+
+def _zero_axis(axes: tuple[Axis, ...]) -> Axis:
+    """The mode whose factor starts at zero: `out` as in LoRA, else the first."""
+    return next((a for a in axes if a.root == "out"), axes[0])
+
+
+@expand.register
+def _(part: CP, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
+    sizes = [a.size for a in axes]
+    if part.dense_if_large and part.rank >= max(sizes) / 2:
+        return expand(Dense(), axes, prefix)
+    _bounded("CP", [part.rank], [math.prod(sizes) // max(sizes)], True, sizes)
+    if len(axes) == 1:
+        return [Draft(f"{prefix}factor_{axes[0].root}", axes, zero=True)]
+    bond = Axis(f"{prefix}r", 1, part.rank)
+    return [Draft(f"{prefix}factor_{a.root}", (a, bond), zero=a == _zero_axis(axes)) for a in axes]
+
+
+@expand.register
+def _(part: Tucker, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
+    names = [a.root for a in axes]
+    wanted = names if part.factors is None else part.factors.split()
+    for name in wanted:
+        if name not in names:
+            raise SpecError(f"Tucker was given factors='{part.factors}', but there is no mode '{name}'; modes are {names}.")
+    given = part.rank if isinstance(part.rank, tuple) else (part.rank,) * len(wanted)
+    if len(given) != len(wanted):
+        raise SpecError(f"Tucker was given {len(given)} ranks for the {len(wanted)} modes {wanted}; give one each.")
+    factored = [a for a in axes if a.root in wanted]
+    ranks = [given[wanted.index(a.root)] for a in factored]  # ranks are in the order the factors were named
+    sizes = [a.size for a in factored]
+    _bounded("Tucker", ranks, sizes, isinstance(part.rank, tuple), sizes)
+    bonds = {a: Axis(f"{prefix}r_{a.root}", 1, r) for a, r in zip(factored, ranks, strict=True)}
+    core = Draft(f"{prefix}core", tuple(bonds.get(a, a) for a in axes), zero=True)
+    return [core, *(Draft(f"{prefix}factor_{a.root}", (a, bonds[a])) for a in factored)]
+
+
+@expand.register
+def _(part: TensorTrain, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
+    count = len(axes) - 1
+    ranks = part.rank if isinstance(part.rank, tuple) else (part.rank,) * count
+    if len(ranks) != count:
+        raise SpecError(f"TensorTrain was given {len(ranks)} ranks for {len(axes)} modes; give {count}, or one number.")
+    sizes = [a.size for a in axes]
+    bounds = [min(math.prod(sizes[: k + 1]), math.prod(sizes[k + 1 :])) for k in range(count)]
+    if count:
+        _bounded("TensorTrain", ranks, bounds, isinstance(part.rank, tuple), sizes)
+    bonds = [Axis(f"{prefix}b{k + 1}", 1, r) for k, r in enumerate(ranks)]
+    zero = _zero_axis(axes)
+    return [
+        Draft(f"{prefix}core_{a.root}", (*bonds[max(k - 1, 0) : k], a, *bonds[k : k + 1]), zero=a == zero)
+        for k, a in enumerate(axes)
+    ]
+
+
+@expand.register
+def _(part: Kronecker, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
+    splits = [a.split(factorise(a.size, len(part.parts), part.factor)) for a in axes]
+    drafts = []
+    for k, inner in enumerate(part.parts):
+        nodes = expand(inner, tuple(s[k] for s in splits), f"{prefix}k{k + 1}_")
+        drafts += [replace(d, zero=d.zero and k == 0) for d in nodes]
+    return drafts
+
+
+@expand.register
+def _(part: Hadamard, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
+    drafts = []
+    for k, inner in enumerate(part.parts):
+        last = k == len(part.parts) - 1  # LoHa starts its second product at zero
+        drafts += [replace(d, zero=d.zero and last) for d in expand(inner, axes, f"{prefix}h{k + 1}_")]
+    return drafts
+
+
+@expand.register
+def _(part: Network, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
+    groups = part.mode_groups
+    if len(groups) != len(axes):
+        raise SpecError(
+            f"Network '{part.modes}' has {len(groups)} modes, but the fold has {len(axes)} "
+            f"({', '.join(f'{a.root}={a.size}' for a in axes)}); write one group of indices a mode."
+        )
+    known = dict(part.sizes)
+    places: dict[str, Axis] = {}
+    for group, axis in zip(groups, axes, strict=True):
+        places |= dict(zip(group, axis.split(_split_sizes(part, group, axis, known)), strict=True))
+    bonds = {i: Axis(_own_name(f"{prefix}{i}", part), 1, size) for i, size in part.sizes if i not in places}
+    _check_collisions(bonds, axes)
+    first = next(name for name, node in part.nodes if node.trainable)
+    return [
+        Draft(
+            f"{prefix}{name}", tuple({**bonds, **places}[i] for i in node.index_names), node.init, node.trainable, name == first
+        )
+        for name, node in part.nodes
+    ]
+
+
+def _own_name(bond: str, part: Network) -> str:
+    """The bond's name, with underscores where it is one of the library's own indices."""
+    while bond in (TOKEN, GROUP):
+        bond += "_"
+        while bond in dict(part.sizes):
+            bond += "_"
+    return bond
+
+
+def _check_collisions(bonds: Mapping[str, Axis], axes: tuple[Axis, ...]) -> None:
+    """A bond may not carry the name of a mode, or the two would become one index."""
+    for bond in bonds.values():
+        if bond.root in {a.root for a in axes}:
+            raise SpecError(f"Network names a bond '{bond.root}', which is a mode of the fold; call the bond otherwise.")
+
+
+def _split_sizes(part: Network, group: tuple[str, ...], axis: Axis, known: Mapping[str, int]) -> tuple[int, ...]:
+    """Sizes of a mode's indices: those declared, and the most even split of what is left."""
+    given = math.prod(known.get(i, 1) for i in group)
+    free = [i for i in group if i not in known]
+    if axis.size % given or (not free and given != axis.size):
+        declared = ", ".join(f"{i}={known[i]}" for i in group if i in known)
+        raise SpecError(
+            f"Network '{part.modes}' splits the mode '{axis.root}' of size {axis.size} as ({' '.join(group)}) with {declared}, "
+            f"which does not multiply to {axis.size}; choose sizes that do."
+        )
+    rest = dict(zip(free, factorise(axis.size // given, len(free)), strict=True)) if free else {}
+    return tuple({**known, **rest}[i] for i in group)

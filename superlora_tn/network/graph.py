@@ -1,0 +1,129 @@
+"""From a declared part and sized modes to one graph: nodes, indices, sizes. Everything else reads the graph.
+
+An *axis* is a run of digits of a mode's index in mixed radix: ``(root, stride, size)``. Kronecker splits an axis
+into finer ones; where several parts split the same mode, the graph's indices are the common refinement, and a node
+that does not split a mode just carries several indices in a row. Sizes of 1 carry no index at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+
+from superlora_tn.declare.fold import Mode
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """One tensor: its shape as stored, and the indices of each axis (none for a size of 1, several for a split mode)."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[tuple[str, ...], ...]
+    init: str
+    trainable: bool
+
+    @property
+    def indices(self) -> tuple[str, ...]:
+        """All indices in the order of memory."""
+        return tuple(i for axis in self.axes for i in axis)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A sized tensor network whose contraction is dW.
+
+    Attributes:
+        nodes: the tensors, in the order their parameters are kept.
+        sizes: (index, size) of every index.
+        modes: (mode, its indices) in the fold's order; `Mode.role` groups them as out, in, member or flat.
+    """
+
+    nodes: tuple[GraphNode, ...]
+    sizes: tuple[tuple[str, int], ...]
+    modes: tuple[tuple[Mode, tuple[str, ...]], ...]
+
+    @cached_property
+    def size(self) -> Mapping[str, int]:
+        """Index -> size."""
+        return dict(self.sizes)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the modes are those of a flat fold, which are not a weight's in and out."""
+        return any(mode.role == "flat" for mode, _ in self.modes)
+
+    def open(self, role: str) -> tuple[str, ...]:
+        """The open indices of a role (`out`, `in`, `member` or `flat`), slowest first."""
+        return tuple(i for mode, indices in self.modes if mode.role == role for i in indices)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Trainable numbers."""
+        return sum(math.prod(n.shape) for n in self.nodes if n.trainable)
+
+    def indices_of(self, node: GraphNode, fixed: bool = False) -> tuple[str, ...]:
+        """A node's indices; with `fixed`, without the member's, which are chosen beforehand."""
+        member = self.open("member") if fixed else ()
+        return tuple(i for i in node.indices if i not in member)
+
+    def shape_of(self, node: GraphNode, fixed: bool = False) -> tuple[int, ...]:
+        """A node's stored shape; with `fixed`, without the member's axes."""
+        member = set(self.open("member")) if fixed else set()
+        return tuple(s for s, axis in zip(node.shape, node.axes, strict=True) if not (axis and member.issuperset(axis)))
+
+    def member_values(self, positions: Sequence[int]) -> dict[str, int]:
+        """The value of each member index, from the positions of the member modes in order."""
+        values: dict[str, int] = {}
+        member_modes = [(m, i) for m, i in self.modes if m.role == "member"]
+        for position, (_, indices) in zip(positions, member_modes, strict=True):
+            for index in reversed(indices):
+                position, values[index] = divmod(position, self.size[index])
+        return values
+
+    def select(self, positions: Sequence[int]) -> tuple[tuple[int | slice, ...], ...]:
+        """For each node, the index expression that picks one member."""
+        values = self.member_values(positions)
+        return tuple(self._select_node(node, values) for node in self.nodes)
+
+    def _select_node(self, node: GraphNode, values: Mapping[str, int]) -> tuple[int | slice, ...]:
+        chosen: list[int | slice] = []
+        for axis in node.axes:
+            if not axis or axis[0] not in values:
+                chosen.append(slice(None))
+                continue
+            position = 0
+            for index in axis:
+                position = position * self.size[index] + values[index]
+            chosen.append(position)
+        return tuple(chosen)
+
+    def rows_of(self, node: GraphNode, low: int, high: int) -> tuple[slice, ...]:
+        """The index expression that cuts a node to the values `low .. high` of the slowest flat index."""
+        slowest = self.open("flat")[:1]
+        cut = [slice(None)] * len(node.axes)
+        for k, axis in enumerate(node.axes):
+            if axis and axis[:1] == slowest:
+                unit = node.shape[k] // self.size[axis[0]]
+                cut[k] = slice(low * unit, high * unit)
+        return tuple(cut)
+
+    def narrowed(self, index: str, size: int) -> Graph:
+        """The graph with fewer values of an index that is the slowest wherever it stands."""
+        ratio = Fraction(size, self.size[index])
+        nodes = tuple(
+            replace(n, shape=tuple(int(s * ratio) if index in a else s for s, a in zip(n.shape, n.axes, strict=True)))
+            for n in self.nodes
+        )
+        modes = tuple((replace(m, size=int(m.size * ratio)) if index in i else m, i) for m, i in self.modes)
+        return Graph(nodes, tuple((i, size if i == index else s) for i, s in self.sizes), modes)
+
+    def equation(self, fixed: bool = False) -> str:
+        """The network in words, e.g. ``out r, r in -> out in``."""
+        member = () if fixed else self.open("member")
+        result = member + self.open("flat") + self.open("out") + self.open("in")
+        terms = ", ".join(" ".join(self.indices_of(n, fixed)) or "1" for n in self.nodes)
+        return f"{terms} -> {' '.join(result)}"

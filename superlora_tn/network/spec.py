@@ -1,0 +1,105 @@
+"""`AdapterSpec`: an adapter as one frozen value: a network, a fold, a fixed map and a scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from superlora_tn.declare.codec import decode, encode
+from superlora_tn.declare.fold import FlatFold, Fold, Group, PhysicalFold, Shape
+from superlora_tn.declare.maps import PROJECTIONS, Projection
+from superlora_tn.declare.parts import PARTS, Kronecker, Part, SpecError, check_flag, check_number, reference_rank
+from superlora_tn.network.expand import lower_group
+from superlora_tn.network.graph import Graph
+
+MAX_ELEMENTS = 1 << 48
+PER_WEIGHT = PhysicalFold()
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What an adapter is: ``dW_g = scale * F(network_g)``, laid out by the fold (SuperLoRA, equation 4).
+
+    Args:
+        network: a part: `Dense`, `Tucker`, `CP`, `TensorTrain`, `Kronecker`, `Hadamard` or `Network`, nested at will.
+        fold: which weights share the network, and how they become its modes.
+        projection: a fixed map from the network's vector to the group's; only with a `FlatFold`.
+        alpha: dW is scaled by alpha / rank; None scales by 1. A network without a declared rank counts as rank 1.
+        dropout: probability of dropping an element of the adapter's input while training, as LoRA's.
+        rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023).
+
+    Raises:
+        SpecError: any of these is not what it has to be.
+    """
+
+    network: Part
+    fold: Fold = PER_WEIGHT
+    projection: Projection | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.network, PARTS):
+            raise SpecError(f"AdapterSpec was given network={self.network!r}; give a part such as CP(8) or Network(...).")
+        if isinstance(self.fold, FlatFold) and self.fold.splits is None:
+            parts = len(self.network.parts) if isinstance(self.network, Kronecker) and not self.fold.stacked else 1
+            object.__setattr__(self, "fold", replace(self.fold, splits=parts))
+        if not isinstance(self.fold, PhysicalFold | FlatFold):
+            raise SpecError(f"AdapterSpec was given fold={self.fold!r}; give PhysicalFold(...) or FlatFold(...).")
+        if self.projection is not None and not isinstance(self.projection, PROJECTIONS):
+            raise SpecError(
+                f"AdapterSpec was given projection={self.projection!r}; give Fastfood(...), Shuffle(...), Compose(...) or None."
+            )
+        if self.projection is not None and isinstance(self.fold, PhysicalFold):
+            raise SpecError("a projection maps a flat vector, but the fold is physical; use FlatFold(...), or no projection.")
+        if self.alpha is not None:
+            check_number("AdapterSpec", "alpha", self.alpha)
+        check_number("AdapterSpec", "dropout", self.dropout)
+        if not 0.0 <= self.dropout < 1.0:
+            raise SpecError(f"AdapterSpec was given dropout={self.dropout!r}; a probability from 0 up to, not including, 1.")
+        check_flag("AdapterSpec", "rslora", self.rslora)
+
+    @property
+    def scale(self) -> float:
+        """The factor of dW: alpha / rank, or alpha / sqrt(rank) with rslora; 1 without alpha."""
+        if self.alpha is None:
+            return 1.0
+        rank = reference_rank(self.network) or 1
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def lay_out(self, shapes: Mapping[str, Shape]) -> tuple[tuple[Group, Graph], ...]:
+        """Groups of the given targets (name -> (out, in)), each with its graph."""
+        if not shapes:
+            raise SpecError("the adapter was given no target; give at least one weight.")
+        for name, shape in shapes.items():
+            if len(shape) != 2 or not all(isinstance(s, int) and 1 <= s <= MAX_ELEMENTS for s in shape):
+                raise SpecError(f"target '{name}' has the shape {shape!r}; a weight is (out, in), whole numbers of at least 1.")
+        ratio = self.projection.ratio if self.projection else 1.0
+        return tuple((group, lower_group(self.network, group)) for group in self.fold.lay_out(shapes, ratio))
+
+    def count(self, shapes: Mapping[str, Shape] | Sequence[Shape]) -> int:
+        """Trainable parameters for weights of the given shapes, from the declaration alone.
+
+        Args:
+            shapes: (out, in) of each target, by module name, or as a list taken as one weight a layer, in order.
+        """
+        if not isinstance(shapes, Mapping):
+            shapes = {f"layer.{k}.weight": (int(o), int(i)) for k, (o, i) in enumerate(shapes)}
+        return sum(graph.num_parameters for _, graph in self.lay_out(shapes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain data, for JSON."""
+        return {f.name: encode(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> AdapterSpec:
+        """The spec that `to_dict` wrote; unknown or missing fields raise."""
+        if not isinstance(data, Mapping):
+            raise SpecError(f"a spec is a dict of its fields; it was given as {type(data).__name__}.")
+        names = {f.name for f in fields(cls)}
+        if set(data) != names:
+            raise SpecError(f"a spec has the fields {sorted(names)}; it was given {sorted(map(str, data))}.")
+        return cls(**{name: decode(value) for name, value in data.items()})

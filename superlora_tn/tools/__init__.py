@@ -1,0 +1,1 @@
+"""Uses of the library that nothing below imports: drawings, geometry, measurements."""

@@ -1,0 +1,294 @@
+"""Pictures: a network as nodes and bonds, a contraction tree coloured by cost, accuracy against parameters.
+
+Needs matplotlib (the `demo` extra). Every function writes a PNG and returns its path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from superlora_tn.contraction.plan import Plan
+from superlora_tn.network.graph import Graph
+
+INK, PAPER, OPEN, ZERO, FROZEN = "#1f2933", "#ffffff", "#9aa5b1", "#f6c85f", "#c3cfd9"
+PALETTE = ("#0b84a5", "#ca472f", "#6f4e7c", "#2e8b57", "#ffa056", "#8dddd0", "#b35c9e", "#5c6ac4", "#7a5c3e", "#444444")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured setting: trainable parameters, mean accuracy (0..1) and its spread over seeds."""
+
+    variant: str
+    parameters: int
+    accuracy: float
+    spread: float
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure and its axes, without touching pyplot's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(place)
+    return place
+
+
+def network(graph: Graph, path: str | Path, title: str = "") -> Path:
+    """Draw a graph: a circle a node (yellow starts at zero, grey is frozen), a line an index, a dot a hyperindex.
+
+    Args:
+        graph: what to draw.
+        path: where the PNG goes.
+        title: above the picture; the equation stands below it.
+    """
+    open_indices = [i for _, indices in graph.modes for i in indices]
+    places: dict[str, list[int]] = {}
+    for k, node in enumerate(graph.nodes):
+        for index in node.indices:
+            places.setdefault(index, []).append(k)
+    vertices: list[str] = [n.name for n in graph.nodes]
+    edges: list[tuple[int, int, str]] = []
+    for index, nodes in places.items():
+        ends = list(nodes)
+        if index in open_indices:
+            ends.append(len(vertices))
+            vertices.append(f">{index}")
+        if len(ends) == 2:
+            edges.append((ends[0], ends[1], index))
+            continue
+        vertices.append("")
+        # A leg carries the label of an open hyperindex, one branch that of a bond.
+        labelled = 0 if index not in open_indices else len(ends) - 1
+        edges += [(end, len(vertices) - 1, index if k == labelled else "") for k, end in enumerate(ends)]
+    # Two nodes keep room for the bond's label between them; a leg or a branch of a hyperindex is shorter.
+    lengths = [1.8 if all(vertices[v] and vertices[v][0] != ">" for v in (a, b)) else 1.1 for a, b, _ in edges]
+    spots = _springs(len(vertices), [(a, b, length) for (a, b, _), length in zip(edges, lengths, strict=True)])
+    # An inch a unit, or the labels of a large network would cover its lines.
+    width, height = np.ptp(spots, axis=0) + 1.8
+    figure, axes = _figure(max(width, 5.0), max(height, 3.6) + 0.6)
+    _draw_edges(axes, graph, edges, spots, vertices)
+    _draw_vertices(axes, graph, vertices, spots)
+    axes.set_title(title, color=INK)
+    axes.set_xlabel(graph.equation(), color=INK, fontsize=8, wrap=True)
+    _bare(axes, spots)
+    return _save(figure, path)
+
+
+def _springs(count: int, edges: Sequence[tuple[int, int, float]]) -> np.ndarray:
+    """Positions (count, 2) by stress majorisation: drawn distances near the lengths (a, b, length) along the edges."""
+    far = np.full((count, count), 5.0)  # parts that no edge joins stand this far apart
+    np.fill_diagonal(far, 0)
+    for a, b, length in edges:
+        far[a, b] = far[b, a] = length
+    for k in range(count):
+        far = np.minimum(far, far[:, k : k + 1] + far[k : k + 1, :])
+    starts = [np.random.default_rng(seed).normal(size=(count, 2)) * count / 4 for seed in range(12)]
+    return min((_relax(start, far) for start in starts), key=lambda found: found[1])[0]
+
+
+def _relax(spots: np.ndarray, far: np.ndarray) -> tuple[np.ndarray, float]:
+    """Move towards the wanted distances; the positions and the stress that is left."""
+    weights = 1 / np.maximum(far, 1) ** 2
+    np.fill_diagonal(weights, 0)
+    total = np.maximum(weights.sum(1), 1e-9)[:, None]
+    for _ in range(200):
+        gaps = spots[:, None] - spots[None]
+        lengths = np.maximum(np.linalg.norm(gaps, axis=2), 1e-9)
+        spots = (weights[..., None] * (spots[None] + gaps * (far / lengths)[..., None])).sum(1) / total
+    left = np.linalg.norm(spots[:, None] - spots[None], axis=2) - far
+    return spots, float((weights * left**2).sum())
+
+
+def _box(axes: Any, text: str, place: Any, size: int, face: Any, edge: str, style: str) -> None:
+    """Text in a box, centred on a place."""
+    box = {"boxstyle": style, "fc": face, "ec": edge}
+    axes.annotate(text, place, fontsize=size, color=INK, ha="center", va="center", zorder=3, bbox=box)
+
+
+def _draw_edges(
+    axes: Any, graph: Graph, edges: Sequence[tuple[int, int, str]], spots: np.ndarray, vertices: Sequence[str]
+) -> None:
+    for a, b, index in edges:
+        ends = spots[[a, b]]
+        is_open = vertices[a].startswith(">") or vertices[b].startswith(">")
+        axes.plot(*ends.T, color=OPEN if is_open else INK, linewidth=1.6, zorder=1)
+        if index and not is_open:
+            _box(axes, f"{index}={graph.size[index]}", ends.mean(0), 8, PAPER, "none", "round,pad=0.15")
+
+
+def _draw_vertices(axes: Any, graph: Graph, vertices: Sequence[str], spots: np.ndarray) -> None:
+    for name, (x, y) in zip(vertices, spots, strict=True):
+        if not name:
+            axes.plot(x, y, "o", color=INK, markersize=5, zorder=2)
+        elif name.startswith(">"):
+            _box(axes, f"{name[1:]}={graph.size[name[1:]]}", (x, y), 9, PAPER, OPEN, "round,pad=0.2")
+        else:
+            node = next(n for n in graph.nodes if n.name == name)
+            colour = FROZEN if not node.trainable else ZERO if node.init == "zeros" else "#a8d5e2"
+            _box(axes, name, (x, y), 9, colour, INK, "round,pad=0.5,rounding_size=0.8")
+
+
+def _bare(axes: Any, spots: np.ndarray) -> None:
+    low, high = spots.min(0) - 0.6, spots.max(0) + 0.6
+    axes.set_xlim(low[0], high[0])
+    axes.set_ylim(low[1], high[1])
+    axes.set_aspect("equal")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def tree(plan: Plan, path: str | Path, title: str = "") -> Path:
+    """Draw a plan as its contraction tree: leaves are operands, each join a step, its colour the step's share of the price.
+
+    Args:
+        plan: what to draw.
+        path: where the PNG goes.
+        title: above the picture.
+    """
+    from matplotlib import colormaps
+
+    count = len(plan.inputs)
+    spots, depth = _tree_spots(plan)
+    figure, axes = _figure(max(5.0, 1.7 * count), 1.6 + 0.9 * (depth + 1))
+    prices = [s.price(plan.device) for s in plan.steps]
+    total = sum(prices) or 1.0
+    for k, step in enumerate(plan.steps):
+        x, y = spots[count + k]
+        share = prices[k] / total
+        for child in (step.large, step.small):
+            axes.plot([spots[child][0], x], [spots[child][1], y], color=OPEN, linewidth=1.4, zorder=1)
+        text = f"{' '.join(step.result) or '1'}\n{step.flops:,} FLOPs, {share:.0%}"
+        _box(axes, text, (x, y), 8, colormaps["YlOrRd"](0.05 + 0.75 * share), INK, "round,pad=0.3")
+    for k, (name, indices) in enumerate(zip(plan.names, plan.inputs, strict=True)):
+        _box(axes, f"{name}\n{' '.join(indices) or '1'}", spots[k], 8, PAPER, INK, "round,pad=0.3")
+    axes.set_title(title or f"{plan.route} route, {plan.flops:,} FLOPs forward", color=INK, fontsize=10)
+    _bare(axes, np.array(list(spots.values())))
+    return _save(figure, path)
+
+
+def _tree_spots(plan: Plan) -> tuple[dict[int, tuple[float, float]], int]:
+    """Leaves side by side in the order the tree meets them, each join above the middle of what it joins."""
+    count = len(plan.inputs)
+    spots: dict[int, tuple[float, float]] = {}
+    height: dict[int, int] = {}
+
+    def place(k: int) -> None:
+        if k < count:
+            spots[k], height[k] = (1.7 * sum(j < count for j in spots), 0.0), 0
+            return
+        step = plan.steps[k - count]
+        for child in (step.large, step.small):
+            place(child)
+        height[k] = 1 + max(height[step.large], height[step.small])
+        spots[k] = ((spots[step.large][0] + spots[step.small][0]) / 2, 1.0 * height[k])
+
+    place(count + len(plan.steps) - 1)
+    return spots, max(height.values())
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats with as many parameters or fewer, by rising parameters."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.parameters, -p.accuracy)):
+        if not best or point.accuracy > best[-1].accuracy:
+            best.append(point)
+    return best
+
+
+def pareto(points: Sequence[Point], path: str | Path, title: str, references: Mapping[str, float] | None = None) -> Path:
+    """Draw accuracy against trainable parameters (log axis), with each variant's frontier line and that of all.
+
+    Args:
+        points: measured settings.
+        path: where the PNG goes.
+        title: above the picture.
+        references: accuracies drawn as horizontal lines, such as the frozen base's.
+    """
+    variants = list(dict.fromkeys(p.variant for p in points))
+    beside = len(variants) > 8  # so long a legend would lie on the points
+    figure, axes = _figure(8.8 if beside else 7.2, 4.8)
+    for k, variant in enumerate(variants):
+        own = [p for p in points if p.variant == variant]
+        colour = PALETTE[k % len(PALETTE)]
+        axes.errorbar(
+            [p.parameters for p in own],
+            [100 * p.accuracy for p in own],
+            [100 * p.spread for p in own],
+            fmt="os^D"[k // len(PALETTE) % 4],
+            color=colour,
+            markersize=6,
+            capsize=2,
+            elinewidth=1,
+            label=variant,
+            zorder=3,
+        )
+        line = frontier(own)
+        axes.plot([p.parameters for p in line], [100 * p.accuracy for p in line], "-", color=colour, linewidth=1.2, zorder=2)
+    best = frontier(points)
+    axes.step(
+        [p.parameters for p in best],
+        [100 * p.accuracy for p in best],
+        where="post",
+        color=OPEN,
+        linestyle=":",
+        linewidth=1.4,
+        label="frontier of all",
+        zorder=1,
+    )
+    for name, value in (references or {}).items():
+        axes.axhline(100 * value, color=INK, linewidth=0.8, linestyle="--")
+        axes.annotate(
+            f"{name} {100 * value:.1f} %",
+            (1, 100 * value),
+            xycoords=("axes fraction", "data"),
+            fontsize=8,
+            ha="right",
+            va="bottom",
+            color=INK,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("trainable parameters")
+    axes.set_ylabel("accuracy, %")
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.25, which="both")
+    place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if beside else {}
+    axes.legend(fontsize=8, framealpha=0.9, **place)
+    return _save(figure, path)
+
+
+def predictions(points: Sequence[tuple[float, float, str]], path: str | Path) -> Path:
+    """Draw predicted against measured seconds, both on log axes, with the line where they are equal.
+
+    Args:
+        points: (predicted, measured, route).
+        path: where the PNG goes.
+    """
+    figure, axes = _figure(5.6, 4.8)
+    for k, route in enumerate(dict.fromkeys(p[2] for p in points)):
+        own = [p for p in points if p[2] == route]
+        axes.plot([1e3 * p[0] for p in own], [1e3 * p[1] for p in own], "o", color=PALETTE[k], label=route, alpha=0.8)
+    values = [1e3 * value for p in points for value in p[:2]]
+    ends = [min(values), max(values)]
+    axes.plot(ends, ends, "--", color=OPEN, linewidth=1, label="as predicted")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("predicted, ms a step")
+    axes.set_ylabel("measured above the frozen layer, ms a step")
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(fontsize=8)
+    return _save(figure, path)

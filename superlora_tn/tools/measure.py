@@ -1,0 +1,177 @@
+"""Measure plans against the clock: this machine's balance, and a layer's step by each route and optimizer."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from superlora_tn.contraction.plan import Route, choose
+from superlora_tn.contraction.profile import CPU, DEVICES, Device
+from superlora_tn.contraction.search import Optimizer, PlanError
+from superlora_tn.declare.fold import Shape
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.update.base import Adapter
+from superlora_tn.update.make import make_adapter
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def fastest(run: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+    """Seconds of the fastest of several runs, after a first one."""
+    run()
+    times = []
+    for _ in range(repeats):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def calibrate(device: str | torch.device = "cpu") -> Device:
+    """Measure the present machine's balance, in about a second.
+
+    Args:
+        device: where to measure.
+
+    Returns:
+        A `Device` with the FLOP/s of a large float32 product, the bytes/s of a large copy, and the seconds of a small
+        operation, for `make_plan(..., device=...)` and `choose`.
+    """
+    place = torch.device(device)
+    side = 1024 if place.type == "cpu" else 8192
+    a, b = (torch.randn(side, side, device=place) for _ in range(2))
+    large = torch.randn(1 << (24 if place.type == "cpu" else 28), device=place)
+    copy, small = torch.empty_like(large), torch.randn(8, 8, device=place)
+    with torch.no_grad():
+        product = fastest(lambda: a @ b, place)
+        moved = fastest(lambda: copy.copy_(large), place)
+
+        def many() -> None:
+            x = small
+            for _ in range(100):
+                x = x @ small
+
+        operation = fastest(many, place) / 100
+    shipped = DEVICES.get(place.type, CPU)  # what batched and thin products lose is taken from there
+    speed, rate = 2 * side**3 / product, 2 * 4 * large.numel() / moved
+    return replace(shipped, name=f"{place} as measured", flops=speed, bandwidth=rate, latency=operation)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One layer's step: predicted and measured seconds above the frozen layer's, by route."""
+
+    label: str
+    shape: Shape
+    tokens: int
+    optimizer: str
+    predicted: dict[str, float]
+    measured: dict[str, float]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the prediction and the clock name the same faster route, or both routes are one contraction.
+
+        For few parameters the best way of x through the network may be to build dW first; then there is no choice.
+        """
+        apply, delta = self.predicted["apply"], self.predicted["delta"]
+        return abs(apply - delta) < 1e-3 * delta or min(self.predicted, key=self.predicted.__getitem__) == min(
+            self.measured, key=self.measured.__getitem__
+        )
+
+    @property
+    def regret(self) -> float:
+        """How much slower the predicted route is than the faster one, as a fraction."""
+        best = min(self.measured.values())
+        return (self.measured[min(self.predicted, key=self.predicted.__getitem__)] - best) / abs(best)
+
+    def row(self) -> dict[str, object]:
+        """As plain data."""
+        return {**asdict(self), "agrees": self.agrees, "regret": self.regret}
+
+
+def measure_routes(
+    label: str,
+    spec: AdapterSpec,
+    shape: Shape,
+    tokens: int,
+    profile: Device,
+    optimize: Optimizer = "dp",
+    backend: str = "tensorly_torch",
+    repeats: int = 7,
+) -> Measurement:
+    """Time a step (forward and backward) of the adapter alone by both routes, beside the prediction.
+
+    Args:
+        label: a name for the row.
+        spec: a declaration with a physical fold.
+        shape: (out, in) of the layer.
+        tokens: rows of x.
+        profile: the device to predict for.
+        optimize, backend: as in `attach`.
+        repeats: runs, of which the fastest counts.
+    """
+    [(group, graph)] = spec.lay_out({"layer": shape})
+    choice = choose(graph, shape, tokens, profile, optimize)
+    if choice.apply is None:
+        raise PlanError(f"{label} has a flat fold and so one route alone; there is nothing to compare. Use a physical fold.")
+    predicted: dict[str, float] = {"apply": choice.apply.price, "delta": choice.delta_price}
+    weight = nn.Parameter(torch.randn(shape), requires_grad=False)
+    x, gradient = torch.randn(tokens, shape[1], requires_grad=True), torch.randn(tokens, shape[0])
+    routes: tuple[Route, ...] = ("apply", "delta")
+    adapters: dict[str, Adapter | None] = {"frozen": None}
+    adapters |= {r: make_adapter(spec, group, graph, backend=backend, route=r, optimize=optimize) for r in routes}
+    best = dict.fromkeys(adapters, math.inf)
+    for k in range(repeats + 2):  # in turns, so that a slow moment of the machine hits all alike
+        for name, adapter in adapters.items():
+            start = time.perf_counter()
+            _step(adapter, x, gradient, weight)
+            if k >= 2:
+                best[name] = min(best[name], time.perf_counter() - start)
+    measured: dict[str, float] = {route: best[route] - best["frozen"] for route in routes}
+    return Measurement(label, shape, tokens, str(optimize), predicted, measured)
+
+
+def _step(adapter: Adapter | None, x: Tensor, gradient: Tensor, weight: Tensor) -> None:
+    x.grad = None
+    out = nn.functional.linear(x, weight)
+    if adapter is not None:
+        adapter.zero_grad(set_to_none=True)
+        out = adapter(x, "layer", out, weight)
+    torch.autograd.backward(out, gradient)
+
+
+def machine(device: str = "cpu") -> dict[str, str]:
+    """What a measurement ran on: date, processor or GPU, threads, versions of torch and Python."""
+    card = torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": card,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux gives it."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor()

@@ -1,0 +1,214 @@
+"""The adapter of a flat fold: one long vector in groups, of which each weight is a slice. Delta route only.
+
+Three ways to dW. `begin` builds all of it once a pass of the model. `delta` builds one weight's slice alone: where nothing
+is projected, the slowest mode's factors are cut to the rows that the slice needs. With `recompute`, each layer builds its
+slice when it runs, keeps nothing of it, and builds it again in backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from superlora_tn.contraction.backend import compiled
+from superlora_tn.contraction.plan import make_plan
+from superlora_tn.declare.fold import FlatGroup
+from superlora_tn.declare.parts import SpecError
+from superlora_tn.update.base import Adapter, Run
+from superlora_tn.update.eager import is_eager
+from superlora_tn.update.fixed_maps import fixed_map
+
+
+@dataclass(frozen=True)
+class _Slab:
+    """Elements of a run of groups: whole ones, or rows (values of the slowest index) of one.
+
+    Attributes:
+        groups: first and last (not included).
+        select: for each node the index expression that cuts it.
+        run: contracts the cut nodes.
+        skip, count: which elements of the rows are meant.
+    """
+
+    groups: tuple[int, int]
+    select: tuple[tuple[int | slice, ...], ...]
+    run: Run
+    skip: int
+    count: int
+
+
+class FlatAdapter(Adapter):
+    """The adapter of a flat fold: groups are runs of one long vector, and a weight is a slice of it.
+
+    Attributes:
+        recompute: whether backward builds dW again, in place of keeping it.
+    """
+
+    group: FlatGroup
+
+    def __init__(self, *arguments: Any, recompute: bool = False) -> None:
+        super().__init__(*arguments)
+        if self.route == "apply":
+            raise SpecError("a flat fold has no apply route: its modes are not the weight's in and out. Leave route=None.")
+        self.recompute = recompute
+        self.map = fixed_map(self.spec.projection, self.group.inner, self.group.length)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """See `Adapter.prepare`."""
+        members = self.group.members
+        self._multiply = {target: self._dense((d_out, d_in)) for target, (_, d_out, d_in) in members.items()}
+        self._slabs = {target: self._cut(start, start + d_out * d_in) for target, (start, d_out, d_in) in members.items()}
+        (self._all,) = self._cut(0, self.group.total)
+
+    @property
+    def fan_in(self) -> int:
+        """The members' largest in."""
+        return max(d_in for _, _, d_in in self.group.members.values())
+
+    def _cut(self, start: int, end: int) -> tuple[_Slab, ...]:
+        """The slabs that the elements `start .. end` lie in: a part of a group, whole groups, a part of a group."""
+        runs: list[tuple[int, int, int, int]] = []  # groups from .. to, and elements from .. to in them
+        for g in range(self.group.groups):
+            first, last = self.group.start(g), self.group.start(g + 1)
+            if first >= end or last <= start:
+                continue
+            begin, stop = max(start - first, 0), min(end, last) - first
+            before = runs[-1] if runs else (g, g, 0, 0)
+            if before[2] == begin == 0 and stop == last - first and before[3] == first - self.group.start(before[0]):
+                runs[-1:] = [(before[0], g + 1, 0, before[3] + stop)]
+            else:
+                runs.append((g, g + 1, begin, stop))
+        return tuple(self._slab(*run) for run in runs)
+
+    def _slab(self, first: int, last: int, begin: int, stop: int) -> _Slab:
+        """Elements `begin .. stop` of the groups `first .. last`."""
+        flat, graph, groups = self.graph.open("flat"), self.graph, last - first
+        row = math.prod(graph.size[i] for i in flat[1:])
+        low, high = begin // row, -(-stop // row)
+        # A projection mixes all elements of a group, so it needs them all.
+        if groups > 1 or self.map is not None or not flat:
+            low, high = 0, graph.size[flat[0]] if flat else 1
+        elif high - low < graph.size[flat[0]]:
+            graph = graph.narrowed(flat[0], high - low)
+        if 1 < groups < self.group.groups:
+            graph = graph.narrowed(graph.open("member")[0], groups)
+        run = compiled(make_plan(graph, "delta", 1, self.profile, self.optimize, fixed=groups == 1), self.backend)
+        select: list[tuple[int | slice, ...]] = [self.graph.rows_of(node, low, high) for node in self.graph.nodes]
+        if self.group.groups > 1:
+            select = [(first if groups == 1 else slice(first, last), *rows[1:]) for rows in select]
+        return _Slab((first, last), tuple(select), run, begin - low * row, stop - begin)
+
+    def _elements(self, slab: _Slab, nodes: Sequence[Tensor]) -> Tensor:
+        """The elements of a slab, scale included, as a vector."""
+        (first, last), inner = slab.groups, self.group.inner
+        cut = [tensor[select] for tensor, select in zip(nodes, slab.select, strict=True)]
+        # A map may be nonlinear, so the scale waits until after it.
+        rows = slab.run(*cut, alpha=1.0 if self.map is not None else self.scale).reshape(last - first, -1)
+        if self.map is not None:
+            rows = self.map(rows[:, :inner]) * self.scale
+        if last - first == 1:
+            return rows[0, slab.skip : slab.skip + slab.count]
+        lengths = [self.group.start(g + 1) - self.group.start(g) for g in range(first, last)]
+        longer, length = lengths.count(self.group.length), self.group.length
+        if longer == len(lengths):
+            return rows[:, :length].reshape(-1)
+        return torch.cat([rows[:longer, :length].reshape(-1), rows[longer:, : length - 1].reshape(-1)])
+
+    def _slice(self, target: str, nodes: Sequence[Tensor]) -> Tensor:
+        """dW of a target from its own slabs."""
+        pieces = [self._elements(slab, nodes) for slab in self._slabs[target]]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(self.group.members[target][1:])
+
+    def delta(self, target: str) -> Tensor:
+        """dW of a target, scale included, shape (out, in): cut from the groups it lies in."""
+        return self._slice(target, self.tensors())
+
+    @property
+    def shares(self) -> bool:
+        """Whether dW is built once a pass."""
+        return not self.recompute
+
+    def begin(self) -> None:
+        """Build dW of all members at once, for the forward pass of the model that follows.
+
+        The members' layers take it from here until its gradient has come back, or the next pass builds anew.
+        """
+        self._kept.drop()
+        if not self.active or not is_eager():
+            return
+        nodes, members = self.tensors(), self.group.members
+        flat = self._elements(self._all, nodes)
+        pieces = torch.split(flat, [d_out * d_in for _, d_out, d_in in members.values()])
+        self._kept.keep({t: p.reshape(members[t][1:]) for t, p in zip(members, pieces, strict=True)}, nodes, [flat])
+
+    def end(self) -> None:
+        """Without gradients nothing needs dW after the pass."""
+        if not torch.is_grad_enabled():
+            self._kept.drop()
+
+    def current(self, target: str) -> Tensor:
+        """dW of a target: the shared one, or its own."""
+        nodes = self.tensors()
+        kept = self._kept.get(target, nodes)
+        return self._slice(target, nodes) if kept is None else kept
+
+    def forward(self, x: Tensor, target: str, out: Tensor, base: Tensor | None = None) -> Tensor:
+        """See `Adapter.forward`."""
+        x = x if x.dtype == out.dtype else x.to(out.dtype)
+        if self.spec.dropout:
+            x, base = self.drop(x), None
+        if self.recompute and is_eager() and torch.is_grad_enabled():
+            given = None if base is None else out.detach()
+            arguments = (self, target, out.dtype, base, given, x, *self.tensors())
+            update: Tensor = _Recomputed.apply(*arguments)  # type: ignore[no-untyped-call]
+            return out + update.reshape(out.shape) if base is None else update
+        return self._multiply[target](x, self.current(target).to(out.dtype), out=out, base=base)
+
+
+class _Recomputed(torch.autograd.Function):
+    """``x dW^T`` that keeps x and the nodes alone; with `out`, a frozen layer's output, added to it in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        adapter: FlatAdapter,
+        target: str,
+        dtype: torch.dtype,
+        base: Tensor | None,
+        out: Tensor | None,
+        x: Tensor,
+        *nodes: Tensor,
+    ) -> Tensor:
+        delta = adapter._slice(target, nodes).to(dtype)
+        ctx.adapter, ctx.target, ctx.dtype, ctx.fused = adapter, target, dtype, base is not None
+        ctx.save_for_backward(x, *nodes, *([] if base is None else [base]))
+        if out is None:
+            return adapter._multiply[target](x, delta)
+        ctx.mark_dirty(out)
+        return adapter._multiply[target](x, delta, out=out, base=base)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # once: checkpointing unpacks it for a single reading
+        x, nodes, again = saved[0], saved[1 : len(saved) - ctx.fused], torch.is_grad_enabled()
+        source, *wanted = ctx.needs_input_grad[5:]
+        rows = grad.reshape(-1, grad.shape[-1])
+        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+            # Views, as a node may depend on another one.
+            views = [n.view_as(n) if again else n.detach().requires_grad_(w) for n, w in zip(nodes, wanted, strict=True)]
+            delta = ctx.adapter._slice(ctx.target, views).to(ctx.dtype)
+            with torch.set_grad_enabled(again):
+                through = rows @ delta if source else None
+                if through is not None and ctx.fused:
+                    through.addmm_(rows, saved[-1])
+                outer = rows.t() @ x.reshape(-1, x.shape[-1])
+            inputs = [n for n, want in zip(views, wanted, strict=True) if want]
+            found = iter(torch.autograd.grad(delta, inputs, outer, create_graph=again) if inputs else ())
+        grads = (next(found) if want else None for want in wanted)
+        return (None, None, None, None, None, None if through is None else through.reshape(x.shape), *grads)

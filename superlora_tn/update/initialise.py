@@ -1,0 +1,50 @@
+"""First values of an adapter's nodes: dW is exactly zero, and trains from there.
+
+Exactly one node is zero (`graph.lower` sees to it). The others share one rule, which gives plain LoRA its usual
+start: with v_n the variance of node n's elements, ``prod v_n = 1 / (3 fan_in)``, all equal, drawn uniformly. For LoRA
+that is A ~ U(-1/sqrt(in), 1/sqrt(in)), torch's and PEFT's default; for a network of k such nodes each gets the k-th
+root, so dW's first steps are about as large as LoRA's whatever the network.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from superlora_tn.network.graph import Graph, GraphNode
+
+SHARING = ("auto", "uniform", "normal")
+
+
+def first_values(graph: Graph, fan_in: int, generator: torch.Generator | None = None) -> list[Tensor]:
+    """First values of all nodes in graph order, float32 on the CPU, the same for a seed on every device.
+
+    Args:
+        graph: the network.
+        fan_in: length of the rows of the adapted weights.
+        generator: source of the random numbers; None takes torch's default.
+    """
+    sharing = sum(n.init in SHARING for n in graph.nodes)
+    deviation = (1 / (3 * fan_in)) ** (1 / (2 * max(sharing, 1)))
+    with torch.no_grad():
+        return [_fill(node, deviation, generator) for node in graph.nodes]
+
+
+def _fill(node: GraphNode, deviation: float, generator: torch.Generator | None) -> Tensor:
+    shape = node.shape
+    if node.init == "zeros":
+        return torch.zeros(shape)
+    if node.init == "ones":
+        return torch.ones(shape)
+    rows = math.prod(shape[:-1])
+    if node.init == "eye":
+        return torch.eye(rows, shape[-1] if shape else 1).reshape(shape)
+    if node.init == "normal":
+        return torch.randn(shape, generator=generator) * deviation
+    if node.init == "orthogonal":
+        values = torch.empty(max(rows, 1), shape[-1] if shape else 1)
+        return torch.nn.init.orthogonal_(values, generator=generator).reshape(shape)
+    bound = math.sqrt(3) * deviation
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

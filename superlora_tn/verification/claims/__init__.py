@@ -1,0 +1,1 @@
+"""What is claimed of a declaration: properties of every network, identities, reductions, counts."""

@@ -1,0 +1,89 @@
+"""Trainable numbers by the formulas of the papers, from a declaration and sizes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from superlora_tn.declare.fold import FlatFold, Shape
+from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, Network, Part, TensorTrain
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.verification.references.textbook import layer_and_type
+
+
+def group_count(spec: AdapterSpec, shapes: Mapping[str, Shape]) -> int:
+    """Trainable numbers of one group of weights."""
+    fold = spec.fold
+    if isinstance(fold, FlatFold):
+        total = sum(o * i for o, i in shapes.values())
+        groups = 1 if fold.groups == "weight" else int(fold.groups)
+        ratio = spec.projection.ratio if spec.projection else 1.0
+        inner = math.ceil(round(ratio * total / groups, 9))
+        width = max(i for _, i in shapes.values())
+        splits = fold.splits or 1
+        side = _side(inner, fold.order * splits) ** splits
+        sides = (width, math.ceil(inner / width)) if fold.stacked else (side,) * fold.order
+        return groups * part_count(spec.network, {f"m{k + 1}": s for k, s in enumerate(sides)})
+    d_out, d_in = next(iter(shapes.values()))
+    layers, types = (len({layer_and_type(n)[k] for n in shapes}) for k in (0, 1))
+    heads = fold.heads or 1
+    sizes = {"out": d_out // heads, "in": d_in, "head": heads, "layer": layers, "type": types, "member": len(shapes)}
+    return part_count(spec.network, {m: sizes[m] for m in fold.modes.split()})
+
+
+def part_count(part: Part, sizes: Mapping[str, int]) -> int:
+    """Trainable numbers of a part over modes of the given sizes."""
+    each = list(sizes.values())
+    if isinstance(part, Dense) or (isinstance(part, CP) and part.dense_if_large and 2 * part.rank >= max(each)):
+        return math.prod(each)
+    if isinstance(part, CP):
+        return part.rank * sum(each) if len(each) > 1 else each[0]
+    if isinstance(part, Hadamard):
+        return sum(part_count(p, sizes) for p in part.parts)
+    if isinstance(part, Kronecker):
+        splits = {m: split(s, len(part.parts), part.factor) for m, s in sizes.items()}
+        return sum(part_count(p, {m: s[k] for m, s in splits.items()}) for k, p in enumerate(part.parts))
+    if isinstance(part, Network):
+        return _network_count(part, sizes)
+    if isinstance(part, TensorTrain):
+        inner = part.rank if isinstance(part.rank, tuple) else (part.rank,) * (len(each) - 1)
+        bonds = [1, *inner, 1]
+        return sum(left * size * right for left, size, right in zip(bonds, each, bonds[1:], strict=False))
+    names = list(sizes) if part.factors is None else part.factors.split()
+    ranks = dict(zip(names, part.rank if isinstance(part.rank, tuple) else [part.rank] * len(names), strict=True))
+    core = math.prod(ranks.get(m, s) for m, s in sizes.items())
+    return core + sum(sizes[m] * r for m, r in ranks.items())
+
+
+def _network_count(part: Network, sizes: Mapping[str, int]) -> int:
+    known = dict(part.sizes)
+    for group, size in zip(part.mode_groups, sizes.values(), strict=True):
+        free = [i for i in group if i not in known]
+        left = size // math.prod(known.get(i, 1) for i in group)
+        known |= dict(zip(free, split(left, len(free)), strict=True)) if free else {}
+    return sum(math.prod(known[i] for i in node.index_names) for _, node in part.nodes if node.trainable)
+
+
+def split(size: int, count: int, factor: int = -1) -> tuple[int, ...]:
+    """PEFT's `factorization` for two; for more, ascending, the largest divisor not above the even share each time."""
+    if count == 2 and factor > 0 and size % factor == 0:
+        return (factor, size // factor)
+    found, left = [], size
+    for k in range(count, 1, -1):
+        most = min(factor, left) if factor > 0 else left
+        found.append(max(d for d in range(1, most + 1) if left % d == 0 and d**k <= left))
+        left //= found[-1]
+    return (*found, left) if count == 2 else tuple(sorted((*found, left)))
+
+
+def _side(length: int, order: int) -> int:
+    """The smallest d with ``d ** order >= length``, by trying."""
+    side = 1
+    while side**order < length:
+        side += 1
+    return side
+
+
+def totals(groups: Sequence[Mapping[str, Shape]], spec: AdapterSpec) -> int:
+    """Trainable numbers of all groups."""
+    return sum(group_count(spec, shapes) for shapes in groups)
