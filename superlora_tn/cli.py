@@ -196,13 +196,16 @@ def demo_command(args: argparse.Namespace) -> None:
 def reproduce_command(args: argparse.Namespace) -> int:
     """Run one of the paper's experiments."""
     try:
-        from superlora_tn.reproduce.command import Request, reproduce
-        from superlora_tn.reproduce.task import TaskError
+        from superlora_tn.demo.experiments import find_experiments
+
+        find_experiments()
+        from superlora_tn_paper.command import Request, reproduce
+        from superlora_tn_paper.task import TaskError
     except ImportError as error:
         raise UsageError(f"this needs the extra packages: pip install 'superlora_tn[reproduce]' ({error}).") from error
     data = args.data or (os.environ.get("SUPERLORA_DATA") if args.scale == "small" else None) or None
     try:
-        request = Request(args.experiment, Path(args.out), args.scale, data, args.model, args.target, args.device)
+        request = Request(args.experiment, Path(args.out), args.scale, data, args.model, args.domain, args.device)
         reproduce(request, args.json)
     except TaskError as error:
         raise UsageError(str(error)) from error
@@ -240,7 +243,7 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--scale", choices=("small", "full"), default="small", help="minutes on one core, or the paper's size")
     again.add_argument("--data", help="the data folder (small; or SUPERLORA_DATA), or a data set's folder or hub name (full)")
     again.add_argument("--model", help="with --scale full: a folder or hub name of a vision transformer")
-    again.add_argument("--target", default="tinyimagenet30", help="of classification with a data folder; or mnist")
+    again.add_argument("--domain", default="tinyimagenet30", help="of classification with a data folder; or mnist")
     again.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
     again.add_argument("--out", default="out/reproduce", help="where reports, figures and finished jobs go")
     listing = add("variants", variants_command, "list the variants with their networks and counts")

@@ -15,13 +15,13 @@ pytest.importorskip("transformers", reason="the demo extra is not installed")
 pytest.importorskip("sklearn", reason="the demo extra is not installed")
 
 from rich.console import Console
+from superlora_tn_paper import diffusion, diffusion_report, domains
+from superlora_tn_paper.denoising import Schedule, Training, TrainingState, held_out_loss, sample, train
+from superlora_tn_paper.diffusion_report import compare
+from superlora_tn_paper.diffusion_settings import LEVELS, PAPER_ELEMENTS, level_budget, settings
+from superlora_tn_paper.unet import TARGETS, UNet, UNetShape, attention_shapes, build
 
 import superlora_tn as sl
-from superlora_tn.reproduce import diffusion, domains
-from superlora_tn.reproduce.denoising import Run, Schedule, Training, held_out_loss, sample, train
-from superlora_tn.reproduce.diffusion_report import compare
-from superlora_tn.reproduce.diffusion_settings import LEVELS, PAPER_ELEMENTS, level_budget, settings
-from superlora_tn.reproduce.unet import TARGETS, UNet, UNetShape, attention_shapes, build
 
 DATA = Path(os.environ.get("SUPERLORA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 TINY = UNetShape(size=8, channels=16, multipliers=(1, 2), halvings=1)
@@ -52,7 +52,7 @@ def paper() -> dict[str, tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def digits() -> Tensor:
-    return domains.target("train", 8).images[:64]
+    return domains.abroad("train", 8).images[:64]
 
 
 def test_the_unet_has_the_papers_q_and_v(paper: dict[str, tuple[int, int]]) -> None:
@@ -156,7 +156,7 @@ def test_noising_keeps_unit_variance_and_the_images_share(schedule: Schedule) ->
 
 def test_the_average_follows_its_formula() -> None:
     model = build(TINY, 0)
-    run = Run(model, Training(steps=9, batch=1, lr=1e-3, decay=0.9), 0)
+    run = TrainingState(model, Training(steps=9, batch=1, lr=1e-3, decay=0.9), 0)
     expected = [p.detach().double() for p in run.parameters]
     for step in range(1, 30):
         with torch.no_grad():
@@ -253,28 +253,28 @@ def test_sampling_with_perfect_noise_gives_the_image_back() -> None:
 
 
 def test_the_source_is_digits_in_colour_and_the_target_is_grey() -> None:
-    home, abroad = domains.source(40, 8, 0), domains.target("test", 8)
+    home, abroad = domains.home(40, 8, 0), domains.abroad("test", 8)
     assert home.images.shape == (40, 3, 8, 8)
     assert home.images.dtype == abroad.images.dtype == torch.uint8
     assert "no SVHN" in home.words
     assert "scikit-learn" in abroad.words
     assert torch.equal(abroad.images[:, 0], abroad.images[:, 2])
     assert not torch.equal(home.images[:, 0], home.images[:, 2])
-    assert torch.equal(domains.source(40, 8, 0).images, home.images)
-    assert not torch.equal(domains.source(40, 8, 1).images, home.images)
+    assert torch.equal(domains.home(40, 8, 0).images, home.images)
+    assert not torch.equal(domains.home(40, 8, 1).images, home.images)
 
 
 def test_grey_images_are_the_mean_of_the_colours() -> None:
-    colour, grey = domains.source(40, 8, 0).images, domains.source(40, 8, 0, colours=1).images
+    colour, grey = domains.home(40, 8, 0).images, domains.home(40, 8, 0, colours=1).images
     assert grey.shape == (40, 1, 8, 8)
     # Rounding to whole grey levels.
     assert (grey[:, 0].float() - colour.float().mean(1)).abs().max() <= 0.5 + 1e-3
-    assert domains.target("test", 8, colours=1).images.shape == (897, 1, 8, 8)
+    assert domains.abroad("test", 8, colours=1).images.shape == (897, 1, 8, 8)
 
 
 @pytest.mark.skipif(not (DATA / "svhn_train1083").is_dir(), reason=f"the real digits are not at {DATA}")
 def test_real_digits_are_used_where_they_are() -> None:
-    home, abroad = domains.source(30, 16, 0, DATA, 1), domains.target("test", 16, DATA, 1)
+    home, abroad = domains.home(30, 16, 0, DATA, 1), domains.abroad("test", 16, DATA, 1)
     assert home.words == ("15 variations of the first 1,083 SVHN images and 15 printed digits composed on coloured grounds")
     assert abroad.words == "MNIST, test images"
     assert home.images.shape == (30, 1, 16, 16)
@@ -287,7 +287,7 @@ def test_full_svhn_is_read_where_it_is(tmp_path: Path) -> None:
     io = pytest.importorskip("scipy.io", reason="scipy is not installed")
     images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 5), dtype=np.uint8)
     io.savemat(tmp_path / domains.FULL_SVHN, {"X": images, "y": np.array([[1], [10], [3], [9], [2]], np.uint8)})
-    found = domains.source(9, 16, 0, tmp_path)
+    found = domains.home(9, 16, 0, tmp_path)
     assert found.words == "SVHN, all 5 training images"
     assert found.labels.tolist() == [1, 0, 3, 9, 2]
     means = images.astype(np.float64).reshape(16, 2, 16, 2, 3, 5).mean((1, 3)).transpose(3, 2, 0, 1)
@@ -298,7 +298,7 @@ def test_full_svhn_is_read_where_it_is(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
     folder = tmp_path_factory.mktemp("diffusion")
-    return folder, diffusion.experiment(folder, "tiny", RECIPE, None, "cpu", Console(quiet=True))
+    return folder, diffusion.run_recipe(folder, "tiny", RECIPE, None, "cpu", Console(quiet=True))
 
 
 def test_the_run_writes_its_result_and_two_pictures(outcome: tuple[Path, dict[str, object]]) -> None:
@@ -336,14 +336,14 @@ def test_adaptation_moves_the_model_away_from_the_base(outcome: tuple[Path, dict
 def test_a_second_run_takes_up_every_finished_job(outcome: tuple[Path, dict[str, object]]) -> None:
     folder, result = outcome
     before = {path: path.stat().st_mtime_ns for path in (folder / "diffusion_jobs").rglob("*") if path.is_file()}
-    again = diffusion.experiment(folder, "tiny", RECIPE, None, "cpu", Console(quiet=True))
+    again = diffusion.run_recipe(folder, "tiny", RECIPE, None, "cpu", Console(quiet=True))
     assert {path: path.stat().st_mtime_ns for path in (folder / "diffusion_jobs").rglob("*") if path.is_file()} == before
     assert again["rows"] == result["rows"]
 
 
 def test_the_report_has_every_row_and_says_what_was_used(outcome: tuple[Path, dict[str, object]]) -> None:
     result = outcome[1]
-    text = diffusion.report(result)
+    text = diffusion_report.report(result)
     for words in ("no SVHN in the data folder", "scikit-learn's 8x8 scans", "It is not FID", "diffusion_scores.png"):
         assert words in text
     table = [line for line in text.splitlines() if line.startswith("| ")]
@@ -366,13 +366,13 @@ def _invented(**scores: float) -> dict[str, object]:
     ("lorta", "verdict"), [(3.0, "Yes, and it is better"), (5.1, "Yes: LoRTA"), (9.0, "No, not at this scale")]
 )
 def test_the_headline_is_computed_from_the_rows(lorta: float, verdict: str) -> None:
-    found = diffusion.answers(_invented(real=1.0, none=50.0, dense=4.0, lora=5.0, lorta=lorta))
+    found = diffusion_report.answers(_invented(real=1.0, none=50.0, dense=4.0, lora=5.0, lorta=lorta))
     assert any(verdict in answer and "9.3 times fewer" in answer for answer in found)
     assert "3 of 3 settings chose the smallest or the largest rate that was tried." in found
 
 
 def test_the_headline_is_not_asked_where_lora_itself_does_not_help() -> None:
-    found = diffusion.answers(_invented(real=1.0, none=5.0, dense=4.0, lora=5.0, lorta=5.0))
+    found = diffusion_report.answers(_invented(real=1.0, none=5.0, dense=4.0, lora=5.0, lorta=5.0))
     assert any("Not asked: LoRA itself is not clearly better than no adaptation" in answer for answer in found)
 
 

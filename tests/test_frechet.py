@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("sklearn", reason="the demo extra is not installed")
 
-from superlora_tn.reproduce.score import frechet, frechet_spread, moments
+from superlora_tn_paper.judge import frechet, frechet_spread, moments
 
 
 def test_frechet_of_diagonal_gaussians_is_the_closed_form() -> None:

@@ -207,8 +207,8 @@ def test_weights_without_a_partner_are_named() -> None:
 def test_the_figure_has_a_row_a_type_and_a_line_a_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="the demo extra is not installed")
     made = []
-    panels = geometry._panels
-    monkeypatch.setattr(geometry, "_panels", lambda *size: made.append(panels(*size)) or made[-1])
+    panels = geometry.panels
+    monkeypatch.setattr(geometry, "panels", lambda *size: made.append(panels(*size)) or made[-1])
     names = [f"encoder.layer.{k}.attention.{kind}" for k in range(3) for kind in ("query", "value")]
     results = {variant: {name: Comparison(0.1 * k, 0.2, 3.0 + k) for k, name in enumerate(names)} for variant in ("LoRA", "2D")}
     del results["2D"][names[2]]  # a variant may lack a weight

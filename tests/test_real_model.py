@@ -14,11 +14,11 @@ from types import ModuleType
 import pytest
 import torch
 from models import same_state
+from superlora_tn_paper.vit import Vit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import superlora_tn as sl
-from superlora_tn.reproduce.vit import Vit
 
 DATA = Path(os.environ.get("SUPERLORA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 WEIGHTS = DATA / "weights_vit_cifar10" / "vit_cifar10.pth"

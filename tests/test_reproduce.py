@@ -11,20 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the reproduce extra is not installed")
-pytest.importorskip("sklearn", reason="the reproduce extra is not installed")
+pytest.importorskip("transformers", reason="the demo extra is not installed")
+pytest.importorskip("sklearn", reason="the demo extra is not installed")
+
+from superlora_tn_paper import classification, classification_report, geometry_report, report
+from superlora_tn_paper.classification import map_words
+from superlora_tn_paper.classification_answers import QUESTIONS, pairs, rank_answer, rank_pairs, summary, tenth_answer, tenths
+from superlora_tn_paper.classification_settings import settings
+from superlora_tn_paper.classification_training import Recipe
+from superlora_tn_paper.command import Request, reproduce
+from superlora_tn_paper.differences import difference
+from superlora_tn_paper.task import MEAN, STD, folder_task
 
 from superlora_tn.cli import main
-from superlora_tn.demo.base import Recipe as DigitsRecipe
-from superlora_tn.reproduce import classification, geometry_run, report
-from superlora_tn.reproduce.answers import QUESTIONS, difference, pairs, rank_answer, rank_pairs, summary, tenth_answer, tenths
-from superlora_tn.reproduce.classification import map_words
-from superlora_tn.reproduce.command import Request, reproduce
-from superlora_tn.reproduce.settings import settings
-from superlora_tn.reproduce.task import MEAN, STD, folder_task
-from superlora_tn.reproduce.training import Recipe
+from superlora_tn.demo.base import DigitsRecipe
 
 DATA = Path(os.environ.get("SUPERLORA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 VIT = {f"layers.{k}.self_attn.{part}": (128, 128) for k in range(6) for part in ("q_proj", "v_proj")}
 TINY = Recipe(steps=4, batch=8, rates=(1e-3, 4e-3), head_rates=(1e-2,), seeds=(0, 1), apart=0.2, look=450)
 DIGITS = DigitsRecipe(dim=16, layers=2, heads=2, pool=256, base_steps=8, base_batch=32)
@@ -98,7 +101,7 @@ def test_classification_and_geometry_share_their_runs_and_their_report(tmp_path,
     text = (tmp_path / "report.md").read_text()
     for heading in ("# Image classification", "# Geometry", "Does dE fall", "What does shuffling give?"):
         assert heading in text
-    for picture in (report.PARETO, geometry_run.LAYERS, geometry_run.COUNTS):
+    for picture in (classification_report.PARETO, geometry_report.LAYERS, geometry_report.COUNTS):
         assert f"({picture})" in text
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     for name, data in (("classification", result), ("geometry", found)):
@@ -108,12 +111,12 @@ def test_classification_and_geometry_share_their_runs_and_their_report(tmp_path,
 def test_rates_are_chosen_without_test_images(tmp_path, short, monkeypatch):
     """Labels of the test images change nothing but the accuracies that are reported."""
     first = go(tmp_path / "one")
-    from superlora_tn.reproduce import command, task
+    from superlora_tn_paper import command, task
 
     def shifted(out, recipe, show):
         made = task.digits_task(out, recipe, show)
         source = made.test.source
-        return replace(made, test=task.Split.whole(task.Memory(source.images, (source.labels + 1) % 10)))
+        return replace(made, test=task.Subset.whole(task.Memory(source.images, (source.labels + 1) % 10)))
 
     monkeypatch.setattr(command, "digits_task", shifted)
     second = go(tmp_path / "two")
@@ -185,11 +188,18 @@ def test_a_difference_is_judged_by_its_spread_over_the_seeds():
     assert difference([0.1], [0.9]).verdict == "one seed: not judged"
 
 
+@pytest.mark.parametrize("folder", sorted(RESULTS.iterdir()), ids=lambda folder: folder.name)
+def test_the_committed_reports_are_what_their_results_say(folder):
+    assert report.text(folder) == (folder / "report.md").read_text()
+
+
 def trends(rise):
     """A geometry result in which all measures of two LoRA settings differ by `rise`, and dense lies at distance 1."""
 
     def weights(value):
-        return [{f"layers.0.{n}": dict.fromkeys(geometry_run.SHORT, value + 0.001 * k) for n in ("q", "v")} for k in range(3)]
+        return [
+            {f"layers.0.{n}": dict.fromkeys(geometry_report.SHORT, value + 0.001 * k) for n in ("q", "v")} for k in range(3)
+        ]
 
     rows = [("dense", 1000, 1.0), ("LoRA", 10, 0.5), ("LoRA", 100, 0.5 + rise)]
     return {
@@ -202,7 +212,7 @@ def trends(rise):
 
 
 def test_the_geometry_report_follows_the_rows():
-    rising, falling = geometry_run.report(trends(0.1)), geometry_run.report(trends(-0.1))
+    rising, falling = geometry_report.report(trends(0.1)), geometry_report.report(trends(-0.1))
     assert "dL rises: **yes**, in 2 of 2" in rising
     assert "dE falls: **no**, in 0 of 2" in rising
     assert "dL rises: **no**, in 0 of 2" in falling
@@ -213,7 +223,7 @@ def test_the_geometry_report_follows_the_rows():
 @pytest.fixture
 def local(tmp_path, monkeypatch):
     """A tiny ViT and a tiny set of images on disk, as the hub would give them; the network is out of reach."""
-    datasets = pytest.importorskip("datasets", reason="the reproduce extra is not installed")
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
     from PIL import Image
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
@@ -276,7 +286,7 @@ def test_names_that_cannot_be_loaded_are_answered_with_what_to_do(tmp_path, loca
     [
         (["--data", "nowhere"], "the data folder nowhere has no weights_vit_cifar10/vit_cifar10.pth; give another --data"),
         (["--model", "some/vit"], "--model some/vit goes with --scale full"),
-        (["--data", "nowhere", "--target", "cats"], "there is no target 'cats'; choose one of tinyimagenet30, mnist"),
+        (["--data", "nowhere", "--domain", "cats"], "there is no domain 'cats'; choose one of tinyimagenet30, mnist"),
         (["--device", "cuda"], "torch sees no GPU here; use --device cpu"),
     ],
 )

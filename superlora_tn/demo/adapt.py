@@ -5,7 +5,8 @@ import statistics
 import torch
 from torch import Tensor, nn
 
-from superlora_tn.demo.base import OnStep, fit
+from superlora_tn.demo.base import train
+from superlora_tn.demo.progress import OnStep
 
 
 def adapt(
@@ -30,4 +31,4 @@ def adapt(
         raise ValueError("no parameter of the model requires grad: attach an adapter before adapting")
     # No weight decay: an adapter starts at no change, so decay would only pull it back to the base.
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
-    return statistics.median(fit(model, optimizer, train_images, train_labels, steps, batch, seed, on_step))
+    return statistics.median(train(model, optimizer, train_images, train_labels, steps, batch, seed, on_step))

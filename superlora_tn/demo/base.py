@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,17 +18,15 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from superlora_tn.demo.digits import printed_digits
-from superlora_tn.demo.files import whole
-
-OnStep = Callable[[int, int, float], None]
-"""Called after each optimiser step with (steps done, steps in all, loss)."""
+from superlora_tn.demo.progress import OnStep
+from superlora_tn.demo.whole_file import whole_file
 
 _REVISION = 1  # raise it when the drawing or the training code changes, so that older cached bases expire
 _CLIP = 1.0  # largest gradient norm: adapters that multiply several factors meet sudden slopes
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DigitsRecipe:
     """Every hyper-parameter of the demo: the base and its pre-training, then one adaptation run."""
 
     # The base, and its pre-training on printed digits.
@@ -55,11 +53,11 @@ class Recipe:
         return json.dumps(facts | {"revision": _REVISION, "transformers": transformers.__version__}, sort_keys=True)
 
 
-FULL = Recipe()
-QUICK = Recipe(pool=10_000, base_steps=500, base_batch=64, steps=60, seeds=(0,))
+FULL = DigitsRecipe()
+QUICK = DigitsRecipe(pool=10_000, base_steps=500, base_batch=64, steps=60, seeds=(0,))
 
 
-def build_vit(recipe: Recipe) -> ViTForImageClassification:
+def build_vit(recipe: DigitsRecipe) -> ViTForImageClassification:
     """Build the untrained ViT: takes (batch, 1, size, size), gives ``.logits`` (batch, 10).
 
     The caller's random state is left as it was.
@@ -81,11 +79,11 @@ def build_vit(recipe: Recipe) -> ViTForImageClassification:
         return ViTForImageClassification(config)
 
 
-def pretrain(model: nn.Module, recipe: Recipe, on_step: OnStep | None = None) -> None:
+def pretrain(model: nn.Module, recipe: DigitsRecipe, on_step: OnStep | None = None) -> None:
     """Train every parameter of ``model`` in place on printed digits; leaves it in eval mode."""
     images, labels = printed_digits(recipe.pool, recipe.base_seed, "train", recipe.size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.base_lr, weight_decay=0.05)
-    fit(model, optimizer, images, labels, recipe.base_steps, recipe.base_batch, recipe.base_seed, on_step)
+    train(model, optimizer, images, labels, recipe.base_steps, recipe.base_batch, recipe.base_seed, on_step)
 
 
 @contextmanager
@@ -105,7 +103,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
-def fit(
+def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     images: Tensor,
@@ -130,7 +128,7 @@ def fit(
         start = time.perf_counter()
         rows = torch.randint(len(labels), (batch,), generator=generator)
         loss = F.cross_entropy(model(pixel_values=images[rows]).logits, labels[rows])
-        _descend(optimizer, loss)
+        _step_down(optimizer, loss)
         schedule.step()
         seconds.append(time.perf_counter() - start)
         if on_step is not None:
@@ -139,7 +137,7 @@ def fit(
     return seconds
 
 
-def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def _step_down(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """Take one optimiser step down the clipped gradient of a scalar loss."""
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
@@ -158,7 +156,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return int((torch.cat(guesses) == labels).sum()) / len(labels)
 
 
-def pretrained(recipe: Recipe, cache_dir: Path | None = None, on_step: OnStep | None = None) -> ViTForImageClassification:
+def pretrained(recipe: DigitsRecipe, cache_dir: Path | None = None, on_step: OnStep | None = None) -> ViTForImageClassification:
     """Return the pre-trained base, in eval mode, from ``cache_dir`` if it holds this recipe's.
 
     Otherwise it is trained, and kept in ``cache_dir`` (made if missing) unless that is None; ``on_step``
@@ -190,5 +188,5 @@ def _recorded_in(path: Path) -> str | None:
 def _save(model: nn.Module, path: Path, record: str) -> None:
     """Write the weights with their recipe; a run that is stopped halfway leaves no broken file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as partial:
+    with whole_file(path) as partial:
         save_file(model.state_dict(), partial, metadata={"recipe": record})

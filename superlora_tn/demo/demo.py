@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from superlora_tn.declare.maps import Fastfood
 from superlora_tn.demo.adapt import adapt
-from superlora_tn.demo.base import FULL, QUICK, Recipe, accuracy, pretrained
+from superlora_tn.demo.base import FULL, QUICK, DigitsRecipe, accuracy, pretrained
 from superlora_tn.demo.digits import printed_digits, scanned_digits
 from superlora_tn.demo.progress import on_step, progress
 from superlora_tn.model.attach import attach
@@ -83,7 +83,7 @@ class Task:
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     zero_shot: float
-    recipe: Recipe
+    recipe: DigitsRecipe
 
 
 def run(out: Path, quick: bool = False, as_json: bool = False) -> list[Result]:
@@ -114,7 +114,7 @@ def run(out: Path, quick: bool = False, as_json: bool = False) -> list[Result]:
     return results
 
 
-def _prepare(recipe: Recipe, out: Path, bar: Progress) -> tuple[Task, float]:
+def _prepare(recipe: DigitsRecipe, out: Path, bar: Progress) -> tuple[Task, float]:
     """The frozen base, the scans, and the base's accuracy at home."""
     model = pretrained(recipe, out, on_step(bar, "pre-training on printed digits"))
     train, test = scanned_digits("train", size=recipe.size), scanned_digits("test", size=recipe.size)

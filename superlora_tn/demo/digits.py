@@ -102,7 +102,7 @@ def _glyph(face: ImageFont.FreeTypeFont, digit: str, canvas: int) -> Tensor:
     return pixels.view(1, canvas, canvas).float() / 255
 
 
-def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+def uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
     """Draw ``count`` numbers uniformly from [low, high]."""
     return low + (high - low) * torch.rand(count, generator=generator)
 
@@ -110,13 +110,13 @@ def _uniform(count: int, low: float, high: float, generator: torch.Generator) ->
 def _warp(glyphs: Tensor, generator: torch.Generator) -> Tensor:
     """Stretch, slant, turn and shift each glyph at random: (n, 1, canvas, canvas) to the same shape."""
     n = len(glyphs)
-    angle = _uniform(n, -15, 15, generator) * (math.pi / 180)
-    slant = _uniform(n, -0.2, 0.2, generator)
+    angle = uniform(n, -15, 15, generator) * (math.pi / 180)
+    slant = uniform(n, -0.2, 0.2, generator)
     # grid_sample maps the image back to the glyph, hence one over the enlargement.
-    across = 1 / _uniform(n, 0.7, 1.2, generator)
-    down = 1 / _uniform(n, 0.8, 1.2, generator)
+    across = 1 / uniform(n, 0.7, 1.2, generator)
+    down = 1 / uniform(n, 0.8, 1.2, generator)
     cos, sin = angle.cos(), angle.sin()
-    shift = _uniform(2 * n, -0.12, 0.12, generator).view(n, 2)
+    shift = uniform(2 * n, -0.12, 0.12, generator).view(n, 2)
     top = torch.stack([across * (cos + slant * sin), across * (slant * cos - sin), shift[:, 0]], dim=1)
     low = torch.stack([down * sin, down * cos, shift[:, 1]], dim=1)
     grid = F.affine_grid(torch.stack([top, low], dim=1), list(glyphs.shape), align_corners=False)
@@ -126,8 +126,8 @@ def _warp(glyphs: Tensor, generator: torch.Generator) -> Tensor:
 def _degrade(images: Tensor, generator: torch.Generator) -> Tensor:
     """Print badly: random ink strength and paper tone per image, noise per pixel; the shape is kept."""
     n = len(images)
-    ink = _uniform(n, 0.6, 1.0, generator).view(n, 1, 1, 1)
-    paper = _uniform(n, 0.0, 0.2, generator).view(n, 1, 1, 1)
-    noise = _uniform(n, 0.0, 0.1, generator).view(n, 1, 1, 1)
+    ink = uniform(n, 0.6, 1.0, generator).view(n, 1, 1, 1)
+    paper = uniform(n, 0.0, 0.2, generator).view(n, 1, 1, 1)
+    noise = uniform(n, 0.0, 0.1, generator).view(n, 1, 1, 1)
     speckle = noise * torch.randn(images.shape, generator=generator)
     return (paper + (ink - paper) * images + speckle).clamp(0, 1)

@@ -1,11 +1,14 @@
-"""Progress bars of long runs."""
+"""Progress of long runs: a call-back of every training loop, and bars that it moves."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from superlora_tn.demo.base import OnStep
+OnStep = Callable[[int, int, float], None]
+"""Called after each optimiser step with (steps done, steps in all, loss)."""
 
 
 def progress(console: Console) -> Progress:

@@ -29,20 +29,32 @@ class Point:
     spread: float
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its axes, without touching pyplot's global state."""
+def blank(width: float, height: float) -> tuple[Any, Any]:
+    """An empty figure of so many inches and its axes, without touching pyplot's global state."""
+    figure = _sheet(width, height)
+    return figure, figure.subplots()
+
+
+def panels(rows: int, columns: int) -> tuple[Any, Any]:
+    """An empty figure and its grid of small axes (rows, columns), without touching pyplot's global state."""
+    figure = _sheet(3.5 * columns, 2.6 * rows + 0.4)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _sheet(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor=PAPER)
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def save(figure: Any, path: str | Path) -> Path:
+    """Write a figure as a PNG under exactly this path, whose folder is made where it is missing."""
     place = Path(path)
     place.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(place)
+    figure.savefig(place, format="png")
     return place
 
 
@@ -78,13 +90,13 @@ def network(graph: Graph, path: str | Path, title: str = "") -> Path:
     spots = _springs(len(vertices), [(a, b, length) for (a, b, _), length in zip(edges, lengths, strict=True)])
     # An inch a unit, or the labels of a large network would cover its lines.
     width, height = np.ptp(spots, axis=0) + 1.8
-    figure, axes = _figure(max(width, 5.0), max(height, 3.6) + 0.6)
+    figure, axes = blank(max(width, 5.0), max(height, 3.6) + 0.6)
     _draw_edges(axes, graph, edges, spots, vertices)
     _draw_vertices(axes, graph, vertices, spots)
     axes.set_title(title, color=INK)
     axes.set_xlabel(graph.equation(), color=INK, fontsize=8, wrap=True)
     _bare(axes, spots)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _springs(count: int, edges: Sequence[tuple[int, int, float]]) -> np.ndarray:
@@ -164,7 +176,7 @@ def tree(plan: Plan, path: str | Path, title: str = "") -> Path:
 
     count = len(plan.inputs)
     spots, depth = _tree_spots(plan)
-    figure, axes = _figure(max(5.0, 1.7 * count), 1.6 + 0.9 * (depth + 1))
+    figure, axes = blank(max(5.0, 1.7 * count), 1.6 + 0.9 * (depth + 1))
     prices = [s.price(plan.device) for s in plan.steps]
     total = sum(prices) or 1.0
     for k, step in enumerate(plan.steps):
@@ -178,7 +190,7 @@ def tree(plan: Plan, path: str | Path, title: str = "") -> Path:
         _box(axes, f"{name}\n{' '.join(indices) or '1'}", spots[k], 8, PAPER, INK, "round,pad=0.3")
     axes.set_title(title or f"{plan.route} route, {plan.flops:,} FLOPs forward", color=INK, fontsize=10)
     _bare(axes, np.array(list(spots.values())))
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _tree_spots(plan: Plan) -> tuple[dict[int, tuple[float, float]], int]:
@@ -221,7 +233,7 @@ def pareto(points: Sequence[Point], path: str | Path, title: str, references: Ma
     """
     variants = list(dict.fromkeys(p.variant for p in points))
     beside = len(variants) > 8  # so long a legend would lie on the points
-    figure, axes = _figure(8.8 if beside else 7.2, 4.8)
+    figure, axes = blank(8.8 if beside else 7.2, 4.8)
     for k, variant in enumerate(variants):
         own = [p for p in points if p.variant == variant]
         colour = PALETTE[k % len(PALETTE)]
@@ -268,7 +280,7 @@ def pareto(points: Sequence[Point], path: str | Path, title: str, references: Ma
     axes.grid(alpha=0.25, which="both")
     place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if beside else {}
     axes.legend(fontsize=8, framealpha=0.9, **place)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def predictions(points: Sequence[tuple[float, float, str]], path: str | Path) -> Path:
@@ -278,7 +290,7 @@ def predictions(points: Sequence[tuple[float, float, str]], path: str | Path) ->
         points: (predicted, measured, route).
         path: where the PNG goes.
     """
-    figure, axes = _figure(5.6, 4.8)
+    figure, axes = blank(5.6, 4.8)
     for k, route in enumerate(dict.fromkeys(p[2] for p in points)):
         own = [p for p in points if p[2] == route]
         axes.plot([1e3 * p[0] for p in own], [1e3 * p[1] for p in own], "o", color=PALETTE[k], label=route, alpha=0.8)
@@ -291,4 +303,4 @@ def predictions(points: Sequence[tuple[float, float, str]], path: str | Path) ->
     axes.set_ylabel("measured above the frozen layer, ms a step")
     axes.grid(alpha=0.25, which="both")
     axes.legend(fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from superlora_tn.declare.fold import split_name
-from superlora_tn.tools.draw import INK, PALETTE, PAPER
+from superlora_tn.tools.draw import INK, PALETTE, panels, save
 
 EXACT_SIDE = 512  # up to here a full decomposition takes less than a quarter of a second
 SPARE, DEPTH, ROUNDS = 11, 3, 8
@@ -179,7 +179,7 @@ def figure(results: Mapping[str, Mapping[str, Comparison]], path: str | Path, ti
         raise ValueError("there is no comparison to draw; give at least one variant with at least one weight.")
     layers = list(dict.fromkeys(split_name(name)[0] for name in names))
     kinds = list(dict.fromkeys(split_name(name)[1] for name in names))
-    picture, grid = _panels(len(kinds), len(MEASURES))
+    picture, grid = panels(len(kinds), len(MEASURES))
     for kind, row in zip(kinds, grid, strict=True):
         for (measure, label), axes in zip(MEASURES, row, strict=True):
             for (variant, own), colour in zip(results.items(), _colours(len(results)), strict=True):
@@ -189,20 +189,7 @@ def figure(results: Mapping[str, Mapping[str, Comparison]], path: str | Path, ti
             _label(axes, layers, kind, label, bounded=measure != "distance")
     grid[0][0].legend(fontsize=7, framealpha=0.9)
     picture.suptitle(title, color=INK, fontsize=11)
-    place = Path(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    picture.savefig(place)
-    return place
-
-
-def _panels(rows: int, columns: int) -> tuple[Any, Any]:
-    """A figure and its grid of axes, without touching pyplot's global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(3.5 * columns, 2.6 * rows + 0.4), dpi=150, layout="constrained", facecolor=PAPER)
-    FigureCanvasAgg(picture)
-    return picture, picture.subplots(rows, columns, squeeze=False)
+    return save(picture, path)
 
 
 def _colours(count: int) -> list[str]:

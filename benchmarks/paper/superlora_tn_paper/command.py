@@ -11,15 +11,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from superlora_tn.demo.base import FULL
-from superlora_tn.demo.base import Recipe as DigitsRecipe
+from superlora_tn.demo.base import FULL, DigitsRecipe
 from superlora_tn.demo.progress import on_step
-from superlora_tn.reproduce import classification, geometry_run, report
-from superlora_tn.reproduce.store import Data
-from superlora_tn.reproduce.task import Task, TaskError, digits_task, folder_task
-from superlora_tn.reproduce.training import RECIPES, Recipe
+from superlora_tn_paper import classification, diffusion, geometry, report
+from superlora_tn_paper.classification_training import RECIPES, Recipe
+from superlora_tn_paper.store import Data
+from superlora_tn_paper.task import Task, TaskError, digits_task, folder_task
 
-EXPERIMENTS = ("classification", "geometry", "diffusion")
+EXPERIMENTS = tuple(report.REPORTS)
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Request:
         scale: "small" or "full".
         data: the data folder, or for the full scale a data set's folder or hub name; None takes what is there without.
         model: for the full scale, a folder or hub name.
-        target: of the small scale with a data folder, see `task.TARGETS`.
+        domain: what the small scale adapts to with a data folder, one of `task.DOMAINS`.
         device: "cpu" or "cuda".
         out: the folder for all that is written.
         digits: of the model that is pre-trained where there is no data folder.
@@ -42,7 +41,7 @@ class Request:
     scale: str = "small"
     data: str | None = None
     model: str | None = None
-    target: str = "tinyimagenet30"
+    domain: str = "tinyimagenet30"
     device: str = "cpu"
     digits: DigitsRecipe = FULL
 
@@ -72,8 +71,6 @@ def reproduce(request: Request, as_json: bool = False, recipes: Mapping[str, Rec
 def _run(request: Request, console: Console, recipes: Mapping[str, Recipe]) -> Data:
     out, scale = request.out, request.scale
     if request.experiment == "diffusion":
-        from superlora_tn.reproduce import diffusion
-
         folder = None if request.data is None else Path(request.data)
         if folder is not None and not folder.is_dir():
             raise TaskError(f"the data folder {folder} is not there; give another --data (or SUPERLORA_DATA), or none.")
@@ -84,7 +81,7 @@ def _run(request: Request, console: Console, recipes: Mapping[str, Recipe]) -> D
         return make_task(request, bar)
 
     if request.experiment == "geometry":
-        return geometry_run.run(out, scale, recipe, make, console)
+        return geometry.run(out, scale, recipe, make, console)
     return classification.run(out, scale, recipe, make, console)
 
 
@@ -95,11 +92,11 @@ def make_task(request: Request, bar: Progress) -> Task:
         TaskError: what was asked for is not there, or does not go with the scale.
     """
     if request.scale == "full":
-        from superlora_tn.reproduce import hub
+        from superlora_tn_paper import hub
 
         return hub.hub_task(request.model or hub.MODEL, request.data or hub.DATA, request.device)
     if request.model is not None:
         raise TaskError(f"--model {request.model} goes with --scale full; the small scale brings its own model.")
     if request.data is None:
         return digits_task(request.out, request.digits, on_step(bar, "pre-training on printed digits"))
-    return folder_task(Path(request.data), request.target, request.device)
+    return folder_task(Path(request.data), request.domain, request.device)

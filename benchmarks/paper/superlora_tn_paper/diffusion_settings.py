@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from superlora_tn.declare.fold import FlatFold, Shape
-from superlora_tn.declare.maps import Fastfood
-from superlora_tn.declare.parts import CP, SpecError
-from superlora_tn.network.budget import Choice, fit
-from superlora_tn.network.spec import AdapterSpec
-from superlora_tn.network.variants import lora, lorta, superlora
+from superlora_tn import CP, AdapterSpec, Choice, Fastfood, FlatFold, SpecError, fit, lora, lorta, superlora
+from superlora_tn.declare.fold import Shape
 
 PAPER_ELEMENTS = 565_248  # of all q and v weights of the paper's U-Net
 # The most that a level's settings may count there: LoRA's r=8 and r=1, LoRTA's 1,060, and "below 100".

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from superlora_tn.demo.base import OnStep
-from superlora_tn.model.attach import Tuned, attach
-from superlora_tn.network.spec import AdapterSpec
-from superlora_tn.reproduce.task import Batch, Split, Task
+from superlora_tn import AdapterSpec, Tuned, attach
+from superlora_tn.demo.progress import OnStep
+from superlora_tn_paper.task import Batch, Subset, Task
 
 CLIP = 1.0  # largest gradient norm: adapters that multiply several factors meet sudden slopes
 PROBE_DECAYS = (1e-4, 1e-3, 1e-2)
@@ -108,7 +107,7 @@ class Score:
 
 
 @torch.no_grad()
-def score(task: Task, split: Split, batch: int) -> Score:
+def score(task: Task, split: Subset, batch: int) -> Score:
     """The model as it is, on all images of a split."""
     task.model.eval()
     return _scored(torch.cat([task.logits(images).cpu() for images, _ in split.in_order(batch)]), split.labels)
@@ -120,7 +119,7 @@ def _scored(logits: Tensor, labels: Tensor) -> Score:
 
 
 @torch.no_grad()
-def features(task: Task, split: Split, batch: int) -> tuple[Tensor, Tensor]:
+def features(task: Task, split: Subset, batch: int) -> tuple[Tensor, Tensor]:
     """What the frozen model gives its head, (n, width), and the labels, on the CPU."""
     seen: list[Tensor] = []
     head = task.model.get_submodule(task.head)

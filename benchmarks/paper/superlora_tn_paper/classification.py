@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from superlora_tn.declare.maps import Fastfood, Shuffle
+from superlora_tn import Fastfood, Shuffle
 from superlora_tn.demo.progress import on_step, progress
-from superlora_tn.reproduce.answers import best
-from superlora_tn.reproduce.report import PARETO, draw_classification
-from superlora_tn.reproduce.settings import Setting, settings
-from superlora_tn.reproduce.store import Data, Store, write_json
-from superlora_tn.reproduce.task import Memory, Split, Task
-from superlora_tn.reproduce.training import Recipe, adapted, converged_head, descend, features, head_score, score
 from superlora_tn.tools.measure import machine
+from superlora_tn_paper.classification_report import PARETO, draw_classification
+from superlora_tn_paper.classification_settings import Setting, settings
+from superlora_tn_paper.classification_training import Recipe, adapted, converged_head, descend, features, head_score, score
+from superlora_tn_paper.rates import best
+from superlora_tn_paper.store import Data, Store, write_json
+from superlora_tn_paper.task import Memory, Subset, Task
 
 REVISION = 2  # raise it when the training code changes, so that older finished jobs expire
 NOT_A_JOBS = ("seeds", "rates", "dense_share", "head_rates")  # of the recipe: each job's own are in its name
@@ -52,7 +52,7 @@ class Experiment:
         return settings(self.task.shapes)
 
     @cached_property
-    def parts(self) -> tuple[Split, Split]:
+    def parts(self) -> tuple[Subset, Subset]:
         """The training images in two: what the choice of a rate trains on, and what decides it."""
         return self.task.train.cut(self.recipe.apart, self.recipe.choice_seed)
 
@@ -66,14 +66,14 @@ class Experiment:
             show(k, len(splits), 0.0)
         return found
 
-    def head_only(self, name: str, rate: float, seed: int, split: Split, judged: str) -> Data:
+    def head_only(self, name: str, rate: float, seed: int, split: Subset, judged: str) -> Data:
         """The head alone on the frozen model: as many steps as any run, on the same images, from the same first values."""
 
         def make() -> Data:
             source = Memory(*self.seen["train"])
             head = self.task.new_head(seed).cpu()
             frozen = replace(self.task, model=head, device="cpu")
-            batches = Split(source, split.rows).drawn(self.recipe.steps, self.recipe.batch, seed)
+            batches = Subset(source, split.rows).drawn(self.recipe.steps, self.recipe.batch, seed)
             descend(frozen, [(head.parameters(), rate)], batches, self.recipe.steps, lambda *_: None)
             return asdict(head_score(head, self.seen[judged]))
 
@@ -121,7 +121,7 @@ class Experiment:
         return f"{setting.job}_{rate:g}_{head:g}_seed_{seed}"
 
     def _run(
-        self, setting: Setting, rate: float, head: float, seed: int, train: Split, judged: Split, kept: Path | None = None
+        self, setting: Setting, rate: float, head: float, seed: int, train: Subset, judged: Subset, kept: Path | None = None
     ) -> Data:
         recipe, task = self.recipe, self.task
         show = on_step(self.bar, f"{setting.variant} {setting.words}, rate {rate:g}, seed {seed}")

@@ -1,37 +1,17 @@
-"""The paper's geometry analysis: how near each variant's dW comes to dense fine-tuning's, in the classification's own runs.
-
-Chen et al., arXiv 2403.11887: shared singular directions dL and dR and distance dE, query and value apart.
-"""
+"""What a geometry result says: the paper's figures of dL, dR and dE, and a report computed from the rows."""
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from rich.console import Console
-from rich.progress import Progress
-from torch import Tensor
-from torch.nn import functional
-
 from superlora_tn.declare.fold import split_name
-from superlora_tn.model.attach import load
-from superlora_tn.reproduce.answers import RULE, difference
-from superlora_tn.reproduce.classification import Experiment, choose_rates, opened
-from superlora_tn.reproduce.report import table, where
-from superlora_tn.reproduce.settings import Setting
-from superlora_tn.reproduce.store import Data, write_json
-from superlora_tn.reproduce.task import Task
-from superlora_tn.reproduce.training import Recipe
-from superlora_tn.tools.draw import INK, PALETTE
-from superlora_tn.tools.geometry import MEASURES, Comparison, _panels, compare_all, figure
-from superlora_tn.tools.measure import machine
+from superlora_tn.tools.draw import INK, PALETTE, panels, save
+from superlora_tn.tools.geometry import MEASURES, Comparison, figure
+from superlora_tn_paper.differences import RULE, difference
+from superlora_tn_paper.markdown import table, where
+from superlora_tn_paper.store import Data
 
-K = 5  # singular directions, as in the paper
-COMPARED = ("dense", "LoRA", "2D", "2D reshape", "LoKr", "LoTR", "LoRTA M=3", "LoRTA M=5")
 OVER_LAYERS = ("LoRA", "2D", "2D reshape", "LoKr", "LoRTA M=3")
 LAYERS, COUNTS = "geometry_layers.png", "geometry_counts.png"
 SCALED = ("scaled", "dE at the best scale, relative")
@@ -39,92 +19,14 @@ SHORT = {"left": "dL", "right": "dR", "distance": "dE", "scaled": "dE, scaled"}
 RISES = {"left": 1, "right": 1, "distance": -1, "scaled": -1}  # the paper's direction with more parameters
 
 
-def run(out: Path, scale: str, recipe: Recipe, make: Callable[[Progress], Task], console: Console) -> Data:
-    """The whole analysis; runs that classification finished in the same folder are taken up, the others made.
-
-    Args:
-        out: the folder for all that is written: ``geometry.json``, two pictures, and the finished jobs.
-        scale: its name in the result.
-        recipe: hyper-parameters.
-        make: gives the task.
-        console: for progress.
-
-    Returns:
-        What ``geometry.json`` holds.
-    """
-    with opened(out, recipe, make, console) as experiment:
-        own = [s for s in experiment.settings if s.variant in COMPARED]
-        _, head, rates = choose_rates(experiment, {s.family: None for s in own})
-        rows = _rows(experiment, own, head, rates)
-        task = experiment.task
-    result: Data = {
-        "experiment": "geometry",
-        "scale": scale,
-        "machine": machine(task.device),
-        "task": task.words,
-        "recipe": asdict(recipe),
-        "directions": K,
-        "side": min(min(shape) for shape in task.shapes.values()),
-        "rows": rows,
-    }
-    write_json(out / "geometry.json", result)
-    draw_layers(result, out / LAYERS)
-    draw_counts(result, out / COUNTS)
-    return result
-
-
-def _rows(experiment: Experiment, own: Sequence[Setting], head: float, rates: Mapping[str, float]) -> list[Data]:
-    """Each setting beside dense fine-tuning of the same seed; dense itself beside no change at all, for scale."""
-    weights: list[list[dict[str, dict[str, float]]]] = [[] for _ in own]
-    row = experiment.bar.add_task("comparing", total=len(experiment.recipe.seeds) * len(own))
-    for seed in experiment.recipe.seeds:
-        reference: dict[str, Tensor] = {}
-        for k, setting in enumerate(own):
-            found = _deltas(experiment, setting, rates[setting.family], head, seed)
-            reference = reference or found
-            nothing = {name: torch.zeros_like(delta) for name, delta in found.items()}
-            weights[k].append(_compared(nothing if setting.variant == "dense" else found, reference))
-            experiment.bar.advance(row)
-    return [
-        {
-            "variant": setting.variant,
-            "words": setting.words,
-            "parameters": setting.parameters,
-            "weights": seeds,
-        }
-        for setting, seeds in zip(own, weights, strict=True)
-    ]
-
-
-def _compared(deltas: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """dL, dR and dE of each weight, and the distance that its best multiple leaves, as a share of the reference."""
-    found = {}
-    for name, one in compare_all(deltas, references, K).items():
-        delta, reference = deltas[name].double().flatten(), references[name].double().flatten()
-        cosine = float(functional.cosine_similarity(delta, reference, dim=0))
-        found[name] = asdict(one) | {SCALED[0]: math.sqrt(max(0.0, 1 - cosine**2))}
-    return found
-
-
-def _deltas(experiment: Experiment, setting: Setting, rate: float, head: float, seed: int) -> dict[str, Tensor]:
-    """dW of each target after a run, trained where no earlier run has kept it."""
-    experiment.run(setting, rate, head, seed)
-    kept = experiment.store.path(experiment.name(setting, rate, head, seed), "adapter")
-    handle = load(experiment.task.model, kept)
-    try:
-        return {name: handle.delta(name).detach().cpu() for name in handle.targets}
-    finally:
-        handle.detach()
-
-
-def kinds(result: Data) -> list[str]:
+def weight_types(result: Data) -> list[str]:
     """The types of weight, query before value."""
     return list(dict.fromkeys(split_name(name)[1] for name in result["rows"][0]["weights"][0]))
 
 
-def means(row: Data, kind: str, measure: str) -> list[float]:
+def means(row: Data, weight_type: str, measure: str) -> list[float]:
     """A measure's mean over the layers, for each seed."""
-    return [statistics.fmean(v[measure] for n, v in seed.items() if split_name(n)[1] == kind) for seed in row["weights"]]
+    return [statistics.fmean(v[measure] for n, v in seed.items() if split_name(n)[1] == weight_type) for seed in row["weights"]]
 
 
 def _adapters(result: Data) -> list[Data]:
@@ -154,34 +56,33 @@ def _averaged(row: Data) -> dict[str, Comparison]:
 
 def draw_counts(result: Data, path: Path) -> Path:
     """dL, dR, dE and dE at the best scale against trainable parameters: a row a type of weight, a line a variant."""
-    rows, every = _adapters(result), kinds(result)
+    rows, every = _adapters(result), weight_types(result)
     variants = list(dict.fromkeys(r["variant"] for r in rows))
-    picture, grid = _panels(len(every), len(MEASURES) + 1)
+    picture, grid = panels(len(every), len(MEASURES) + 1)
     nothing = next(r for r in result["rows"] if r["variant"] == "dense")
-    for kind, line in zip(every, grid, strict=True):
+    for weight_type, line in zip(every, grid, strict=True):
         for (measure, label), axes in zip((*MEASURES, SCALED), line, strict=True):
             for k, variant in enumerate(variants):
                 own = sorted((r for r in rows if r["variant"] == variant), key=lambda r: r["parameters"])
-                heights = [statistics.fmean(means(r, kind, measure)) for r in own]
+                heights = [statistics.fmean(means(r, weight_type, measure)) for r in own]
                 axes.plot([r["parameters"] for r in own], heights, "o-", color=PALETTE[k], markersize=3.5, label=variant)
-            still = statistics.fmean(means(nothing, kind, measure))
+            still = statistics.fmean(means(nothing, weight_type, measure))
             chance = result["directions"] / result["side"]
             level, words = (chance, "directions at random") if measure in ("left", "right") else (still, "no change")
             axes.axhline(level, color=INK, linestyle="--", linewidth=0.8, label=words)
             axes.set_xscale("log")
             axes.set_xlabel("trainable parameters", fontsize=8)
-            axes.set_title(f"{kind}: {label}", fontsize=9, color=INK)
+            axes.set_title(f"{weight_type}: {label}", fontsize=9, color=INK)
             axes.tick_params(labelsize=8)
             axes.grid(alpha=0.25)
             axes.set_ylim(*((0, None) if measure == "distance" else (-0.03, 1.03)))
     grid[0][0].legend(fontsize=7, framealpha=0.9)
     grid[0][-1].legend(grid[0][-1].lines[-1:], ["no change"], fontsize=7, framealpha=0.9)
     picture.suptitle("Against dense fine-tuning, mean over layers and seeds", color=INK, fontsize=11)
-    picture.savefig(path)
-    return path
+    return save(picture, path)
 
 
-def trend(result: Data, kind: str, variant: str, measure: str) -> tuple[float, float | None, int, bool] | None:
+def trend(result: Data, weight_type: str, variant: str, measure: str) -> tuple[float, float | None, int, bool] | None:
     """From a variant's fewest parameters to its most: the paired change, its error, and whether it goes the paper's way.
 
     The third is 1 for the paper's way, -1 for the other, 0 where no change is seen; the fourth, whether it is clear.
@@ -190,7 +91,7 @@ def trend(result: Data, kind: str, variant: str, measure: str) -> tuple[float, f
     own = sorted((r for r in _adapters(result) if r["variant"] == variant), key=lambda r: r["parameters"])
     if len(own) < 2:
         return None
-    change = difference(means(own[0], kind, measure), means(own[-1], kind, measure))
+    change = difference(means(own[0], weight_type, measure), means(own[-1], weight_type, measure))
     return change.mean, change.error, RISES[measure] * change.sign, change.clear
 
 
@@ -211,7 +112,7 @@ def report(result: Data) -> str:
             where(result) + " " + about,
             f"![Over the layers]({LAYERS})",
             f"![Against parameters]({COUNTS})",
-            *[part for kind in kinds(result) for part in (f"## {kind}", _table(result, kind))],
+            *[part for weight_type in weight_types(result) for part in (f"## {weight_type}", _table(result, weight_type))],
             "## Does dE fall, and do dL and dR rise, with more parameters?",
             RULE,
             _answer(result),
@@ -223,12 +124,12 @@ def report(result: Data) -> str:
     )
 
 
-def _table(result: Data, kind: str) -> str:
+def _table(result: Data, weight_type: str) -> str:
     lines = []
     for row in sorted(result["rows"], key=lambda r: -r["parameters"]):
         cells = []
         for measure in SHORT:
-            values = means(row, kind, measure)
+            values = means(row, weight_type, measure)
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             cells.append(f"{statistics.fmean(values):.3f}{spread}")
         name = "no change, beside dense" if row["variant"] == "dense" else row["variant"]
@@ -239,11 +140,11 @@ def _table(result: Data, kind: str) -> str:
 def _all_trends(result: Data) -> list[tuple[str, str, str, float, float | None, int, bool]]:
     variants = dict.fromkeys(r["variant"] for r in _adapters(result))
     found = []
-    for kind in kinds(result):
+    for weight_type in weight_types(result):
         for variant in variants:
             for measure in SHORT:
-                if change := trend(result, kind, variant, measure):
-                    found.append((kind, variant, measure, *change))
+                if change := trend(result, weight_type, variant, measure):
+                    found.append((weight_type, variant, measure, *change))
     return found
 
 
@@ -266,20 +167,20 @@ def _answer(result: Data) -> str:
 
 def _trends(result: Data) -> str:
     lines = []
-    for kind, variant, measure, mean, error, way, clear in _all_trends(result):
+    for weight_type, variant, measure, mean, error, way, clear in _all_trends(result):
         size = f"{mean:+.3f}" + ("" if error is None else f" ± {error:.3f}")
         words = "no change seen" if way == 0 else f"{'clear' if clear else 'a hint'}: {'as' if way > 0 else 'not as'} the paper"
-        lines.append((kind, variant, SHORT[measure], size, words))
+        lines.append((weight_type, variant, SHORT[measure], size, words))
     return table(("weights", "variant", "measure", "most less fewest parameters", "verdict"), lines)
 
 
 def _nearer(result: Data) -> str:
     nothing = next(r for r in result["rows"] if r["variant"] == "dense")
     words = []
-    for kind in kinds(result):
-        still = statistics.fmean(means(nothing, kind, "distance"))
-        nearer = [r for r in _adapters(result) if statistics.fmean(means(r, kind, "distance")) < still]
+    for weight_type in weight_types(result):
+        still = statistics.fmean(means(nothing, weight_type, "distance"))
+        nearer = [r for r in _adapters(result) if statistics.fmean(means(r, weight_type, "distance")) < still]
         words.append(
-            f"{kind}: dE is below that of no change ({still:.3f}) in {len(nearer)} of {len(_adapters(result))} settings."
+            f"{weight_type}: dE is below that of no change ({still:.3f}) in {len(nearer)} of {len(_adapters(result))} settings."
         )
     return " ".join(words)

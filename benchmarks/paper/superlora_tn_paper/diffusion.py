@@ -5,7 +5,6 @@ Chen et al., arXiv 2403.11887: SVHN to MNIST at four levels of trainable paramet
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,19 +17,19 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from superlora_tn import AdapterSpec, SpecError, attach, dense
 from superlora_tn.declare.fold import Shape
-from superlora_tn.declare.parts import SpecError, reference_rank
+from superlora_tn.declare.parts import reference_rank
 from superlora_tn.demo.digits import Split
-from superlora_tn.demo.files import whole
 from superlora_tn.demo.progress import on_step, progress
-from superlora_tn.model.attach import attach
-from superlora_tn.network.spec import AdapterSpec
-from superlora_tn.network.variants import dense
-from superlora_tn.reproduce.denoising import Schedule, Training, held_out_loss, sample, train
-from superlora_tn.reproduce.diffusion_report import SAMPLES, SCORES, answers, draw_samples, draw_scores, report
-from superlora_tn.reproduce.diffusion_settings import Setting, settings
-from superlora_tn.reproduce.domains import Domain, source, target
-from superlora_tn.reproduce.score import (
+from superlora_tn.demo.whole_file import whole_file
+from superlora_tn.tools.measure import machine
+from superlora_tn_paper import domains
+from superlora_tn_paper.denoising import Schedule, Training, held_out_loss, sample, train
+from superlora_tn_paper.diffusion_report import SAMPLES, SCORES, draw_samples, draw_scores
+from superlora_tn_paper.diffusion_settings import Setting, settings
+from superlora_tn_paper.domains import Domain
+from superlora_tn_paper.judge import (
     FEATURES,
     Classifier,
     frechet,
@@ -40,11 +39,10 @@ from superlora_tn.reproduce.score import (
     new_classifier,
     train_classifier,
 )
-from superlora_tn.reproduce.store import Data, Store, write_json
-from superlora_tn.reproduce.unet import TARGETS, UNet, UNetShape, attention_shapes, build
-from superlora_tn.tools.measure import machine
+from superlora_tn_paper.rates import best
+from superlora_tn_paper.store import Data, Store, write_json
+from superlora_tn_paper.unet import TARGETS, UNet, UNetShape, attention_shapes, build
 
-__all__ = ["RECIPES", "Recipe", "answers", "experiment", "report", "run"]
 SPLITS: tuple[Split, Split] = ("train", "test")
 _REVISION = 1  # raise it when the training code changes, so that older finished jobs expire
 
@@ -107,7 +105,7 @@ RECIPES = {
 
 
 @dataclass(frozen=True)
-class Task:
+class Experiment:
     """What all settings share: the frozen model, the target's images (uint8), and who judges."""
 
     recipe: Recipe
@@ -152,18 +150,18 @@ def run(out: Path, scale: Literal["small", "full"], data: Path | None, device: s
         console: for progress.
 
     Returns:
-        What ``diffusion.json`` holds; `report` puts it in words.
+        What ``diffusion.json`` holds; `diffusion_report.report` puts it in words.
     """
     if scale not in RECIPES:
         raise ValueError(f"there is no scale {scale!r}; choose one of {', '.join(RECIPES)}.")
-    return experiment(out, scale, RECIPES[scale], data, device, console)
+    return run_recipe(out, scale, RECIPES[scale], data, device, console)
 
 
-def experiment(out: Path, scale: str, recipe: Recipe, data: Path | None, device: str, console: Console) -> Data:
+def run_recipe(out: Path, scale: str, recipe: Recipe, data: Path | None, device: str, console: Console) -> Data:
     """`run` with any recipe; `scale` is its name in the result."""
     unet = recipe.unet
-    home = source(recipe.drawn, unet.size, recipe.seed, data, unet.colours)
-    abroad, test = (target(split, unet.size, data, unet.colours) for split in SPLITS)
+    home = domains.home(recipe.drawn, unet.size, recipe.seed, data, unet.colours)
+    abroad, test = (domains.abroad(split, unet.size, data, unet.colours) for split in SPLITS)
     facts = asdict(recipe) | {"source": home.words, "target": abroad.words, "device": device, "revision": _REVISION}
     store = Store(out / "diffusion_jobs", facts)
     with progress(console) as bar:
@@ -174,8 +172,8 @@ def experiment(out: Path, scale: str, recipe: Recipe, data: Path | None, device:
         )
         train_images, apart = abroad.images[: -recipe.held], abroad.images[-recipe.held :]
         reference = moments(look(judge, train_images).features)
-        task = Task(recipe, store, model, judge, train_images, apart, test.images, reference, bar)
-        rows = _rows(task, console)
+        experiment = Experiment(recipe, store, model, judge, train_images, apart, test.images, reference, bar)
+        rows = _rows(experiment, console)
     shapes = attention_shapes(model)
     result: Data = {
         "experiment": "diffusion",
@@ -230,24 +228,24 @@ def _judge(recipe: Recipe, store: Store, abroad: Domain, test: Domain, device: s
     return found, model.eval()
 
 
-def _rows(task: Task, console: Console) -> list[Data]:
+def _rows(experiment: Experiment, console: Console) -> list[Data]:
     """Real images, the model as it is, dense fine-tuning, then every setting that its level's budget allows."""
-    shapes = attention_shapes(task.model)
-    real = task.test[: task.recipe.generated]
+    shapes = attention_shapes(experiment.model)
+    real = experiment.test[: experiment.recipe.generated]
     rows: list[Data] = [
-        {"job": "real", "variant": "real test images", **task.store.get("real", lambda: task.scored("real", real))},
-        {"job": "none", "variant": "no adaptation", **task.store.get("none", lambda: task.generated("none"))},
-        _adapted(task, "dense", dense(), shapes, {"variant": "dense fine-tuning", "setting": "", "structure": ""}),
+        {"job": "real", "variant": "real test images", **experiment.store.get("real", lambda: experiment.scored("real", real))},
+        {"job": "none", "variant": "no adaptation", **experiment.store.get("none", lambda: experiment.generated("none"))},
+        _adapted(experiment, "dense", dense(), shapes, {"variant": "dense fine-tuning", "setting": "", "structure": ""}),
     ]
     for row in rows:
         console.print(_line(row))
     for setting in settings():
-        rows.append(_row(task, setting, shapes))
+        rows.append(_row(experiment, setting, shapes))
         console.print(_line(rows[-1]))
     return rows
 
 
-def _row(task: Task, setting: Setting, shapes: Mapping[str, Shape]) -> Data:
+def _row(experiment: Experiment, setting: Setting, shapes: Mapping[str, Shape]) -> Data:
     """One setting's result, or why it has none."""
     about: Data = {"level": setting.level, "variant": setting.variant, "structure": setting.structure}
     try:
@@ -256,43 +254,50 @@ def _row(task: Task, setting: Setting, shapes: Mapping[str, Shape]) -> Data:
         return {"job": setting.job, **about, "skipped": str(error)}
     about["budget"] = choice.budget
     about["setting"] = f"{setting.structure} r={reference_rank(choice.spec.network)}".strip()
-    return _adapted(task, setting.job, choice.spec, shapes, about)
+    return _adapted(experiment, setting.job, choice.spec, shapes, about)
 
 
-def _adapted(task: Task, job: str, spec: AdapterSpec, shapes: Mapping[str, Shape], about: Mapping[str, object]) -> Data:
+def _adapted(
+    experiment: Experiment, job: str, spec: AdapterSpec, shapes: Mapping[str, Shape], about: Mapping[str, object]
+) -> Data:
     """One adaptation: choose the learning rate, train, generate, and take the adapter off again."""
     about = {"job": job, **about, "parameters": spec.count(shapes)}
-    return {**about, **task.store.get(job, lambda: _adapt(task, job, spec, f"{about['variant']} {about['setting']}"))}
+    return {
+        **about,
+        **experiment.store.get(job, lambda: _adapt(experiment, job, spec, f"{about['variant']} {about['setting']}")),
+    }
 
 
-def _adapt(task: Task, job: str, spec: AdapterSpec, words: str) -> Data:
-    recipe = task.recipe
+def _adapt(experiment: Experiment, job: str, spec: AdapterSpec, words: str) -> Data:
+    recipe = experiment.recipe
     tried = {}
     for rate in recipe.rates:
-        with _attached(task, spec):
-            _train(task, replace(recipe.adapt, steps=recipe.tried, lr=rate), f"{words}, rate {rate:g}")
-            tried[rate] = task.held_out(task.apart)
-    rate = min(tried, key=lambda r: (not math.isfinite(tried[r]), tried[r]))
-    with _attached(task, spec):
-        losses = _train(task, replace(recipe.adapt, lr=rate), words, task.store.path(job, "pt"))
-        found = task.generated(job)
+        with _attached(experiment, spec):
+            _train(experiment, replace(recipe.adapt, steps=recipe.tried, lr=rate), f"{words}, rate {rate:g}")
+            tried[rate] = experiment.held_out(experiment.apart)
+    rate = best({f"{r:g}": loss for r, loss in tried.items()})
+    with _attached(experiment, spec):
+        losses = _train(experiment, replace(recipe.adapt, lr=rate), words, experiment.store.path(job, "pt"))
+        found = experiment.generated(job)
     return {"rate": rate, "tried": {f"{r:g}": loss for r, loss in tried.items()}, "train_loss": _last(losses), **found}
 
 
 @contextmanager
-def _attached(task: Task, spec: AdapterSpec) -> Iterator[None]:
+def _attached(experiment: Experiment, spec: AdapterSpec) -> Iterator[None]:
     """The model with an adapter on q and v; afterwards it is bit for bit as before."""
-    tuned = attach(task.model, spec, TARGETS, seed=task.recipe.seed)
+    tuned = attach(experiment.model, spec, TARGETS, seed=experiment.recipe.seed)
     try:
         yield
     finally:
         tuned.detach()
 
 
-def _train(task: Task, training: Training, words: str, checkpoint: Path | None = None) -> list[float]:
+def _train(experiment: Experiment, training: Training, words: str, checkpoint: Path | None = None) -> list[float]:
     """Every setting sees the same images, times and noise."""
-    show = on_step(task.bar, words)
-    return train(task.model, task.train, task.recipe.schedule, training, task.recipe.seed + 3, checkpoint, show)
+    show = on_step(experiment.bar, words)
+    return train(
+        experiment.model, experiment.train, experiment.recipe.schedule, training, experiment.recipe.seed + 3, checkpoint, show
+    )
 
 
 def _last(losses: Sequence[float]) -> float:
@@ -310,7 +315,7 @@ def _line(row: Data) -> str:
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors whole or not at all."""
-    with whole(path) as partial:
+    with whole_file(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from superlora_tn.reproduce.diffusion_settings import LEVELS, PAPER_ELEMENTS, level_budget
-from superlora_tn.reproduce.store import Data
-from superlora_tn.tools.draw import INK, PALETTE, _figure, _save
+from superlora_tn.tools.draw import INK, PALETTE, blank, save
+from superlora_tn_paper.diffusion_settings import LEVELS, PAPER_ELEMENTS, level_budget
+from superlora_tn_paper.rates import at_the_edge
+from superlora_tn_paper.store import Data
 
 SAMPLES, SCORES = "diffusion_samples.png", "diffusion_scores.png"
 SHOWN = 20  # images in a row of the picture
@@ -65,7 +66,7 @@ def draw_samples(result: Data, images: Mapping[str, Tensor], path: Path) -> Path
         canvas.append(padded)
         places.append(y + space + size / 2)
         y += space + size
-    figure, axes = _figure(11.4, 0.5 + 0.34 * len(rows))
+    figure, axes = blank(11.4, 0.5 + 0.34 * len(rows))
     axes.imshow(np.concatenate(canvas), interpolation="nearest", aspect="equal")
     axes.set_yticks(places, [_label(row) for row in rows], fontsize=7)
     axes.set_anchor("E")  # all room to spare goes to the names on the left
@@ -74,7 +75,7 @@ def draw_samples(result: Data, images: Mapping[str, Tensor], path: Path) -> Path
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.set_title("Generated images (one starting noise a column), and their Fréchet distance", fontsize=11, color=INK)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _strip(images: Tensor) -> np.ndarray:
@@ -93,7 +94,7 @@ def _label(row: Data) -> str:
 def draw_scores(result: Data, path: Path) -> Path:
     """Fréchet distance against trainable parameters, both on log axes, a line a variant."""
     rows = scored(result)
-    figure, axes = _figure(8, 5.2)
+    figure, axes = blank(8, 5.2)
     adapted = [row for row in rows if "level" in row]
     for k, variant in enumerate(dict.fromkeys(row["variant"] for row in adapted)):
         own = sorted((row for row in adapted if row["variant"] == variant), key=lambda row: int(row["parameters"]))
@@ -117,7 +118,7 @@ def draw_scores(result: Data, path: Path) -> Path:
     axes.set_title("House numbers to handwriting: q and v of the U-Net adapted", fontsize=11)
     axes.grid(alpha=0.25, which="both")
     axes.legend(fontsize=8, framealpha=0.9)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def report(result: Data) -> str:
@@ -200,7 +201,7 @@ def answers(result: Data) -> list[str]:
         if own:
             found.append(f"Best at the level {level}: {_named(own[0])} with {own[0]['frechet']:.2f}.")
     rates = [row["rate"] for row in rows if "rate" in row]
-    ends = sum(rate in (min(result["recipe"]["rates"]), max(result["recipe"]["rates"])) for rate in rates)
+    ends = sum(at_the_edge(rate, result["recipe"]["rates"]) for rate in rates)
     return [*found, f"{ends} of {len(rates)} settings chose the smallest or the largest rate that was tried."]
 
 

@@ -1,4 +1,4 @@
-"""The two worlds of the diffusion experiment: coloured house numbers, and handwritten digits.
+"""The two domains of the diffusion experiment: coloured house numbers at home, handwritten digits abroad.
 
 Images are uint8 (count, colours, size, size), 3 colours or 1.  What a data folder lacks is replaced by what the `demo`
 extra brings (printed digits on coloured grounds, scikit-learn's scans); the words that come back say what was used.
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from superlora_tn.demo.digits import Split, printed_digits, scanned_digits
-from superlora_tn.reproduce.folder import mnist, svhn
+from superlora_tn.demo.digits import Split, printed_digits, scanned_digits, uniform
+from superlora_tn_paper.data_folder import mnist, svhn
 
 FULL_SVHN = "train_32x32.mat"
 
@@ -40,7 +40,7 @@ def to_bytes(images: Tensor) -> Tensor:
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def source(count: int, size: int, seed: int, data: Path | None = None, colours: int = 3) -> Domain:
+def home(count: int, size: int, seed: int, data: Path | None = None, colours: int = 3) -> Domain:
     """The domain of pre-training: SVHN as far as it is there, in colour or in grey.
 
     Args:
@@ -51,11 +51,11 @@ def source(count: int, size: int, seed: int, data: Path | None = None, colours: 
         data: a folder with SVHN's ``train_32x32.mat``, or with ``svhn_train1083``.
         colours: 3, or 1 for their mean.
     """
-    found = _source(count, size, seed, data)
+    found = _home(count, size, seed, data)
     return found if colours == 3 else replace(found, images=_grey(found.images))
 
 
-def _source(count: int, size: int, seed: int, data: Path | None) -> Domain:
+def _home(count: int, size: int, seed: int, data: Path | None) -> Domain:
     if data is not None and (data / FULL_SVHN).is_file():
         images, labels = _svhn(data / FULL_SVHN)
         return Domain(_shrink(images, size), labels, f"SVHN, all {len(labels):,} training images")
@@ -69,7 +69,7 @@ def _source(count: int, size: int, seed: int, data: Path | None) -> Domain:
     return Domain(torch.cat([_shrink(varied, size), drawn[0]]), torch.cat([own, drawn[1]]), words)
 
 
-def target(split: Split, size: int, data: Path | None = None, colours: int = 3) -> Domain:
+def abroad(split: Split, size: int, data: Path | None = None, colours: int = 3) -> Domain:
     """The domain to adapt to: MNIST where the data folder has it, else scikit-learn's scans; grey, in so many equal colours.
 
     Args:
@@ -115,10 +115,6 @@ def _shrink(images: Tensor, size: int) -> Tensor:
     return torch.cat([to_bytes(F.avg_pool2d(part.float() / 255, step)) for part in torch.split(images, 4096)])
 
 
-def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-    return low + (high - low) * torch.rand(count, generator=generator)
-
-
 def _varied(images: Tensor, labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """`count` small shifts, crops and recolourings of images; no flips, which digits do not survive."""
     generator = torch.Generator().manual_seed(seed)
@@ -131,12 +127,12 @@ def _vary(images: Tensor, generator: torch.Generator) -> Tensor:
     """One random variation each of float images (n, 3, h, w) in [0, 1], as uint8."""
     n = len(images)
     turn = torch.zeros(n, 2, 3)
-    turn[:, 0, 0], turn[:, 1, 1] = _uniform(n, 0.85, 1.05, generator), _uniform(n, 0.85, 1.05, generator)
-    turn[:, :, 2] = _uniform(2 * n, -0.1, 0.1, generator).view(n, 2)
+    turn[:, 0, 0], turn[:, 1, 1] = uniform(n, 0.85, 1.05, generator), uniform(n, 0.85, 1.05, generator)
+    turn[:, :, 2] = uniform(2 * n, -0.1, 0.1, generator).view(n, 2)
     grid = F.affine_grid(turn, list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    gain = _uniform(3 * n, 0.85, 1.15, generator).view(n, 3, 1, 1)
-    return to_bytes((moved - 0.5) * gain + 0.5 + _uniform(n, -0.1, 0.1, generator).view(n, 1, 1, 1))
+    gain = uniform(3 * n, 0.85, 1.15, generator).view(n, 3, 1, 1)
+    return to_bytes((moved - 0.5) * gain + 0.5 + uniform(n, -0.1, 0.1, generator).view(n, 1, 1, 1))
 
 
 def _composed(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -147,7 +143,7 @@ def _composed(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     ground = 0.1 + 0.5 * grey + 0.3 * tint
     # Ink differs in lightness above all, as paint on a house does: lighter on dark grounds, darker on light ones.
     sign = torch.where(ground.mean(1, keepdim=True) < 0.5, 1.0, -1.0)
-    contrast = _uniform(count, 0.3, 0.6, generator).view(count, 1, 1, 1)
+    contrast = uniform(count, 0.3, 0.6, generator).view(count, 1, 1, 1)
     paint = ground + sign * contrast + 0.1 * torch.randn(count, 3, 1, 1, generator=generator)
     uneven = F.interpolate(torch.randn(count, 3, 3, 3, generator=generator), size=(size, size), mode="bicubic")
     return to_bytes(ground + F.avg_pool2d(ink, 2) * (paint - ground) + 0.05 * uneven), labels

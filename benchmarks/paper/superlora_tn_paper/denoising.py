@@ -7,7 +7,6 @@ All random numbers are drawn on the CPU, so that every device sees the same ones
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from superlora_tn.demo.files import whole
-from superlora_tn.reproduce.domains import to_bytes, to_unit
-from superlora_tn.reproduce.unet import UNet
+from superlora_tn.demo.progress import OnStep
+from superlora_tn.demo.whole_file import whole_file
+from superlora_tn_paper.domains import to_bytes, to_unit
+from superlora_tn_paper.unet import UNet
 
-OnStep = Callable[[int, int, float], None]
 _CLIP = 1.0  # largest gradient norm
 _WARM = 0.05  # the part of the steps in which the learning rate rises
 
@@ -83,7 +82,7 @@ class Training:
         return min(self.decay, (1 + step) / (10 + step))
 
 
-class Run:
+class TrainingState:
     """The state of a training run: parameters, their average, the optimiser and the random numbers to come."""
 
     def __init__(self, model: UNet, training: Training, seed: int) -> None:
@@ -104,7 +103,7 @@ class Run:
             "generator": self.generator.get_state(),
             "losses": self.losses,
         }
-        with whole(path) as partial:
+        with whole_file(path) as partial:
             torch.save(state, partial)
 
     def load(self, path: Path) -> None:
@@ -148,30 +147,30 @@ def train(
     Returns:
         The loss of each step.
     """
-    run = Run(model, training, seed)
+    state = TrainingState(model, training, seed)
     if checkpoint is not None and checkpoint.is_file():
-        run.load(checkpoint)
+        state.load(checkpoint)
     model.train()
-    for step in range(len(run.losses) + 1, training.steps + 1):
-        for group in run.optimizer.param_groups:
+    for step in range(len(state.losses) + 1, training.steps + 1):
+        for group in state.optimizer.param_groups:
             group["lr"] = training.rate(step)
-        rows = torch.randint(len(images), (training.batch,), generator=run.generator)
-        loss = _loss(model, to_unit(images[rows]), schedule, run.generator)
-        run.optimizer.zero_grad(set_to_none=True)
+        rows = torch.randint(len(images), (training.batch,), generator=state.generator)
+        loss = _loss(model, to_unit(images[rows]), schedule, state.generator)
+        state.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(run.parameters, _CLIP)
-        run.optimizer.step()
-        run.update_average(training.keep(step))
-        run.losses.append(loss.item())
+        nn.utils.clip_grad_norm_(state.parameters, _CLIP)
+        state.optimizer.step()
+        state.update_average(training.keep(step))
+        state.losses.append(loss.item())
         if checkpoint is not None and step % training.every == 0 and step < training.steps:
-            run.save(checkpoint)
+            state.save(checkpoint)
         if on_step is not None:
-            on_step(step, training.steps, run.losses[-1])
-    _copy(run.average, run.parameters)
+            on_step(step, training.steps, state.losses[-1])
+    _copy(state.average, state.parameters)
     model.eval()
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
-    return run.losses
+    return state.losses
 
 
 def _loss(model: UNet, images: Tensor, schedule: Schedule, generator: torch.Generator, times: Tensor | None = None) -> Tensor:

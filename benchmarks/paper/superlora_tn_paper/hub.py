@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, ViTForImageClassification
 
-from superlora_tn.model.targets import AttachError, match
-from superlora_tn.reproduce.task import Batch, Split, Task, TaskError
+from superlora_tn import AttachError, match
+from superlora_tn_paper.task import Batch, Subset, Task, TaskError
 
 MODEL, DATA = "google/vit-base-patch16-224-in21k", "uoft-cs/cifar100"
 WORKERS = 8  # processes that decode and resize images for a GPU
@@ -76,7 +76,7 @@ def hub_task(model: str, data: str, device: str) -> Task:
     network, processor = _load_model(model, classes)
     prepare = Preparation(processor, image, label)
     workers = WORKERS if device == "cuda" else 0
-    tasks = [Split.whole(Hub(rows, torch.tensor(rows[label][:]), prepare, workers)) for rows in (train, test)]
+    tasks = [Subset.whole(Hub(rows, torch.tensor(rows[label][:]), prepare, workers)) for rows in (train, test)]
     return Task(
         words=f"{model}, adapted to {data}",
         model=network.to(device).eval(),

@@ -9,11 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from superlora_tn.declare.fold import FlatFold, Shape
-from superlora_tn.declare.maps import Fastfood, Projection, Shuffle
-from superlora_tn.declare.parts import CP, SpecError, reference_rank
-from superlora_tn.network.spec import AdapterSpec
-from superlora_tn.network.variants import dense, lokr, lonkr, lora, lorta, lotr, superlora
+from superlora_tn import (
+    CP,
+    AdapterSpec,
+    Fastfood,
+    FlatFold,
+    Shuffle,
+    SpecError,
+    dense,
+    lokr,
+    lonkr,
+    lora,
+    lorta,
+    lotr,
+    superlora,
+)
+from superlora_tn.declare.fold import Shape
+from superlora_tn.declare.maps import Projection
+from superlora_tn.declare.parts import reference_rank
 
 LEVEL = 0.63  # where groups, orders, maps and splits are compared: about a tenth of LoRA at rank 6
 MOST = 4096  # ranks tried

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from superlora_tn.reproduce.domains import to_unit
+from superlora_tn_paper.domains import to_unit
 
 FEATURES = 64
 _PART = 512  # images at once

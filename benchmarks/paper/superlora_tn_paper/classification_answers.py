@@ -1,72 +1,16 @@
-"""The report's questions, answered from the rows alone by one rule for paired differences over seeds."""
+"""The questions of the classification report, answered from the rows alone."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from superlora_tn.reproduce.store import Data
+from superlora_tn_paper.differences import Difference, difference
+from superlora_tn_paper.store import Data
 
-# Student's t at 97.5 %, by degrees of freedom (one fewer than seeds); beyond the list, the last.
-QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 EQUAL = 1.125  # counts that differ by an eighth at most count as equal
 TENTH = (5.0, 20.0)  # "about a tenth": LoRA has so many times LoRTA's parameters
-RULE = (
-    "Rule for every difference (paired: the same seed on both sides, so the same head, images and order; mean ± its standard "
-    "error over the seeds): **no difference seen** where the mean is within one standard error of 0; **clear** where it is "
-    "outside the 95 % interval of Student's t as well; between the two, **a hint**, which equal methods show often by chance."
-)
-
-
-def best(found: Mapping[str, float]) -> float:
-    """The rate of the lowest loss."""
-    return float(min(found, key=lambda rate: (not math.isfinite(found[rate]), found[rate])))
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A paired difference over seeds.
-
-    Attributes:
-        mean: of second less first.
-        error: its standard error; None for one seed.
-        clear: whether 0 is outside the 95 % interval.
-    """
-
-    mean: float
-    error: float | None
-    clear: bool
-
-    @property
-    def sign(self) -> int:
-        """1 or -1 where a difference is seen, 0 where none is."""
-        seen = self.error is not None and abs(self.mean) > self.error
-        return (1 if self.mean > 0 else -1) if seen else 0
-
-    @property
-    def verdict(self) -> str:
-        """In words."""
-        if self.error is None:
-            return "one seed: not judged"
-        if self.sign == 0:
-            return "no difference seen"
-        return ("clear: " if self.clear else "a hint: ") + ("more" if self.sign > 0 else "less")
-
-
-def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Second less first, seed by seed.
-
-    Raises:
-        ValueError: not one number a seed on both sides.
-    """
-    each = [b - a for a, b in zip(first, second, strict=True)]
-    mean = statistics.fmean(each)
-    if len(each) < 2:
-        return Difference(mean, None, False)
-    error = statistics.stdev(each) / math.sqrt(len(each))
-    return Difference(mean, error, abs(mean) > QUANTILES[min(len(each) - 1, len(QUANTILES)) - 1] * error)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -13,18 +14,17 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
 
+from superlora_tn import attach, lora
 from superlora_tn.declare.fold import Shape
-from superlora_tn.demo.base import FULL, OnStep, pretrained
-from superlora_tn.demo.base import Recipe as DigitsRecipe
+from superlora_tn.demo.base import FULL, DigitsRecipe, pretrained
 from superlora_tn.demo.digits import scanned_digits
-from superlora_tn.model.kinds import weight
-from superlora_tn.model.targets import match, named_layers
-from superlora_tn.reproduce.folder import mnist, tiny_imagenet
-from superlora_tn.reproduce.vit import Vit
+from superlora_tn.demo.progress import OnStep
+from superlora_tn_paper.data_folder import mnist, tiny_imagenet
+from superlora_tn_paper.vit import Vit
 
 Batch = tuple[Tensor, Tensor]
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])  # the ViT's own, per channel
-TARGETS = ("tinyimagenet30", "mnist")
+DOMAINS = ("tinyimagenet30", "mnist")
 MNIST_TRAIN, MNIST_TEST = 15_000, 1500  # as many as Tiny ImageNet's 30 classes have
 
 
@@ -58,14 +58,14 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Split:
+class Subset:
     """Some rows of a source."""
 
     source: Source
     rows: Tensor
 
     @classmethod
-    def whole(cls, source: Source) -> Split:
+    def whole(cls, source: Source) -> Subset:
         """All rows."""
         return cls(source, torch.arange(len(source.labels)))
 
@@ -84,10 +84,10 @@ class Split:
         """Every image once."""
         return self.source.batches(torch.split(self.rows, batch))
 
-    def cut(self, share: float, seed: int) -> tuple[Split, Split]:
+    def cut(self, share: float, seed: int) -> tuple[Subset, Subset]:
         """Most of the rows, and a share of them apart, every class in its proportion."""
         most, apart = train_test_split(range(len(self.rows)), test_size=share, stratify=self.labels, random_state=seed)
-        return Split(self.source, self.rows[most]), Split(self.source, self.rows[apart])
+        return Subset(self.source, self.rows[most]), Subset(self.source, self.rows[apart])
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class Task:
     model: nn.Module
     head: str
     targets: tuple[str, ...]
-    train: Split
-    test: Split
+    train: Subset
+    test: Subset
     identity: str
     device: str = "cpu"
 
@@ -118,12 +118,13 @@ class Task:
         """How many."""
         return int(self.train.source.labels.max()) + 1
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, Shape]:
         """(out, in) of each target."""
-        known = named_layers(self.model)
-        matrices = {name: weight(known[name]) for name in match(self.model, self.targets)}
-        return {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in matrices.items()}
+        tuned = attach(self.model, lora(1), self.targets)  # the library knows; the model is as before once it is detached
+        found = dict(tuned.targets)
+        tuned.detach()
+        return found
 
     def new_head(self, seed: int) -> nn.Linear:
         """Put a new head on the model, its first values fixed by the seed."""
@@ -152,22 +153,22 @@ def digits_task(cache: Path, recipe: DigitsRecipe = FULL, on_step: OnStep | None
         model=model,
         head="classifier",
         targets=("q_proj", "v_proj"),
-        train=Split.whole(train),
-        test=Split.whole(test),
+        train=Subset.whole(train),
+        test=Subset.whole(test),
         identity=recipe.base_record(),
     )
 
 
-def folder_task(folder: Path, target: str, device: str) -> Task:
+def folder_task(folder: Path, domain: str, device: str) -> Task:
     """The data folder's: its ViT pre-trained on CIFAR-10, to Tiny ImageNet's 30 classes or to MNIST.
 
     Raises:
-        TaskError: the folder lacks them, or there is no such target.
+        TaskError: the folder lacks them, or there is no such domain.
     """
-    if target not in TARGETS:
-        raise TaskError(f"there is no target '{target}'; choose one of {', '.join(TARGETS)}.")
+    if domain not in DOMAINS:
+        raise TaskError(f"there is no domain '{domain}'; choose one of {', '.join(DOMAINS)}.")
     weights = folder / "weights_vit_cifar10" / "vit_cifar10.pth"
-    for place in (weights, folder / target):
+    for place in (weights, folder / domain):
         if not place.exists():
             raise TaskError(
                 f"the data folder {folder} has no {place.relative_to(folder)}; give another --data (or SUPERLORA_DATA), "
@@ -175,33 +176,33 @@ def folder_task(folder: Path, target: str, device: str) -> Task:
             )
     model = Vit()
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    name = "30 classes of Tiny ImageNet at 32x32" if target == TARGETS[0] else "MNIST at 32x32"
+    name = "30 classes of Tiny ImageNet at 32x32" if domain == DOMAINS[0] else "MNIST at 32x32"
     size = sum(p.numel() for p in model.parameters())
     return Task(
         words=f"a ViT of {size:,} parameters pre-trained on CIFAR-10, adapted to {name}",
         model=model.to(device).eval(),
         head="mlp_head.1",
         targets=("q_proj", "v_proj"),
-        train=_read(folder, target, "train"),
-        test=_read(folder, target, "val"),
+        train=_read(folder, domain, "train"),
+        test=_read(folder, domain, "val"),
         identity=hashlib.sha256(weights.read_bytes()).hexdigest(),
         device=device,
     )
 
 
-def _read(folder: Path, target: str, split: str) -> Split:
-    """The target's images, of MNIST the first ones."""
-    if target == TARGETS[0]:
+def _read(folder: Path, domain: str, split: str) -> Subset:
+    """The domain's images, of MNIST the first ones."""
+    if domain == DOMAINS[0]:
         return _normalised(*tiny_imagenet(folder, split))
     images, labels = mnist(folder, split == "train")
     most = MNIST_TRAIN if split == "train" else MNIST_TEST
     return _normalised(images[:most], labels[:most])
 
 
-def _normalised(images: Tensor, labels: Tensor) -> Split:
+def _normalised(images: Tensor, labels: Tensor) -> Subset:
     """uint8 (n, h, w, 3) or (n, h, w) to what the ViT was trained on, (n, 3, 32, 32)."""
     pixels = images[..., None].expand(*images.shape, 3) if images.ndim == 3 else images
     scaled = ((pixels / 255 - MEAN) / STD).permute(0, 3, 1, 2)
     if scaled.shape[-1] != 32:
         scaled = functional.interpolate(scaled, size=(32, 32), mode="bilinear", align_corners=False)
-    return Split.whole(Memory(scaled.contiguous(), labels))
+    return Subset.whole(Memory(scaled.contiguous(), labels))

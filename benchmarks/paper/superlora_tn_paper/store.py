@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from superlora_tn.demo.files import whole
+from superlora_tn.demo.whole_file import whole_file
 
 Data = dict[str, Any]
 
@@ -48,5 +48,5 @@ class Store:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write data, whole or not at all."""
-    with whole(path) as partial:
+    with whole_file(path) as partial:
         partial.write_text(json.dumps(data, indent=1) + "\n")

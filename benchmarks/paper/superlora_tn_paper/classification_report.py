@@ -1,17 +1,15 @@
-"""The reports in words: every sentence about a result is computed from the results' own rows."""
+"""What a classification result says: its picture, and its report, whose sentences are computed from the rows."""
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from superlora_tn.reproduce.answers import (
+from superlora_tn.tools import draw
+from superlora_tn_paper.classification_answers import (
     QUESTIONS,
-    RULE,
     Pair,
-    best,
     pairs,
     rank_answer,
     rank_pairs,
@@ -19,39 +17,19 @@ from superlora_tn.reproduce.answers import (
     tenth_answer,
     tenths,
 )
-from superlora_tn.reproduce.store import Data
-from superlora_tn.tools import draw
+from superlora_tn_paper.differences import RULE
+from superlora_tn_paper.markdown import percent, spread, table, where
+from superlora_tn_paper.rates import at_the_edge, best
+from superlora_tn_paper.store import Data
 
 PARETO = "classification.png"
-
-
-def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table; all columns but the first two to the right."""
-    bars = ["---" if k < 2 else "---:" for k in range(len(heading))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (heading, bars, *rows))
-
-
-def _spread(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _percent(values: Sequence[float]) -> str:
-    mean = f"{100 * statistics.fmean(values):.1f}"
-    return f"{mean} ± {100 * _spread(values):.1f}" if len(values) > 1 else mean
-
-
-def where(result: Data) -> str:
-    """Machine and date."""
-    facts = result["machine"]
-    threads = f"{facts['threads']} thread{'' if facts['threads'] == '1' else 's'}"
-    return f"{facts['date']}, {facts['device']}, {threads}, torch {facts['torch']}."
 
 
 def draw_classification(result: Data, path: Path) -> Path:
     """Accuracy against parameters, a frontier line a variant, dense fine-tuning and the head alone as lines."""
     rows = [r for r in result["rows"] if r["variant"] != "dense"]
     points = [
-        draw.Point(r["variant"], r["parameters"], statistics.fmean(r["accuracies"]), _spread(r["accuracies"])) for r in rows
+        draw.Point(r["variant"], r["parameters"], statistics.fmean(r["accuracies"]), spread(r["accuracies"])) for r in rows
     ]
     lines = {
         f"dense q and v ({r['parameters']:,}):": statistics.fmean(r["accuracies"])
@@ -63,8 +41,8 @@ def draw_classification(result: Data, path: Path) -> Path:
     return draw.pareto(points, path, "Accuracy against trainable parameters of q and v", lines)
 
 
-def classification(result: Data) -> str:
-    """The classification report in markdown."""
+def report(result: Data) -> str:
+    """The report in markdown."""
     rows = result["rows"]
     ladder, tenth = rank_pairs(rows), tenths(rows)
     parts = [
@@ -100,7 +78,7 @@ def _setup(result: Data) -> str:
 
 def _lines(result: Data) -> str:
     return (
-        f"Head alone on the frozen model: {_percent(result['head_only'])} % after the same steps on the same images; "
+        f"Head alone on the frozen model: {percent(result['head_only'])} % after the same steps on the same images; "
         f"{100 * result['head_converged']:.1f} % trained to convergence on all images (many more than a run sees). "
         + _above(result)
     )
@@ -124,7 +102,7 @@ def _results(rows: Sequence[Data]) -> str:
             r["variant"],
             r["words"],
             f"{r['parameters']:,}",
-            _percent(r["accuracies"]),
+            percent(r["accuracies"]),
             f"{statistics.fmean(r['losses']):.3f}",
             f"{r['rate']:g}",
             f"{1e3 * r['step_seconds']:.1f}",
@@ -146,7 +124,7 @@ def _answer(found: Sequence[Pair], words: str) -> str:
 
 
 def _name(row: Data) -> str:
-    return f"{row['variant']} {row['words']}, {row['parameters']:,}: {_percent(row['accuracies'])} %"
+    return f"{row['variant']} {row['words']}, {row['parameters']:,}: {percent(row['accuracies'])} %"
 
 
 def _rates(result: Data) -> str:
@@ -154,7 +132,7 @@ def _rates(result: Data) -> str:
     lines, edge = [], []
     for family, found in tried.items():
         rate = best(found)
-        if rate in (min(map(float, found)), max(map(float, found))):
+        if at_the_edge(rate, map(float, found)):
             edge.append(family)
         cells = [f"**{r}**: {loss:.3f}" if float(r) == rate else f"{r}: {loss:.3f}" for r, loss in found.items()]
         lines.append((family, *cells))
@@ -167,32 +145,3 @@ def _rates(result: Data) -> str:
     if edge:
         words += f" At the edge of what was tried, so that a better one may lie outside: {', '.join(edge)}."
     return words + "\n\n" + table(("family", *["rate: loss"] * (len(lines[0]) - 1)), lines)
-
-
-def sections(out: Path) -> Mapping[str, str]:
-    """The report of each experiment whose results are in the folder."""
-    found = {}
-    for name in ("classification", "geometry", "diffusion"):
-        place = out / f"{name}.json"
-        if place.is_file():
-            found[name] = _report(name, json.loads(place.read_text()))
-    return found
-
-
-def _report(name: str, result: Data) -> str:
-    if name == "classification":
-        return classification(result)
-    if name == "geometry":
-        from superlora_tn.reproduce import geometry_run
-
-        return geometry_run.report(result)
-    from superlora_tn.reproduce import diffusion
-
-    return str(diffusion.report(result))
-
-
-def write(out: Path) -> Path:
-    """Write ``report.md``: the reports of all experiments whose results are in the folder, one after another."""
-    place = out / "report.md"
-    place.write_text("\n\n".join(text.strip() for text in sections(out).values()) + "\n")
-    return place
