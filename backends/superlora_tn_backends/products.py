@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from superlora_tn.update.eager import is_eager
+
 PLAIN = (Tensor, nn.Parameter)
 # oneDNN's call costs more, and more again where caches are cold. So from this many multiply-adds on, where two of the
 # three sizes are this large, and where it does not copy a long left side into rows for few columns. Of matrices with gaps
@@ -33,7 +35,9 @@ def _onednn() -> Callable[..., Tensor] | None:
         return None
     try:
         linear = torch.ops.mkldnn._linear_pointwise.default
-        linear(torch.ones(1, 1), torch.ones(1, 1), None, "none", [], "")
+        with torch.inference_mode(False), torch.no_grad():
+            one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+            linear(one, one, None, "none", [], "")
         torch._C._len_torch_dispatch_stack()
     except (AttributeError, RuntimeError, TypeError):  # another release of torch
         return None
@@ -41,11 +45,13 @@ def _onednn() -> Callable[..., Tensor] | None:
 
 
 def _chosen(a: Tensor, b: Tensor) -> Callable[..., Tensor] | None:
-    """oneDNN for plain float32 matrices that are worth it. A mode that watches operations sees the usual ones."""
-    (m, k), n, linear = a.shape, b.shape[1], _onednn()
+    """oneDNN for plain float32 matrices that are worth it. A mode that watches operations sees the usual ones.
+
+    And so does a level of forward-mode differentiation, in which a gradient may have a tangent that oneDNN would drop.
+    """
+    (m, k), n = a.shape, b.shape[1]
     if (
-        linear is None
-        or m * k * n < WORTH
+        m * k * n < WORTH
         or sorted((m, k, n))[1] < NARROW
         or not (a.is_contiguous() or (a.t().is_contiguous() and k <= LONG * n))
         or not (b.is_contiguous() or b.t().is_contiguous())
@@ -53,11 +59,12 @@ def _chosen(a: Tensor, b: Tensor) -> Callable[..., Tensor] | None:
         or a.device.type != "cpu"
         or type(a) not in PLAIN
         or type(b) not in PLAIN
-        or torch._C._len_torch_dispatch_stack()
         or not torch.backends.mkldnn.enabled
+        or not is_eager()
+        or torch._C._len_torch_dispatch_stack()
     ):
         return None
-    return linear
+    return _onednn()  # asked last: it finds out by trying once, which has to be outside of modes
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -1,14 +1,40 @@
-"""Whether torch runs operations one by one as they come, so that state may be kept and written in place."""
+"""What torch is doing around a call: running operations as they come, recording them, differentiating or casting them."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _is_tracing
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+NOTHING = nullcontext()
 
 
 def is_eager() -> bool:
-    """False while torch.compile or torch.export traces, and inside torch.func transforms such as vmap and grad.
+    """Whether torch runs operations one by one as they come, so that state may be kept and written in place.
 
-    There only plain operations on fresh tensors are right. torch has no public question for the transforms;
-    autograd.Function itself asks this one.
+    False while torch.compile, torch.export or torch.jit.trace records, inside torch.func transforms such as vmap and grad,
+    and inside a level of forward-mode differentiation: there only plain operations on fresh tensors are right, since a
+    custom autograd function would be recorded as such or lose the tangents of its operands. torch has no public question
+    for the transforms and the level; autograd.Function and forward_ad themselves ask these.
     """
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    return not (is_compiling() or _are_functorch_transforms_active() or _is_tracing() or forward_ad._current_level >= 0)
+
+
+def is_recorded() -> bool:
+    """Whether a program is being recorded that will run for other numbers of tokens: no branch may hang on sizes of x."""
+    return is_compiling() or _is_tracing()
+
+
+def as_given(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Compute in the dtypes as they are: the caller has cast, and autocast would cast a second time."""
+    # Dynamo cannot trace the short question, which takes 0.1 us where the long one takes 0.7.
+    if not is_compiling() and not torch._C._is_any_autocast_enabled():
+        return NOTHING
+    kind = tensor.device.type
+    casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if casting else NOTHING

@@ -1,5 +1,8 @@
 """The fixed maps F: never trained, regenerated from their seed, bit for bit on every platform and device.
 
+They compute in float32 at least, whatever the nodes' dtype: half a million numbers summed in float16 overflow, or vanish, on
+the way there or on the way back. And their tables stay as they were made, whatever dtype the model is cast to.
+
 Random numbers come from the raw 64-bit stream of Philox, which NumPy guarantees, and become permutations, signs and
 Gaussians by whole-number arithmetic and single IEEE divisions only: no `log` or `cos`, whose last bit varies.
 """
@@ -8,10 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import singledispatch
 from itertools import pairwise
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,7 +25,8 @@ from torch import Tensor, nn
 
 from superlora_tn.declare.maps import Compose, Fastfood, Projection, Shuffle
 from superlora_tn.declare.parts import SpecError
-from superlora_tn.update.walsh import hadamard
+from superlora_tn.update.eager import as_given
+from superlora_tn.update.walsh import transform
 
 
 def _raw(seed: int, purpose: str, count: int) -> np.ndarray:
@@ -55,48 +62,143 @@ def gaussians(seed: int, count: int, purpose: str = "gaussians") -> Tensor:
 TABLES = {"B": ("signs", "flips", signs), "P": ("permutation", "order", permutation), "G": ("gaussians", "weights", gaussians)}
 
 
-class FixedMap(nn.Module):
-    """A fixed map from vectors of length `size_in` to `size_out`, applied along the last axis.
+@dataclass(frozen=True)
+class Table:
+    """A table of a fixed map as it is declared, from which it can be made wherever it is needed.
 
-    Its tables are buffers that follow the module's device and are not saved: the seed is part of the spec.
+    Attributes:
+        kind: a key of `TABLES`.
+        seed, count, purpose: what its function is given.
     """
 
-    def __init__(self, size_in: int, size_out: int) -> None:
+    kind: str
+    seed: int
+    count: int
+    purpose: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which it is exact, and stays."""
+        return torch.float32 if self.kind != "P" else torch.int32 if self.count <= 2**31 else torch.int64
+
+    def on(self, device: torch.device) -> Tensor:
+        """The table on a device; on the meta device its shape alone."""
+        # A tensor that is made in inference mode can never be saved for a backward pass.
+        with torch.inference_mode(False):
+            if device.type == "meta":
+                return torch.empty(self.count, dtype=self.dtype, device=device)
+            return TABLES[self.kind][2](self.seed, self.count, self.purpose).to(device)
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in for numbers that are stored in another: float32 (complex64) at least."""
+    if dtype in (torch.float64, torch.complex128):
+        return dtype
+    return torch.complex64 if dtype.is_complex else torch.float32
+
+
+class FixedMap(nn.Module, ABC):
+    """A fixed map from vectors of length `size_in` to `size_out`, applied along the last axis.
+
+    Its tables are buffers that follow the module's device, but never its dtype, and are not saved: the seed is part of the
+    spec.
+
+    Args:
+        size_in, size_out: lengths.
+        tables: the buffers, in the order they are used.
+        device: where the tables are made, whatever torch's default is; None takes the CPU.
+    """
+
+    def __init__(
+        self, size_in: int, size_out: int, tables: Mapping[str, Table], device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
-        self.size_in, self.size_out = size_in, size_out
+        self.size_in, self.size_out, self.tables = size_in, size_out, dict(tables)
+        self.reset(device or "cpu")
+
+    def reset(self, device: torch.device | str) -> None:
+        """Make the tables on a device, again where they are there already."""
+        for name, table in self.tables.items():
+            self.register_buffer(name, table.on(torch.device(device)), persistent=False)
+
+    def table(self, name: str, x: Tensor) -> Tensor:
+        """A table as it was declared: one that was cast, or left empty, from outside is made again for x."""
+        table, declared = self.get_buffer(name), self.tables[name]
+        if table.dtype is declared.dtype and (x.is_meta or not table.is_meta):
+            return table
+        self.reset(x.device)
+        return self.get_buffer(name)
+
+    @abstractmethod
+    def carry(self, x: Tensor) -> Tensor:
+        """(..., size_in) -> (..., size_out), both in a dtype of `widened`."""
+
+    def forward(self, x: Tensor, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """``scale F(x)``, computed in float32 at least and rounded once.
+
+        Args:
+            x: (..., size_in).
+            scale: a factor of the result; a map may be nonlinear, so it acts behind it.
+            dtype: of the result; None takes that of x.
+
+        Returns:
+            (..., size_out).
+        """
+        with as_given(x):
+            y = self.carry(x.to(widened(x.dtype)))
+            return (y if scale == 1.0 else y * scale).to(dtype or x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `half`, `to_empty` and the like do to every tensor: here only the device follows."""
+        for stage in self.children() if recurse else ():
+            stage._apply(fn)  # type: ignore[no-untyped-call]
+        for name, table in self.named_buffers(recurse=False):
+            found = fn(torch.ones(1, device=table.device))
+            if found.device.type == "cpu" and found.is_shared():  # type: ignore[no-untyped-call]
+                table.share_memory_()  # type: ignore[no-untyped-call]
+            if found.device != table.device:
+                empty = table.is_meta or found.is_meta
+                with torch.inference_mode(False):
+                    self._buffers[name] = self.tables[name].on(found.device) if empty else table.to(found.device)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy that was made in inference mode serves a backward pass all the same."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        with torch.inference_mode(False):
+            for name, table in self.named_buffers(recurse=False):
+                self._buffers[name] = table.clone() if table.is_inference() else table
 
 
 class ShuffleMap(FixedMap):
     """``y = P x``."""
 
-    order: Tensor
-
-    def __init__(self, size_in: int, size_out: int, seed: int) -> None:
-        super().__init__(size_in, size_out)
+    def __init__(self, size_in: int, size_out: int, declared: Shuffle, device: torch.device | str | None = None) -> None:
         if size_in != size_out:
             raise SpecError(f"Shuffle keeps the length, but was asked to map {size_in} to {size_out}; use Fastfood(ratio=...).")
-        self.register_buffer("order", permutation(seed, size_in), persistent=False)
+        super().__init__(size_in, size_out, {"order": Table("P", declared.seed, size_in, "permutation")}, device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def carry(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., n)."""
-        return x.index_select(-1, self.order)
+        return x.index_select(-1, self.table("order", x))
 
 
 class FastfoodMap(FixedMap):
     """``y = H G P H B x`` (or another order), x padded from n to p (a power of two), y truncated."""
 
-    def __init__(self, size_in: int, size_out: int, declared: Fastfood) -> None:
-        super().__init__(size_in, size_out)
-        self.declared = declared
+    def __init__(self, size_in: int, size_out: int, declared: Fastfood, device: torch.device | str | None = None) -> None:
         self.padded = 1 << (max(size_in, size_out) - 1).bit_length()
+        tables: dict[str, Table] = {}
         mixed = False  # signs and Gaussians in front of the first H and P meet the elements of x alone
         for k, factor in enumerate(declared.order):
             mixed = mixed or factor in "HP"
             if factor != "H":
-                purpose, name, make = TABLES[factor]
+                purpose, name, _ = TABLES[factor]
                 again = str(declared.order[:k].count(factor) + 1) if factor in declared.order[:k] else ""
-                table = make(declared.seed, self.padded if mixed else size_in, f"{purpose} {again}".strip())
-                self.register_buffer(f"{name}{again}", table, persistent=False)
+                count = self.padded if mixed else size_in
+                tables[f"{name}{again}"] = Table(factor, declared.seed, count, f"{purpose} {again}".strip())
+        super().__init__(size_in, size_out, tables, device)
+        self.declared = declared
 
     @property
     def scale(self) -> float:
@@ -109,20 +211,22 @@ class FastfoodMap(FixedMap):
         # The first transform sums the n elements that are not padding, each further one all p.
         return 1.0 / math.sqrt(self.size_in * math.pow(self.padded, transforms - 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def carry(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., size_out)."""
-        tables = iter([buffer for buffer in self._buffers.values() if buffer is not None])
-        y = x * self.scale
+        names, length, bits = iter(self.tables), self.size_in, self.padded.bit_length() - 1
+        # Each transform brings half of its bits itself, so that sizes stay about those of x, and of the gradient in backward.
+        shift = bits // 2
+        y = x * math.ldexp(self.scale, shift * self.declared.order.count("H"))
         for factor in self.declared.order:
-            if factor in "HP" and y.shape[-1] < self.padded:
-                y = nn.functional.pad(y, (0, self.padded - self.size_in))
+            if factor in "HP" and length < self.padded:
+                y, length = nn.functional.pad(y, (0, self.padded - length)), self.padded
             if factor == "H":
-                y = hadamard(y)
+                y = transform(y, bits, shift)
             elif factor == "P":
-                y = y.index_select(-1, next(tables))
+                y = y.index_select(-1, self.table(next(names), x))
             else:
-                y = y * next(tables).to(y.dtype)
-        y = nn.functional.pad(y, (0, self.size_out - y.shape[-1])) if y.shape[-1] < self.size_out else y[..., : self.size_out]
+                y = y * self.table(next(names), x)
+        y = nn.functional.pad(y, (0, self.size_out - length)) if length < self.size_out else y[..., : self.size_out]
         return torch.tanh(y) if self.declared.tanh else y
 
 
@@ -130,36 +234,54 @@ class ComposedMap(FixedMap):
     """Maps one after another."""
 
     def __init__(self, stages: Sequence[FixedMap]) -> None:
-        super().__init__(stages[0].size_in, stages[-1].size_out)
+        super().__init__(stages[0].size_in, stages[-1].size_out, {})
         self.stages = nn.ModuleList(stages)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def reset(self, device: torch.device | str) -> None:
+        """See `FixedMap.reset`."""
+        for stage in self._parts():
+            stage.reset(device)
+
+    def carry(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., size_out)."""
-        for stage in self.stages:
-            x = stage(x)
+        for stage in self._parts():
+            x = stage.carry(x)
         return x
+
+    def _parts(self) -> Iterable[FixedMap]:
+        for stage in self.stages if "stages" in self._modules else ():
+            assert isinstance(stage, FixedMap)
+            yield stage
 
 
 @singledispatch
-def fixed_map(projection: Projection | None, size_in: int, size_out: int) -> FixedMap | None:
-    """The map a declaration stands for; None for no projection. A new kind of map registers itself here."""
+def fixed_map(
+    projection: Projection | None, size_in: int, size_out: int, device: torch.device | str | None = None
+) -> FixedMap | None:
+    """The map a declaration stands for; None for no projection. A new kind of map registers itself here.
+
+    Args:
+        projection: the declaration.
+        size_in, size_out: lengths of the network's vector and of the group's.
+        device: where its tables are made; None takes the CPU, "meta" makes none of them.
+    """
     if projection is None:
         return None
-    raise SpecError(f"{projection!r} is not a projection; register it with projection.fixed_map.")
+    raise SpecError(f"{projection!r} is not a projection; register it with fixed_maps.fixed_map.")
 
 
 @fixed_map.register
-def _shuffle(projection: Shuffle, size_in: int, size_out: int) -> FixedMap:
-    return ShuffleMap(size_in, size_out, projection.seed)
+def _shuffle(projection: Shuffle, size_in: int, size_out: int, device: torch.device | str | None = None) -> FixedMap:
+    return ShuffleMap(size_in, size_out, projection, device)
 
 
 @fixed_map.register
-def _fastfood(projection: Fastfood, size_in: int, size_out: int) -> FixedMap:
-    return FastfoodMap(size_in, size_out, projection)
+def _fastfood(projection: Fastfood, size_in: int, size_out: int, device: torch.device | str | None = None) -> FixedMap:
+    return FastfoodMap(size_in, size_out, projection, device)
 
 
 @fixed_map.register
-def _compose(projection: Compose, size_in: int, size_out: int) -> FixedMap:
+def _compose(projection: Compose, size_in: int, size_out: int, device: torch.device | str | None = None) -> FixedMap:
     lengths = [size_in]
     for k in range(1, len(projection.maps)):
         rest = math.prod(Fraction(str(m.ratio)) for m in projection.maps[k:])
@@ -167,5 +289,5 @@ def _compose(projection: Compose, size_in: int, size_out: int) -> FixedMap:
         least = lengths[-1]
         lengths.append(least if isinstance(projection.maps[k - 1], Shuffle) else max(least, math.ceil(rest * size_out)))
     lengths.append(size_out)
-    stages = [fixed_map(m, a, b) for m, (a, b) in zip(projection.maps, pairwise(lengths), strict=True)]
+    stages = [fixed_map(m, a, b, device) for m, (a, b) in zip(projection.maps, pairwise(lengths), strict=True)]
     return ComposedMap([stage for stage in stages if stage is not None])

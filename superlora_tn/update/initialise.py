@@ -19,7 +19,9 @@ SHARING = ("auto", "uniform", "normal")
 
 
 def first_values(graph: Graph, fan_in: int, generator: torch.Generator | None = None) -> list[Tensor]:
-    """First values of all nodes in graph order, float32 on the CPU, the same for a seed on every device.
+    """First values of all nodes in graph order, float32 on the CPU: the same for a seed on every device.
+
+    Torch's default dtype and default device change nothing.
 
     Args:
         graph: the network.
@@ -28,23 +30,23 @@ def first_values(graph: Graph, fan_in: int, generator: torch.Generator | None = 
     """
     sharing = sum(n.init in SHARING for n in graph.nodes)
     deviation = (1 / (3 * fan_in)) ** (1 / (2 * max(sharing, 1)))
-    with torch.no_grad():
+    # A tensor that is made in inference mode could never be trained.
+    with torch.inference_mode(False), torch.no_grad():
         return [_fill(node, deviation, generator) for node in graph.nodes]
 
 
 def _fill(node: GraphNode, deviation: float, generator: torch.Generator | None) -> Tensor:
-    shape = node.shape
+    values = torch.empty(node.shape, dtype=torch.float32, device="cpu")
     if node.init == "zeros":
-        return torch.zeros(shape)
+        return values.zero_()
     if node.init == "ones":
-        return torch.ones(shape)
-    rows = math.prod(shape[:-1])
+        return values.fill_(1.0)
+    matrix = values.reshape(math.prod(node.shape[:-1]), node.shape[-1] if node.shape else 1)
     if node.init == "eye":
-        return torch.eye(rows, shape[-1] if shape else 1).reshape(shape)
+        return torch.nn.init.eye_(matrix).reshape(node.shape)
     if node.init == "normal":
-        return torch.randn(shape, generator=generator) * deviation
+        return values.normal_(generator=generator).mul_(deviation)
     if node.init == "orthogonal":
-        values = torch.empty(max(rows, 1), shape[-1] if shape else 1)
-        return torch.nn.init.orthogonal_(values, generator=generator).reshape(shape)
+        return torch.nn.init.orthogonal_(matrix, generator=generator).reshape(node.shape)
     bound = math.sqrt(3) * deviation
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return values.uniform_(-bound, bound, generator=generator)

@@ -13,17 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from superlora_tn.update.eager import as_given, is_eager, is_recorded
+
 RADIX_BITS = 6  # of a plain pass: few passes over memory, and more arithmetic, which accelerators have to spare
 CACHED_BITS = 3  # of a pass within the cache
 RUN_BITS = 20  # a run, its result and its scratch space share the last-level cache: 16 MiB in float32
 PLAIN_BITS = 14  # up to this size a row takes two or three plain passes, and the cached ones do not pay
 
 
-@lru_cache(maxsize=64)
-def _matrix(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The Sylvester Hadamard matrix of size 2**bits, entries +-1."""
-    matrix = torch.ones(1, 1, dtype=dtype, device=device)
-    block = torch.tensor([[1, 1], [1, -1]], dtype=dtype, device=device)
+@lru_cache(maxsize=256)
+def _known(bits: int, shift: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A tensor that is made in inference mode can never be saved for a backward pass.
+    with torch.inference_mode(False), torch.no_grad():
+        return _sylvester(bits, torch.full((1, 1), 2.0**-shift, dtype=dtype, device=device))
+
+
+def _matrix(bits: int, shift: int, like: Tensor) -> Tensor:
+    """The Sylvester Hadamard matrix of size 2**bits, entries +-1, times 2**-shift, for a tensor's dtype and device.
+
+    Kept only where torch runs plainly: what is made while a program is recorded, inside a transform or under a mode such as
+    FakeTensorMode belongs to that alone.
+    """
+    if is_eager() and not torch._C._len_torch_dispatch_stack():
+        return _known(bits, shift, like.dtype, like.device)
+    return _sylvester(bits, like.new_full((1, 1), 2.0**-shift))
+
+
+def _sylvester(bits: int, matrix: Tensor) -> Tensor:
+    one = torch.ones_like(matrix)
+    block = torch.cat([torch.cat([one, one], 1), torch.cat([one, -one], 1)])
     for _ in range(bits):
         matrix = torch.kron(block, matrix)
     return matrix
@@ -44,57 +62,77 @@ def hadamard(x: Tensor) -> Tensor:
     size = x.shape[-1]
     if size < 1 or size & (size - 1):
         raise ValueError(f"the Walsh-Hadamard transform was given a last axis of {size}; it must be a power of two.")
-    # A compiler would unroll the runs.
-    plain = size.bit_length() <= PLAIN_BITS + 1 or x.device.type != "cpu" or torch.compiler.is_compiling()
-    return _plain(x) if plain else _Cached.apply(x)  # type: ignore[no-untyped-call]
+    return transform(x, size.bit_length() - 1)
 
 
-def _plain(x: Tensor) -> Tensor:
-    left, y = x.shape[-1].bit_length() - 1, x
-    stride = 1
+def transform(x: Tensor, bits: int, shift: int = 0) -> Tensor:
+    """``y = 2**-shift H x`` along the last axis, of size 2**bits; autocast leaves it alone, forward and backward.
+
+    Args:
+        x: (..., 2**bits).
+        bits: as a number, since a recorder would take the axis for one that varies.
+        shift: the power of two is in the first matmul: it costs and rounds nothing, and no sum grows beyond its result.
+    """
+    if not bits:
+        return x * 2.0**-shift
+    # A recorder would unroll the runs, and can save no function that is not torch's own.
+    if not is_recorded():
+        return _Transform.apply(x, bits, shift)  # type: ignore[no-any-return, no-untyped-call]
+    with as_given(x):
+        return _plain(x, bits, shift)
+
+
+def _plain(x: Tensor, left: int, shift: int) -> Tensor:
+    stride, y = 1, x
     while left:
         bits = min(RADIX_BITS, left)
-        matrix = _matrix(bits, x.dtype, x.device)
+        matrix, shift = _matrix(bits, shift, x), 0
         y = y.reshape(-1, 2**bits) @ matrix if stride == 1 else matrix @ y.reshape(-1, 2**bits, stride)
         stride, left = stride * 2**bits, left - bits
     return y.reshape(x.shape)
 
 
-class _Cached(torch.autograd.Function):
-    """The transform run by run, into one result. H is symmetric, so it is its own adjoint."""
+class _Transform(torch.autograd.Function):
+    """The transform as one operation, which keeps nothing. H is symmetric, so it is its own adjoint."""
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        x = x.contiguous()
-        size = x.shape[-1]
-        out = torch.empty_like(x)
-        run = min(size, 1 << RUN_BITS)
-        rows = max(1, min((1 << RUN_BITS) // size, x.numel() // size))  # short rows share a run's time in the cache
-        scratch = x.new_empty(2, max(rows * run, size // run))
-        sources, results = x.view(-1, run), out.view(-1, run)
-        for k in range(0, len(sources), rows):
-            _low_bits(sources[k : k + rows], results[k : k + rows], scratch)
-        if size > run:
-            for row in out.view(-1, size // run, run):
-                _high_bits(row, scratch)
-        return out
+    def forward(x: Tensor, bits: int, shift: int) -> Tensor:
+        with as_given(x):
+            return _plain(x, bits, shift) if bits <= PLAIN_BITS or x.device.type != "cpu" else _in_runs(x, bits, shift)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Nothing to keep: the map is linear and fixed."""
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+        """The map is linear and fixed: nothing of x is kept."""
+        ctx.settings = inputs[1:]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return hadamard(gradient)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return transform(gradient, *ctx.settings), None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return hadamard(tangent)
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return transform(tangent, *ctx.settings)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None], x: Tensor) -> tuple[Tensor, int | None]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, bits: int, shift: int) -> tuple[Tensor, int | None]:
         axis = in_dims[0]
-        return (hadamard(x), None) if axis is None else (hadamard(x.movedim(axis, 0)), 0)
+        return (transform(x, bits, shift), None) if axis is None else (transform(x.movedim(axis, 0), bits, shift), 0)
+
+
+def _in_runs(x: Tensor, bits: int, shift: int) -> Tensor:
+    """Run by run, into one result."""
+    x = x.contiguous()
+    size, out = 1 << bits, torch.empty_like(x)
+    run = min(size, 1 << RUN_BITS)
+    rows = max(1, min((1 << RUN_BITS) // size, x.numel() // size))  # short rows share a run's time in the cache
+    scratch = x.new_empty(2, max(rows * run, size // run))
+    sources, results = x.view(-1, run), out.view(-1, run)
+    for k in range(0, len(sources), rows):
+        _low_bits(sources[k : k + rows], results[k : k + rows], scratch, shift)
+    if size > run:
+        for row in out.view(-1, size // run, run):
+            _high_bits(row, scratch)
+    return out
 
 
 def _pieces(bits: int) -> list[int]:
@@ -103,8 +141,8 @@ def _pieces(bits: int) -> list[int]:
     return [bits // count + (k < bits % count) for k in range(count)]
 
 
-def _low_bits(source: Tensor, result: Tensor, scratch: Tensor) -> None:
-    """Transform each row of (rows, run) into `result`.
+def _low_bits(source: Tensor, result: Tensor, scratch: Tensor, shift: int) -> None:
+    """Transform each row of (rows, run) into `result`, times 2**-shift.
 
     A pass transforms the last bits and moves them to the front, so that each is one wide matmul, and after all bits
     had their turn they stand in order again.
@@ -112,7 +150,7 @@ def _low_bits(source: Tensor, result: Tensor, scratch: Tensor) -> None:
     rows, run = source.shape
     pieces = _pieces(run.bit_length() - 1)
     for k, bits in enumerate(pieces):
-        matrix = _matrix(bits, source.dtype, source.device)
+        matrix = _matrix(bits, 0 if k else shift, source)
         target = result if k == len(pieces) - 1 else scratch[k % 2, : rows * run]
         if rows == 1:  # a batch of one costs more than no batch
             torch.mm(matrix, source.view(-1, 2**bits).mT, out=target.view(2**bits, -1))
@@ -132,7 +170,7 @@ def _high_bits(grid: Tensor, scratch: Tensor) -> None:
     for column in range(0, run, width):
         source = block = grid[:, column : column + width]
         for k, bits in enumerate(pieces):
-            matrix = _matrix(bits, grid.dtype, grid.device).expand(lines >> bits, -1, -1)
+            matrix = _matrix(bits, 0, grid).expand(lines >> bits, -1, -1)
             # The last pass writes to where the first read; a single pass has to do so by a copy.
             target = block if 0 < k == len(pieces) - 1 else scratch[k % 2, : block.numel()].view(block.shape)
             torch.bmm(
