@@ -16,13 +16,24 @@ ROOT = Path(superlora_tn.__file__).parents[1]
 CORE, BACKENDS = ROOT / "superlora_tn", ROOT / "backends" / "superlora_tn_backends"
 # Folders from the ground up, and in each its rooms from the ground up; what is in none of them stands on top.
 HOUSE = {
-    "declare": [["parts"], ["maps", "fold"], ["codec"]],
+    "declare": [["bounds", "divisors"], ["parts"], ["maps", "fold"], ["codec"]],
     "network": [["graph"], ["expand"], ["spec"], ["budget"], ["variants"]],
     "contraction": [["profile"], ["layout"], ["search"], ["plan"], ["sharing", "cut"], ["backend"]],
-    "update": [["eager", "walsh", "initialise"], ["fixed_maps"], ["base"], ["physical", "flat"], ["make"]],
-    "files": [["own"]],
+    "update": [["eager", "initialise"], ["walsh"], ["fixed_maps"], ["base"], ["physical", "flat"], ["make"]],
+    "files": [
+        ["errors"],
+        ["bounds", "folder", "whole", "dialects"],
+        ["record", "tensors", "container", "forms", "names"],
+        ["own", "weight"],
+        ["settings", "thin"],
+        ["fuse"],
+        ["foreign"],
+        ["single"],
+        ["peft"],
+        ["read"],
+    ],
     "model": [["kinds"], ["targets", "site", "describe"], ["attach"]],
-    "tools": [["draw", "measure"], ["geometry"]],
+    "tools": [["draw", "measure", "singular"], ["geometry"]],
 }
 ROOMS = [(folder, room) for folder, storeys in HOUSE.items() for rooms in storeys for room in rooms]
 STOREYS = [(folder, k) for folder, storeys in HOUSE.items() for k in range(len(storeys))]

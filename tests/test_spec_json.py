@@ -15,7 +15,7 @@ from test_equals_dense import VARIANTS
 
 from superlora_tn.declare.codec import LATER
 from superlora_tn.declare.maps import Fastfood, Shuffle
-from superlora_tn.declare.parts import CP, SpecError
+from superlora_tn.declare.parts import CP, Hadamard, Kronecker, Part, SpecError, TensorTrain, Tucker
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.network.variants import lokr, lora, lorta, vera
 
@@ -46,6 +46,16 @@ def test_specs_that_differ_are_unequal() -> None:
     assert lora(4) != lora(4, alpha=1) != lora(4, alpha=1, rslora=True)
     assert AdapterSpec(CP(4)) != AdapterSpec(CP(4, dense_if_large=True))
     assert lorta(2, projection=Shuffle(1)) != lorta(2, projection=Shuffle(2)) != lorta(2, projection=Fastfood(1.0, 2))
+
+
+@pytest.mark.parametrize(
+    "part", [CP(9), Tucker((9, 2)), TensorTrain(9), Kronecker(CP(2), Hadamard(CP(9), Tucker(2)))], ids=repr
+)
+def test_a_part_saved_before_ranks_were_capped_refuses_them_still(part: Part) -> None:
+    data = json.loads(json.dumps(AdapterSpec(part).to_dict()))
+    for path in places(data):
+        at(data, path).pop("over", None)
+    assert AdapterSpec.from_dict(data) == AdapterSpec(part)
 
 
 def test_a_spec_is_frozen() -> None:
@@ -89,9 +99,8 @@ def test_a_missing_key_anywhere_is_refused(spec: AdapterSpec) -> None:
             value = holder.pop(key)
             if key in LATER.get(holder.get("kind"), ()):
                 # Saved before the field was there: its default is what was meant.
-                assert (AdapterSpec.from_dict(data) == spec) == (
-                    value == {"multiple": 1, "order": "BHPGH"}.get(key, "variance")
-                )
+                default = {"multiple": 1, "order": "BHPGH", "scaling": "variance", "over": "refuse"}[key]
+                assert (AdapterSpec.from_dict(data) == spec) == (value == default)
                 continue
             with pytest.raises(SpecError):
                 AdapterSpec.from_dict(data)

@@ -496,7 +496,7 @@ def test_wrong_requests_say_what_would_be_right() -> None:
     with pytest.raises(SpecError, match=r"give an AdapterSpec\(\.\.\.\), or the name"):
         verify(NETWORK.network)  # type: ignore[arg-type]
     with pytest.raises(SpecError, match=r"found no weights that .* fits; give shapes"):
-        verify(sl.lora(5000))
+        verify(sl.AdapterSpec(sl.CP(5000)))
     with pytest.raises(SpecError, match=r"splits the mode 'out' of size 7"):
         verify(sl.AdapterSpec(sl.Network("(o p) i", {"o": 5}, a="o i", b="p i")), shapes=[(7, 7)])
 

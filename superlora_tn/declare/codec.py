@@ -6,14 +6,19 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from superlora_tn.declare.bounds import MAX_DEPTH
 from superlora_tn.declare.fold import FlatFold, PhysicalFold
 from superlora_tn.declare.maps import PROJECTIONS, Compose
-from superlora_tn.declare.parts import MAX_DEPTH, PARTS, Hadamard, Kronecker, Network, Node, SpecError
+from superlora_tn.declare.parts import PARTS, Hadamard, Kronecker, Network, Node, SpecError, shown
 
 KINDS: dict[str, type] = {k.__name__: k for k in (*PARTS, Node, PhysicalFold, FlatFold, *PROJECTIONS)}
 
 # Fields that came after adapters had been saved without them; where they are missing, their defaults say what was meant.
-LATER = {"FlatFold": frozenset({"multiple"}), "Fastfood": frozenset({"order", "scaling"})}
+LATER = {
+    "FlatFold": frozenset({"multiple"}),
+    "Fastfood": frozenset({"order", "scaling"}),
+    **dict.fromkeys(("CP", "Tucker", "TensorTrain"), frozenset({"over"})),
+}
 
 
 def encode(value: Any) -> Any:
@@ -46,14 +51,15 @@ def decode(data: Any, depth: int = 0) -> Any:
 def _decode_kind(data: Mapping[str, Any], depth: int) -> Any:
     kind = KINDS.get(str(data.get("kind")))
     if kind is None:
-        raise SpecError(f"unknown kind {data.get('kind')!r} in a declaration; known kinds are {', '.join(KINDS)}.")
+        raise SpecError(f"unknown kind {shown(data.get('kind'))} in a declaration; known kinds are {', '.join(KINDS)}.")
     given = {k: v for k, v in data.items() if k != "kind"}
     names = {f.name for f in dataclasses.fields(kind)}
     needed = names - LATER.get(kind.__name__, frozenset())
     if not needed <= set(given) <= names:
         wrong = sorted((set(given) - names) | (needed - set(given)))
         raise SpecError(
-            f"{kind.__name__} in a declaration has fields {sorted(given)}, expected {sorted(names)}; look at {wrong}."
+            f"{kind.__name__} in a declaration has fields {shown(sorted(given), 300)}, expected {sorted(names)}; "
+            f"look at {shown(wrong, 300)}."
         )
     values = {k: decode(v, depth + 1) for k, v in given.items()}
     try:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
-from superlora_tn.declare.parts import SpecError, check_count, check_flag
+from superlora_tn.declare.bounds import MAX_ORDER, PADDED_SPARE, PADDED_TIMES
+from superlora_tn.declare.divisors import largest_divisor, root
+from superlora_tn.declare.parts import SpecError, check_count, check_flag, shown
 
 Shape = tuple[int, int]
 ROLES = {"out": "out", "head": "out", "in": "in", "layer": "member", "type": "member", "member": "member"}
@@ -61,10 +64,21 @@ class FlatGroup:
         """Where `group` starts in the vector; ``start(groups)`` is `total`."""
         return group * (self.total // self.groups) + min(group, self.total % self.groups)
 
+    def group_of(self, element: int) -> int:
+        """The group that an element of the vector is in."""
+        short, longer = divmod(self.total, self.groups)
+        ahead = longer * (short + 1)  # elements of the groups that hold one more
+        return element // (short + 1) if element < ahead else longer + (element - ahead) // short
+
+    @property
+    def volume(self) -> int:
+        """Elements of one group's tensor."""
+        return math.prod(m.size for m in self.modes)
+
     @property
     def surplus(self) -> int:
         """Elements of one group's tensor that are cut off."""
-        return math.prod(m.size for m in self.modes) - self.inner
+        return self.volume - self.inner
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -78,6 +92,7 @@ def split_name(name: str) -> tuple[str, str]:
     return ".".join(words[:cut]), ".".join(words[cut:])
 
 
+@lru_cache(maxsize=4096)
 def factorise(size: int, count: int, factor: int = -1) -> tuple[int, ...]:
     """Split `size` into `count` factors, ascending: each the largest divisor not above the even share of what is left.
 
@@ -87,30 +102,21 @@ def factorise(size: int, count: int, factor: int = -1) -> tuple[int, ...]:
     >>> factorise(768, 2), factorise(250, 2), factorise(768, 3), factorise(1024, 2, factor=4)
     ((24, 32), (10, 25), (8, 8, 12), (4, 256))
     """
-    if count == 1:
-        return (size,)
-    if factor > 0 and size % factor == 0:
-        return (factor, size // factor)
-    limit = _root(size, count)
-    first = next(d for d in range(min(limit, factor) if factor > 0 else limit, 0, -1) if size % d == 0)
-    rest = (first, *factorise(size // first, count - 1))
-    return tuple(sorted(rest)) if count > 2 else rest
-
-
-def _root(size: int, order: int) -> int:
-    """The largest whole number whose `order`-th power is at most `size`."""
-    guess: int = round(size ** (1 / order))
-    while guess**order > size:
-        guess -= 1
-    while (guess + 1) ** order <= size:
-        guess += 1
-    return guess
+    if count == 2 and factor > 0:
+        first = factor if size % factor == 0 else largest_divisor(size, min(root(size, 2), factor))
+        return (first, size // first)
+    found, left = list[int](), size
+    for shares in range(count, 1, -1):
+        found.append(largest_divisor(left, root(left, shares)))
+        left //= found[-1]
+    found.append(left)
+    return tuple(found) if count == 2 else tuple(sorted(found))
 
 
 def equal_side(length: int, order: int) -> int:
     """The smallest side d with ``d**order >= length``, computed in whole numbers."""
-    root = _root(length, order)
-    return root if root**order == length else root + 1
+    side = root(length, order)
+    return side if side**order == length else side + 1
 
 
 @dataclass(frozen=True)
@@ -132,11 +138,11 @@ class PhysicalFold:
         names = self.modes.split() if isinstance(self.modes, str) else []
         for name in names:
             if name not in ROLES:
-                raise SpecError(f"PhysicalFold was given the mode '{name}'; modes are {', '.join(ROLES)}.")
+                raise SpecError(f"PhysicalFold was given the mode '{name:.80}'; modes are {', '.join(ROLES)}.")
             if names.count(name) > 1:
-                raise SpecError(f"PhysicalFold '{self.modes}' names the mode '{name}' twice; name it once.")
+                raise SpecError(f"PhysicalFold '{self.modes:.80}' names the mode '{name}' twice; name it once.")
         if "out" not in names or "in" not in names:
-            raise SpecError(f"PhysicalFold was given {self.modes!r}; both 'out' and 'in' must be among the modes.")
+            raise SpecError(f"PhysicalFold was given {shown(self.modes)}; both 'out' and 'in' must be among the modes.")
         if "member" in names and ("layer" in names or "type" in names):
             raise SpecError("PhysicalFold has 'member' beside 'layer' or 'type'; 'member' already numbers every weight.")
         if ("head" in names) != (self.heads is not None):
@@ -161,19 +167,16 @@ class PhysicalFold:
 
     def _group(self, shape: Shape, targets: list[str]) -> PhysicalGroup:
         names = self.modes.split()
-        parts = {t: split_name(t) for t in targets}
-        values = {
-            "layer": list(dict.fromkeys(p[0] for p in parts.values())),
-            "type": list(dict.fromkeys(p[1] for p in parts.values())),
-            "member": targets,
-        }
-        words = {t: {"layer": parts[t][0], "type": parts[t][1], "member": t} for t in targets}
         member_modes = [n for n in names if ROLES[n] == "member"]
-        cells = math.prod(len(values[n]) for n in member_modes)
+        # What each target is on each member mode, numbered as it first comes.
+        words = {n: [_word(n, target) for target in targets] for n in member_modes}
+        places = {n: {word: k for k, word in enumerate(dict.fromkeys(found))} for n, found in words.items()}
+        cells = math.prod(map(len, places.values()))
         if member_modes and cells != len(targets):
+            layers, types = ({split_name(target)[k] for target in targets} for k in (0, 1))
             raise SpecError(
                 f"PhysicalFold '{self.modes}' needs every type in every layer, but {len(targets)} targets of shape "
-                f"{shape} fill {len(values['layer'])} layers x {len(values['type'])} types ({cells} cells). "
+                f"{shape} fill {len(layers)} layers x {len(types)} types ({cells} cells). "
                 "Use the mode 'member' in place of 'layer' and 'type', or other targets."
             )
         if self.heads and shape[0] % self.heads:
@@ -181,10 +184,15 @@ class PhysicalFold:
                 f"out={shape[0]} of '{targets[0]}' does not split into heads={self.heads}; {self.heads} must divide it."
             )
         sizes = {"out": shape[0] // (self.heads or 1), "in": shape[1], "head": self.heads or 1}
-        sizes |= {n: len(values[n]) for n in member_modes}
+        sizes |= {n: len(found) for n, found in places.items()}
         modes = tuple(Mode(n, sizes[n], ROLES[n]) for n in names)
-        members = {t: tuple(values[n].index(words[t][n]) for n in member_modes) for t in targets}
+        members = {t: tuple(places[n][words[n][k]] for n in member_modes) for k, t in enumerate(targets)}
         return PhysicalGroup(modes, shape, members)
+
+
+def _word(mode: str, target: str) -> str:
+    """What a target is on a member mode: its layer, its type, or itself."""
+    return target if mode == "member" else split_name(target)[mode == "type"]
 
 
 @dataclass(frozen=True)
@@ -213,14 +221,14 @@ class FlatFold:
     multiple: int = 1
 
     def __post_init__(self) -> None:
-        check_count("FlatFold", "order", self.order, 32)
+        check_count("FlatFold", "order", self.order, MAX_ORDER)
         check_count("FlatFold", "multiple", self.multiple, 1 << 20)
         if self.splits is not None:
-            check_count("FlatFold", "splits", self.splits, 32)
+            check_count("FlatFold", "splits", self.splits, MAX_ORDER)
         check_flag("FlatFold", "stacked", self.stacked)
         good = self.groups == "weight" or (isinstance(self.groups, int) and not isinstance(self.groups, bool))
         if not good or (isinstance(self.groups, int) and self.groups < 1):
-            raise SpecError(f"FlatFold was given groups={self.groups!r}; give a number of at least 1, or 'weight'.")
+            raise SpecError(f"FlatFold was given groups={shown(self.groups)}; give a number of at least 1, or 'weight'.")
         if self.stacked and (self.order != 2 or self.splits not in (None, 1)):
             raise SpecError(
                 f"FlatFold(stacked=True) is two-dimensional; it was given order={self.order}, splits={self.splits}."
@@ -234,8 +242,23 @@ class FlatFold:
     def lay_out(self, shapes: Mapping[str, Shape], ratio: float = 1.0) -> tuple[FlatGroup, ...]:
         """Concatenate targets (name -> (out, in)) in order; `ratio` is the projection's rho."""
         if self.groups == "weight":
-            return tuple(self._group({name: shape}, 1, ratio) for name, shape in shapes.items())
-        return (self._group(shapes, int(self.groups), ratio),)
+            groups = tuple(self._group({name: shape}, 1, ratio) for name, shape in shapes.items())
+        else:
+            groups = (self._group(shapes, int(self.groups), ratio),)
+        self._check_padded(groups)
+        return groups
+
+    def _check_padded(self, groups: Sequence[FlatGroup]) -> None:
+        """Refuse equal sides that hold far more numbers than there are elements."""
+        elements = sum(g.total for g in groups)
+        padded, most = sum(g.groups * g.volume for g in groups), PADDED_TIMES * (elements + PADDED_SPARE)
+        if padded > most:
+            side = max(m.size for g in groups for m in g.modes)
+            raise SpecError(
+                f"FlatFold(order={self.order}, splits={self.splits or 1}, multiple={self.multiple}) makes sides of {side:,}, "
+                f"so that its tensors hold {padded:,} numbers for {elements:,} elements of the weights; at most {most:,} are "
+                "built. Choose a lower order, fewer splits or groups, or a smaller multiple."
+            )
 
     def _group(self, shapes: Mapping[str, Shape], groups: int, ratio: float) -> FlatGroup:
         offset, members = 0, {}
@@ -243,7 +266,7 @@ class FlatFold:
             members[name] = (offset, d_out, d_in)
             offset += d_out * d_in
         if groups > offset:
-            raise SpecError(f"FlatFold was given groups={groups} for {offset} elements; choose at most {offset} groups.")
+            raise SpecError(f"FlatFold was given groups={shown(groups)} for {offset} elements; choose at most {offset} groups.")
         length = -(-offset // groups)
         # In fractions: a float product such as 0.07 * 100 lands above the whole number and would count one more.
         inner = math.ceil(Fraction(str(ratio)) * offset / groups)

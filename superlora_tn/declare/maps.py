@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from superlora_tn.declare.parts import SpecError, check_flag
+from superlora_tn.declare.parts import SpecError, check_flag, shown
 
 
 def _check_map(owner: str, ratio: float, seed: int) -> None:
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0.0 < ratio <= 1.0:
-        raise SpecError(f"{owner} was given ratio={ratio!r}; the compression ratio is above 0 and at most 1.")
+        raise SpecError(f"{owner} was given ratio={shown(ratio)}; the compression ratio is above 0 and at most 1.")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise SpecError(f"{owner} was given seed={seed!r}; a seed is a whole number from 0 to 2**63 - 1.")
+        raise SpecError(f"{owner} was given seed={shown(seed)}; a seed is a whole number from 0 to 2**63 - 1.")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Shuffle:
     def ratio(self) -> float:
         """A permutation does not compress: 1."""
         return 1.0
+
+    def table_numbers(self, length: int) -> int:
+        """Numbers of its tables, where the group's vector is `length` long: the permutation's."""
+        return length
 
     @property
     def linear(self) -> bool:
@@ -70,16 +74,20 @@ class Fastfood:
         check_flag("Fastfood", "tanh", self.tanh)
         if not isinstance(self.order, str) or not 1 <= len(self.order) <= 8 or not set(self.order) <= set("BHPG"):
             raise SpecError(
-                f"Fastfood was given order={self.order!r}; give its factors as they are applied, 1 to 8 of B, H, P, G, "
+                f"Fastfood was given order={shown(self.order)}; give its factors as they are applied, 1 to 8 of B, H, P, G, "
                 "for instance 'BHPGH'."
             )
         if self.scaling not in ("variance", "orthonormal", "none"):
-            raise SpecError(f"Fastfood was given scaling={self.scaling!r}; choose 'variance', 'orthonormal' or 'none'.")
+            raise SpecError(f"Fastfood was given scaling={shown(self.scaling)}; choose 'variance', 'orthonormal' or 'none'.")
 
     @property
     def linear(self) -> bool:
         """Without tanh the map is linear."""
         return not self.tanh
+
+    def table_numbers(self, length: int) -> int:
+        """Numbers of its tables at most: those of B, P and G are as long as H's transform, a power of two."""
+        return (len(self.order) - self.order.count("H")) << (length - 1).bit_length()
 
 
 @dataclass(frozen=True, init=False)
@@ -96,8 +104,11 @@ class Compose:
 
     def __init__(self, *maps: Shuffle | Fastfood) -> None:
         if not 2 <= len(maps) <= 16 or not all(isinstance(m, Shuffle | Fastfood) for m in maps):
-            raise SpecError(f"Compose was given {maps!r}; give 2 to 16 maps, each Fastfood(...) or Shuffle(...).")
+            raise SpecError(f"Compose was given {shown(maps)}; give 2 to 16 maps, each Fastfood(...) or Shuffle(...).")
         object.__setattr__(self, "maps", maps)
+        if not self.ratio > 0.0:
+            ratios = " x ".join(f"{m.ratio:g}" for m in maps)
+            raise SpecError(f"Compose was given maps whose ratios multiply to 0 ({ratios}); choose larger ratios.")
 
     @property
     def ratio(self) -> float:
@@ -108,6 +119,10 @@ class Compose:
     def linear(self) -> bool:
         """Whether all maps are."""
         return all(m.linear for m in self.maps)
+
+    def table_numbers(self, length: int) -> int:
+        """Numbers of all maps' tables at most: no length between two maps is above the group's."""
+        return sum(m.table_numbers(length) for m in self.maps)
 
 
 PROJECTIONS = (Shuffle, Fastfood, Compose)

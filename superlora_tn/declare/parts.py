@@ -8,57 +8,80 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+from superlora_tn.declare.bounds import MAX_AXES, MAX_DEPTH, MAX_NODES, MAX_PARTS, MAX_PLACES, MAX_RANK
 
 INITS = ("auto", "zeros", "ones", "eye", "normal", "uniform", "orthogonal")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-MAX_RANK = 1 << 20
-# Bounds on work, far above any use: a declaration may come from a file.
-MAX_PARTS, MAX_NODES, MAX_DEPTH = 64, 256, 16
 # The library's own indices: the rows of x, and the groups of a flat fold.
 TOKEN, GROUP = "token", "group"
+Over = Literal["refuse", "cap", "keep"]
+OVER = ("refuse", "cap", "keep")
 
 
 class SpecError(ValueError):
     """A wrong declaration: says what was given, what was expected and what to do."""
 
 
-def check_number(owner: str, name: str, value: object) -> None:
-    """Raise unless `value` is a finite number."""
+def shown(value: object, most: int = 60) -> str:
+    """A value as an error quotes it: its repr, cut where it would fill the screen."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no number of more than 4,300 digits
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def check_number(owner: str, name: str, value: object, most: float = math.inf) -> None:
+    """Raise unless `value` is a finite number, of at most `most` either way."""
     try:
         good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
         good = False
     if not good:
-        shown = f"{value!r:.60}"
-        raise SpecError(f"{owner} was given {name}={shown}; {name} is a finite number.")
+        raise SpecError(f"{owner} was given {name}={shown(value)}; {name} is a finite number.")
+    assert isinstance(value, int | float)
+    if abs(value) > most:
+        raise SpecError(f"{owner} was given {name}={shown(value)}; {name} is a number from {-most:g} to {most:g}.")
 
 
 def check_flag(owner: str, name: str, value: object) -> None:
     """Raise unless `value` is True or False."""
     if not isinstance(value, bool):
-        raise SpecError(f"{owner} was given {name}={value!r}; give True or False.")
+        raise SpecError(f"{owner} was given {name}={shown(value)}; give True or False.")
 
 
 def check_count(owner: str, name: str, value: object, most: int) -> None:
     """Raise unless `value` is a whole number from 1 to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise SpecError(f"{owner} was given {name}={value!r}; {name} is a whole number from 1 to {most}.")
+        raise SpecError(f"{owner} was given {name}={shown(value)}; {name} is a whole number from 1 to {most}.")
 
 
 def check_rank(owner: str, rank: object) -> None:
     """Raise unless `rank` is a whole number between 1 and 2**20."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
-        raise SpecError(f"{owner} was given rank={rank!r}; a rank is a whole number of at least 1. Choose rank >= 1.")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise SpecError(f"{owner} was given rank={shown(rank)}; a rank is a whole number of at least 1. Choose rank >= 1.")
+    if rank > MAX_RANK:
+        raise SpecError(f"{owner} was given rank={shown(rank)}; a rank is at most {MAX_RANK:,}. Choose a lower one.")
 
 
 def check_ranks(owner: str, rank: int | tuple[int, ...]) -> None:
-    """Raise unless `rank` is a rank or a non-empty tuple of ranks."""
-    if isinstance(rank, tuple) and not rank:
-        raise SpecError(f"{owner} was given an empty tuple of ranks; give one number, or one a bond.")
+    """Raise unless `rank` is a rank or a non-empty tuple of ranks, no more than a fold has modes."""
+    if isinstance(rank, tuple) and not 1 <= len(rank) <= MAX_AXES:
+        what = f"a tuple of {len(rank):,} ranks" if rank else "an empty tuple of ranks"
+        raise SpecError(f"{owner} was given {what}; give one number, or one a bond.")
     for one in rank if isinstance(rank, tuple) else (rank,):
         check_rank(owner, one)
+
+
+def check_over(owner: str, over: object) -> None:
+    """Raise unless `over` says what is done with a rank above its bound."""
+    if over not in OVER:
+        raise SpecError(f"{owner} was given over={shown(over)}; choose 'refuse', 'cap' or 'keep'.")
 
 
 @dataclass(frozen=True)
@@ -81,15 +104,17 @@ class Node:
 
     def __post_init__(self) -> None:
         if not isinstance(self.indices, str):
-            raise SpecError(f"a node was given indices {self.indices!r}; write a string of names such as 'o r'.")
+            raise SpecError(f"a node was given indices {shown(self.indices)}; write a string of names such as 'o r'.")
         names = self.index_names
         for name in names:
             if not _NAME.fullmatch(name):
                 raise SpecError(
-                    f"node '{self.indices}' has the index '{name}'; an index is a letter followed by letters, "
+                    f"node '{self.indices:.80}' has the index '{name:.80}'; an index is a letter followed by letters, "
                     "digits or '_'. Separate indices by spaces."
                 )
-        twice = sorted({n for n in names if names.count(n) > 1})
+        if len(names) > MAX_AXES:
+            raise SpecError(f"node '{self.indices:.80}...' has {len(names):,} indices; a tensor has at most {MAX_AXES} axes.")
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         if twice:
             raise SpecError(
                 f"node '{self.indices}' has index '{twice[0]}' twice; a diagonal is not a node. "
@@ -97,7 +122,7 @@ class Node:
             )
         check_flag(f"node '{self.indices}'", "trainable", self.trainable)
         if self.init not in INITS:
-            raise SpecError(f"node '{self.indices}' was given init={self.init!r}; choose one of {', '.join(INITS)}.")
+            raise SpecError(f"node '{self.indices}' was given init={shown(self.init)}; choose one of {', '.join(INITS)}.")
 
     @property
     def index_names(self) -> tuple[str, ...]:
@@ -118,14 +143,18 @@ class CP:
         rank: the number of terms, one bond shared by all factors.
         dense_if_large: stay one dense node where ``rank >= max(sizes) / 2``, since factors would then cost more
             than they save (PEFT's rule for LoKr's splits).
+        over: what is done where a lower rank gives every tensor already: ``"refuse"`` raises, ``"cap"`` takes the
+            highest rank that adds something (as the presets do), ``"keep"`` keeps the rank. The scale stays alpha / `rank`.
     """
 
     rank: int
     dense_if_large: bool = False
+    over: Over = "refuse"
 
     def __post_init__(self) -> None:
         check_rank("CP", self.rank)
         check_flag("CP", "dense_if_large", self.dense_if_large)
+        check_over("CP", self.over)
 
 
 @dataclass(frozen=True)
@@ -136,19 +165,23 @@ class Tucker:
         rank: the core's size on each factored mode, one for all or a tuple with one each.
         factors: the modes that get a factor, separated by spaces; the core carries the others as they are
             (partial Tucker). None factors all modes.
+        over: what is done with a rank that adds nothing, see `CP`; one rank for all modes is refused where it is above the
+            largest of them.
     """
 
     rank: int | tuple[int, ...]
     factors: str | None = None
+    over: Over = "refuse"
 
     def __post_init__(self) -> None:
         check_ranks("Tucker", self.rank)
+        check_over("Tucker", self.over)
         if self.factors is None:
             return
         names = self.factors.split() if isinstance(self.factors, str) else []
         if not names or len(set(names)) < len(names):
             raise SpecError(
-                f"Tucker was given factors={self.factors!r}; name each factored mode once, such as 'out in', or None."
+                f"Tucker was given factors={shown(self.factors)}; name each factored mode once, such as 'out in', or None."
             )
 
 
@@ -158,12 +191,15 @@ class TensorTrain:
 
     Args:
         rank: the size of the bonds, one for all or a tuple of M - 1.
+        over: what is done with a rank that adds nothing, see `Tucker`.
     """
 
     rank: int | tuple[int, ...]
+    over: Over = "refuse"
 
     def __post_init__(self) -> None:
         check_ranks("TensorTrain", self.rank)
+        check_over("TensorTrain", self.over)
 
 
 def _check_parts(owner: str, parts: tuple[object, ...]) -> None:
@@ -172,16 +208,23 @@ def _check_parts(owner: str, parts: tuple[object, ...]) -> None:
     for part in parts:
         if not isinstance(part, PARTS):
             names = ", ".join(p.__name__ for p in PARTS)
-            raise SpecError(f"{owner} was given {part!r}; a part is one of {names}.")
+            raise SpecError(f"{owner} was given {shown(part)}; a part is one of {names}.")
     if len(parts) > MAX_PARTS:
         raise SpecError(f"{owner} was given {len(parts)} parts; at most {MAX_PARTS} are taken.")
-    if 1 + max(_depth(part) for part in parts) > MAX_DEPTH:
+    # Each part was counted when it was made, so this walks over no more than MAX_PARTS times MAX_NODES.
+    levels, leaves = zip(*map(_extent, parts), strict=True)
+    if 1 + max(levels) > MAX_DEPTH:
         raise SpecError(f"{owner} nests deeper than {MAX_DEPTH} levels; write it flatter.")
+    if sum(leaves) > MAX_NODES:
+        raise SpecError(f"{owner} holds {sum(leaves):,} parts in its parts; at most {MAX_NODES} are taken. Declare fewer.")
 
 
-def _depth(part: object) -> int:
-    """Levels of nesting below and with a part."""
-    return 1 + max(map(_depth, part.parts)) if isinstance(part, Kronecker | Hadamard) else 1
+def _extent(part: object) -> tuple[int, int]:
+    """Levels of nesting below and with a part, and how many parts in it are not products."""
+    if not isinstance(part, Kronecker | Hadamard):
+        return 1, 1
+    levels, leaves = zip(*map(_extent, part.parts), strict=True)
+    return 1 + max(levels), sum(leaves)
 
 
 @dataclass(frozen=True, init=False)
@@ -201,7 +244,7 @@ class Kronecker:
         object.__setattr__(self, "factor", factor)
         _check_parts("Kronecker", self.parts)
         if not isinstance(factor, int) or isinstance(factor, bool) or (factor != -1 and factor < 1):
-            raise SpecError(f"Kronecker was given factor={factor!r}; give a whole number of at least 1, or -1.")
+            raise SpecError(f"Kronecker was given factor={shown(factor)}; give a whole number of at least 1, or -1.")
         if factor != -1 and len(parts) != 2:
             raise SpecError(f"Kronecker was given factor={factor} for {len(parts)} parts; a factor splits in two.")
 
@@ -227,13 +270,13 @@ _MODE = re.compile(r"\(([^()]*)\)|([^\s()]+)")
 def parse_modes(modes: str) -> tuple[tuple[str, ...], ...]:
     """Read einops-like mode notation: ``"(o1 o2) i"`` gives ``(("o1", "o2"), ("i",))``."""
     if not isinstance(modes, str):
-        raise SpecError(f"Network was given modes {modes!r}; write a string such as '(o1 o2) i'.")
+        raise SpecError(f"Network was given modes {shown(modes)}; write a string such as '(o1 o2) i'.")
     left_over = _MODE.sub(" ", modes).strip()
     if left_over:
-        raise SpecError(f"Network cannot read the modes '{modes}': stray '{left_over}'. Write '(o1 o2) (i1 i2)'.")
+        raise SpecError(f"Network cannot read the modes '{modes:.80}': stray '{left_over:.80}'. Write '(o1 o2) (i1 i2)'.")
     groups = tuple(tuple((m[2] if m[1] is None else m[1]).split()) for m in _MODE.finditer(modes))
     if not groups or not all(groups):
-        raise SpecError(f"Network was given the modes '{modes}', in which a mode is empty; name at least one index.")
+        raise SpecError(f"Network was given the modes '{modes:.80}', in which a mode is empty; name at least one index.")
     return groups
 
 
@@ -261,7 +304,7 @@ class Network:
         if len(nodes) > MAX_NODES:
             raise SpecError(f"Network was given {len(nodes)} nodes; at most {MAX_NODES} are taken.")
         if not isinstance(sizes or {}, Mapping) or not all(isinstance(k, str) for k in sizes or {}):
-            raise SpecError(f"Network was given sizes={sizes!r}; give a dict such as {{'r': 8}}.")
+            raise SpecError(f"Network was given sizes={shown(sizes)}; give a dict such as {{'r': 8}}.")
         made = tuple((name, n if isinstance(n, Node) else Node(n)) for name, n in nodes.items())
         object.__setattr__(self, "modes", modes)
         object.__setattr__(self, "nodes", made)
@@ -275,21 +318,23 @@ class Network:
 
 
 def _check_network(network: Network) -> None:
-    open_indices = [i for group in network.mode_groups for i in group]
-    places = [i for _, node in network.nodes for i in node.index_names]
-    for index in open_indices:
-        if open_indices.count(index) > 1:
-            raise SpecError(f"Network modes '{network.modes}' name the index '{index}' twice; use two names.")
+    places = Counter(i for _, node in network.nodes for i in node.index_names)
+    if places.total() > MAX_PLACES:
+        raise SpecError(f"Network was given {places.total():,} indices on its nodes; at most {MAX_PLACES:,} are taken.")
+    open_indices = Counter(i for group in network.mode_groups for i in group)
+    for index, count in open_indices.items():
+        if count > 1:
+            raise SpecError(f"Network modes '{network.modes:.80}' name the index '{index}' twice; use two names.")
         if index not in places:
             raise SpecError(
-                f"Network modes '{network.modes}' name the open index '{index}', which is on no node; "
+                f"Network modes '{network.modes:.80}' name the open index '{index}', which is on no node; "
                 "put it on a node or leave it out."
             )
     for name, node in network.nodes:
         if not _NAME.fullmatch(name):
-            raise SpecError(f"Network was given a node named {name!r}; a name is a letter, then letters, digits, '_'.")
+            raise SpecError(f"Network was given a node named {shown(name)}; a name is a letter, then letters, digits, '_'.")
         for index in node.index_names:
-            if index not in open_indices and places.count(index) < 2:
+            if index not in open_indices and places[index] < 2:
                 raise SpecError(
                     f"node {name}='{node.indices}' has the index '{index}', which is on no other node and not a mode; "
                     f"modes are '{network.modes}'. Put it on a second node, or leave it out."
@@ -308,9 +353,9 @@ def _check_sizes(network: Network, open_indices: set[str], places: set[str]) -> 
             known = ", ".join(sorted(places))
             raise SpecError(f"Network sizes name the index '{index}', which is on no node; indices are {known}.")
         check_rank(f"Network index '{index}'", size)
-    for index in sorted(places - open_indices):
-        if index not in dict(network.sizes):
-            raise SpecError(f"Network bond '{index}' has no size; say sizes={{'{index}': 8}}.")
+    unsized = sorted(places - open_indices - {index for index, _ in network.sizes})
+    if unsized:
+        raise SpecError(f"Network bond '{unsized[0]}' has no size; say sizes={{'{unsized[0]}': 8}}.")
 
 
 Part = Dense | CP | Tucker | TensorTrain | Kronecker | Hadamard | Network

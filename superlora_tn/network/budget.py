@@ -11,9 +11,10 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import product
 from typing import Any, Protocol
 
+from superlora_tn.declare.bounds import MAX_RANK
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.maps import Compose, Fastfood, Projection, Shuffle
-from superlora_tn.declare.parts import CP, MAX_RANK, Hadamard, Kronecker, Part, SpecError
+from superlora_tn.declare.parts import CP, Hadamard, Kronecker, Part, SpecError
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 
@@ -21,6 +22,7 @@ Shapes = Mapping[str, Shape] | Sequence[Shape]
 Priced = tuple[int, AdapterSpec]
 ORDERS = (2, 3, 4, 5)
 RATIOS = (1.0, 0.5, 0.25, 0.1, 0.05, 0.01)
+USUAL = (("splits", 1), ("over", "cap"))
 MAX_FREE_GROUPS = 24  # the paper's runs use up to 12; more only make the search longer
 
 
@@ -63,14 +65,14 @@ def _words(spec: AdapterSpec) -> str:
 
 
 def _short(value: Any) -> str:
-    """A declaration without the settings that are at their default."""
+    """A declaration without the settings that are at their default, or at the one that all presets have."""
     if isinstance(value, tuple):
         return f"({', '.join(map(_short, value))})"
     if not is_dataclass(value):
         return repr(value)
     own = [(f.name, getattr(value, f.name), f.default) for f in fields(value)]
     given = ", ".join(
-        f"{name}={_short(setting)}" for name, setting, default in own if setting != default and (name, setting) != ("splits", 1)
+        f"{name}={_short(setting)}" for name, setting, default in own if setting != default and (name, setting) not in USUAL
     )
     return f"{type(value).__name__}({given})"
 
@@ -205,7 +207,7 @@ class _Ranks:
         self.counts: dict[AdapterSpec, int] = {}  # a maker may give the same spec at every rank
 
     def price(self, rank: int) -> Priced | None:
-        """Count and spec; None where the rank is above a bound."""
+        """Count and spec; None where the rank is above a bound. Where it is capped, the count is that of the cap."""
         if rank not in self.known:
             try:
                 spec = self.maker(rank)

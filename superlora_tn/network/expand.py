@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, singledispatch
 from itertools import pairwise
 
+from superlora_tn.declare.bounds import MAX_GRAPH_NODES
 from superlora_tn.declare.fold import FlatGroup, Group, Mode, factorise
 from superlora_tn.declare.parts import (
     CP,
@@ -74,6 +75,11 @@ def lower(part: Part, modes: tuple[Mode, ...], batch: int = 1) -> Graph:
     if batch > 1:
         drafts = [replace(d, axes=(Axis(GROUP, 1, batch), *d.axes)) for d in drafts]
         named.insert(0, Mode(GROUP, batch, "member"))
+    if len(drafts) > MAX_GRAPH_NODES:
+        raise SpecError(
+            f"the network has {len(drafts):,} nodes over {len(modes)} modes; at most {MAX_GRAPH_NODES:,} are taken. "
+            "Declare fewer parts, or a fold of a lower order."
+        )
     counts = Counter(d.name for d in drafts)
     twice = next((name for name, count in counts.items() if count > 1), None)
     if twice is not None:
@@ -160,15 +166,33 @@ def _(part: Dense, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
     return [Draft(f"{prefix}weight", axes, zero=True)]
 
 
-def _bounded(owner: str, ranks: Sequence[int], bounds: Sequence[int], each: bool, sizes: Sequence[int]) -> None:
-    """Raise where a rank is above its bound; one rank for all bonds is measured against the largest bound."""
-    limits = bounds if each else [max(bounds)] * len(bounds)
-    for rank, limit in zip(ranks, limits, strict=True):
-        if rank > limit:
+def _within(
+    part: CP | Tucker | TensorTrain,
+    rank: int | tuple[int, ...],
+    bounds: Sequence[int],
+    useful: Sequence[int],
+    sizes: Sequence[int],
+) -> tuple[int, ...]:
+    """The rank of each bond; where one is above its bound, as the part says in `over`.
+
+    Args:
+        part: whose ranks these are.
+        rank: one for all bonds, or one each.
+        bounds: above which a bond's rank is refused; one rank for all is where it is above the largest of them.
+        useful: from which on a higher rank adds nothing.
+        sizes: of the modes, for the message.
+    """
+    ranks = rank if isinstance(rank, tuple) else (rank,) * len(bounds)
+    if part.over == "cap":
+        return tuple(map(min, ranks, useful))
+    limits = bounds if isinstance(rank, tuple) else [max(bounds, default=rank)] * len(bounds)
+    for one, limit in zip(ranks, limits, strict=True):
+        if one > limit and part.over == "refuse":
             raise SpecError(
-                f"{owner} was given rank={rank} over modes of sizes {tuple(sizes)}; there a rank above {limit} adds nothing. "
-                f"Choose rank <= {limit}."
+                f"{type(part).__name__} was given rank={one} over modes of sizes {tuple(sizes)}; there a rank above {limit} "
+                f"adds nothing. Choose rank <= {limit}, or say over='cap'."
             )
+    return ranks
 
 
 def _zero_axis(axes: tuple[Axis, ...]) -> Axis:
@@ -181,10 +205,11 @@ def _(part: CP, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
     sizes = [a.size for a in axes]
     if part.dense_if_large and part.rank >= max(sizes) / 2:
         return expand(Dense(), axes, prefix)
-    _bounded("CP", [part.rank], [math.prod(sizes) // max(sizes)], True, sizes)
+    bound = [math.prod(sizes) // max(sizes)]
+    (rank,) = _within(part, part.rank, bound, bound, sizes)
     if len(axes) == 1:
         return [Draft(f"{prefix}factor_{axes[0].root}", axes, zero=True)]
-    bond = Axis(f"{prefix}r", 1, part.rank)
+    bond = Axis(f"{prefix}r", 1, rank)
     return [Draft(f"{prefix}factor_{a.root}", (a, bond), zero=a == _zero_axis(axes)) for a in axes]
 
 
@@ -195,13 +220,15 @@ def _(part: Tucker, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
     for name in wanted:
         if name not in names:
             raise SpecError(f"Tucker was given factors='{part.factors}', but there is no mode '{name}'; modes are {names}.")
-    given = part.rank if isinstance(part.rank, tuple) else (part.rank,) * len(wanted)
-    if len(given) != len(wanted):
-        raise SpecError(f"Tucker was given {len(given)} ranks for the {len(wanted)} modes {wanted}; give one each.")
+    rank = part.rank
+    if isinstance(rank, tuple) and len(rank) != len(wanted):
+        raise SpecError(f"Tucker was given {len(rank)} ranks for the {len(wanted)} modes {wanted}; give one each.")
     factored = [a for a in axes if a.root in wanted]
-    ranks = [given[wanted.index(a.root)] for a in factored]  # ranks are in the order the factors were named
-    sizes = [a.size for a in factored]
-    _bounded("Tucker", ranks, sizes, isinstance(part.rank, tuple), sizes)
+    if isinstance(rank, tuple):
+        rank = tuple(rank[wanted.index(a.root)] for a in factored)  # ranks are in the order the factors were named
+    sizes, whole = [a.size for a in factored], math.prod(a.size for a in axes)
+    # A factor's columns span no more than the tensor's unfolding has, of which the other side are all other modes.
+    ranks = _within(part, rank, sizes, [min(s, whole // s) for s in sizes], sizes)
     bonds = {a: Axis(f"{prefix}r_{a.root}", 1, r) for a, r in zip(factored, ranks, strict=True)}
     core = Draft(f"{prefix}core", tuple(bonds.get(a, a) for a in axes), zero=True)
     return [core, *(Draft(f"{prefix}factor_{a.root}", (a, bonds[a])) for a in factored)]
@@ -210,13 +237,11 @@ def _(part: Tucker, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
 @expand.register
 def _(part: TensorTrain, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
     count = len(axes) - 1
-    ranks = part.rank if isinstance(part.rank, tuple) else (part.rank,) * count
-    if len(ranks) != count:
-        raise SpecError(f"TensorTrain was given {len(ranks)} ranks for {len(axes)} modes; give {count}, or one number.")
+    if isinstance(part.rank, tuple) and len(part.rank) != count:
+        raise SpecError(f"TensorTrain was given {len(part.rank)} ranks for {len(axes)} modes; give {count}, or one number.")
     sizes = [a.size for a in axes]
     bounds = [min(math.prod(sizes[: k + 1]), math.prod(sizes[k + 1 :])) for k in range(count)]
-    if count:
-        _bounded("TensorTrain", ranks, bounds, isinstance(part.rank, tuple), sizes)
+    ranks = _within(part, part.rank, bounds, bounds, sizes)
     bonds = [Axis(f"{prefix}b{k + 1}", 1, r) for k, r in enumerate(ranks)]
     zero = _zero_axis(axes)
     return [
@@ -256,30 +281,30 @@ def _(part: Network, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
     places: dict[str, Axis] = {}
     for group, axis in zip(groups, axes, strict=True):
         places |= dict(zip(group, axis.split(_split_sizes(part, group, axis, known)), strict=True))
-    bonds = {i: Axis(_own_name(f"{prefix}{i}", part), 1, size) for i, size in part.sizes if i not in places}
+    bonds = {i: Axis(_own_name(f"{prefix}{i}", known), 1, size) for i, size in part.sizes if i not in places}
     _check_collisions(bonds, axes)
     first = next(name for name, node in part.nodes if node.trainable)
+    at = {**bonds, **places}
     return [
-        Draft(
-            f"{prefix}{name}", tuple({**bonds, **places}[i] for i in node.index_names), node.init, node.trainable, name == first
-        )
+        Draft(f"{prefix}{name}", tuple(at[i] for i in node.index_names), node.init, node.trainable, name == first)
         for name, node in part.nodes
     ]
 
 
-def _own_name(bond: str, part: Network) -> str:
+def _own_name(bond: str, known: Mapping[str, int]) -> str:
     """The bond's name, with underscores where it is one of the library's own indices."""
     while bond in (TOKEN, GROUP):
         bond += "_"
-        while bond in dict(part.sizes):
+        while bond in known:
             bond += "_"
     return bond
 
 
 def _check_collisions(bonds: Mapping[str, Axis], axes: tuple[Axis, ...]) -> None:
     """A bond may not carry the name of a mode, or the two would become one index."""
+    roots = {a.root for a in axes}
     for bond in bonds.values():
-        if bond.root in {a.root for a in axes}:
+        if bond.root in roots:
             raise SpecError(f"Network names a bond '{bond.root}', which is a mode of the fold; call the bond otherwise.")
 
 
@@ -294,4 +319,5 @@ def _split_sizes(part: Network, group: tuple[str, ...], axis: Axis, known: Mappi
             f"which does not multiply to {axis.size}; choose sizes that do."
         )
     rest = dict(zip(free, factorise(axis.size // given, len(free)), strict=True)) if free else {}
-    return tuple({**known, **rest}[i] for i in group)
+    found = {**known, **rest}
+    return tuple(found[i] for i in group)

@@ -1,6 +1,10 @@
 """The paper's variants (and a few of its relatives), each a function of a few lines that returns an `AdapterSpec`.
 
 SuperLoRA: Chen et al., arXiv 2403.11887. ``o`` out, ``i`` in, ``m`` which weight, ``r s`` bonds.
+
+Where a weight is so small that a lower rank gives every update already, that rank is taken (``over="cap"``), so that a router
+of one output stops no model; counts are lower there than the formulas say, and the scale stays alpha / `rank`. VeRA's rank has
+no such bound, as its B and A are fixed.
 """
 
 from __future__ import annotations
@@ -8,11 +12,11 @@ from __future__ import annotations
 from functools import partial
 from typing import overload
 
+from superlora_tn.declare.bounds import MAX_ORDER, MAX_PARTS
 from superlora_tn.declare.fold import FlatFold, PhysicalFold
 from superlora_tn.declare.maps import Projection
 from superlora_tn.declare.parts import (
     CP,
-    MAX_PARTS,
     Dense,
     Hadamard,
     Kronecker,
@@ -34,12 +38,13 @@ def dense(alpha: float | None = None, rslora: bool = False) -> AdapterSpec:
 
 def lora(rank: int, alpha: float | None = None, rslora: bool = False, dropout: float = 0.0) -> AdapterSpec:
     """LoRA: ``dW[o i] = B[o r] A[r i]`` (Hu et al. 2021). Count: r * sum(out + in)."""
-    return AdapterSpec(CP(rank), alpha=alpha, rslora=rslora, dropout=dropout)
+    return AdapterSpec(CP(rank, over="cap"), alpha=alpha, rslora=rslora, dropout=dropout)
 
 
 def loha(rank: int, alpha: float | None = None, rslora: bool = False) -> AdapterSpec:
     """LoHa / FedPara: the elementwise product of two LoRAs (Hyeon-Woo et al. 2021). Count: 2 r * sum(out + in)."""
-    return AdapterSpec(Hadamard(CP(rank), CP(rank)), alpha=alpha, rslora=rslora)
+    low = CP(rank, over="cap")
+    return AdapterSpec(Hadamard(low, low), alpha=alpha, rslora=rslora)
 
 
 def lokr(
@@ -54,7 +59,7 @@ def lokr(
         factor: the wanted first factor; -1 splits most evenly.
         decompose_both: give both splits low rank (the paper's form).
     """
-    low = CP(rank, dense_if_large=True)
+    low = CP(rank, dense_if_large=True, over="cap")
     return AdapterSpec(Kronecker(low if decompose_both else Dense(), low, factor=factor), alpha=alpha, rslora=rslora)
 
 
@@ -63,13 +68,15 @@ def lotr(rank: int, alpha: float | None = None, rslora: bool = False) -> Adapter
 
     Count: r (out + in) + members r^2 for each shape.
     """
-    return AdapterSpec(Tucker(rank, factors="out in"), PhysicalFold("member out in"), alpha=alpha, rslora=rslora)
+    network = Tucker(rank, factors="out in", over="cap")
+    return AdapterSpec(network, PhysicalFold("member out in"), alpha=alpha, rslora=rslora)
 
 
 def lonkr(rank: int, splits: int = 3, alpha: float | None = None, rslora: bool = False) -> AdapterSpec:
     """LoNKr: a Kronecker product of `splits` low-rank matrices (SuperLoRA, table 1). ``lonkr(r, 2)`` is LoKr's paper form."""
     check_count("lonkr", "splits", splits, MAX_PARTS)
-    return AdapterSpec(Kronecker(*[CP(rank, dense_if_large=True)] * splits), alpha=alpha, rslora=rslora)
+    low = CP(rank, dense_if_large=True, over="cap")
+    return AdapterSpec(Kronecker(*[low] * splits), alpha=alpha, rslora=rslora)
 
 
 def lorta(
@@ -84,7 +91,7 @@ def lorta(
 
     Count: G (r^M + M d r).
     """
-    return AdapterSpec(Tucker(rank), FlatFold(order, groups), projection, alpha=alpha, rslora=rslora)
+    return AdapterSpec(Tucker(rank, over="cap"), FlatFold(order, groups), projection, alpha=alpha, rslora=rslora)
 
 
 def _superlora(
@@ -96,8 +103,9 @@ def _superlora(
     alpha: float | None,
     rslora: bool = False,
 ) -> AdapterSpec:
-    check_count("superlora", "splits", splits, 32)
-    part: Part = Dense() if order == 1 else CP(rank, dense_if_large=splits > 1) if order == 2 else Tucker(rank)
+    check_count("superlora", "splits", splits, MAX_ORDER)
+    low = CP(rank, dense_if_large=splits > 1, over="cap")
+    part: Part = Dense() if order == 1 else low if order == 2 else Tucker(rank, over="cap")
     network = Kronecker(*[part] * splits) if splits > 1 else part
     physical = groups == "weight" and order <= 2 and projection is None
     fold = PhysicalFold() if physical else FlatFold(order, groups)

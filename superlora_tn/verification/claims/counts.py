@@ -37,7 +37,8 @@ def part_count(part: Part, sizes: Mapping[str, int]) -> int:
     if isinstance(part, Dense) or (isinstance(part, CP) and part.dense_if_large and 2 * part.rank >= max(each)):
         return math.prod(each)
     if isinstance(part, CP):
-        return part.rank * sum(each) if len(each) > 1 else each[0]
+        rank = min(part.rank, math.prod(each) // max(each)) if part.over == "cap" else part.rank
+        return rank * sum(each) if len(each) > 1 else each[0]
     if isinstance(part, Hadamard):
         return sum(part_count(p, sizes) for p in part.parts)
     if isinstance(part, Kronecker):
@@ -47,10 +48,14 @@ def part_count(part: Part, sizes: Mapping[str, int]) -> int:
         return _network_count(part, sizes)
     if isinstance(part, TensorTrain):
         inner = part.rank if isinstance(part.rank, tuple) else (part.rank,) * (len(each) - 1)
+        if part.over == "cap":  # to the rank of the matrix that has the modes up to the bond as rows
+            inner = tuple(min(r, math.prod(each[:k]), math.prod(each[k:])) for k, r in enumerate(inner, start=1))
         bonds = [1, *inner, 1]
         return sum(left * size * right for left, size, right in zip(bonds, each, bonds[1:], strict=False))
     names = list(sizes) if part.factors is None else part.factors.split()
     ranks = dict(zip(names, part.rank if isinstance(part.rank, tuple) else [part.rank] * len(names), strict=True))
+    if part.over == "cap":  # to the rank of the unfolding
+        ranks = {m: min(r, sizes[m], math.prod(each) // sizes[m]) for m, r in ranks.items()}
     core = math.prod(ranks.get(m, s) for m, s in sizes.items())
     return core + sum(sizes[m] * r for m, r in ranks.items())
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from superlora_tn.declare.fold import FlatFold, Fold, PhysicalFold
 from superlora_tn.declare.parts import CP, Dense, Kronecker, Tucker
 from superlora_tn.network.spec import AdapterSpec
-from superlora_tn.network.variants import lora
 from superlora_tn.verification import draws
 from superlora_tn.verification.cases import Case, Sized, ratio
 from superlora_tn.verification.claims.properties import exact
@@ -52,7 +51,7 @@ def loras_add_up(case: Case) -> float:
     k = 1 + case.seed % (rank - 1)
     for sized in case.groups():
         pieces = []
-        for own, columns in ((lora(k), np.s_[:, :k]), (lora(rank - k), np.s_[:, k:])):
+        for own, columns in ((AdapterSpec(CP(k)), np.s_[:, :k]), (AdapterSpec(CP(rank - k)), np.s_[:, k:])):
             [piece] = replace(case, spec=own, shapes=tuple(sized.shapes.items())).groups()
             pieces.append(piece.delta({n: v[columns] for n, v in sized.values.items()}))
         for target, whole in sized.delta(sized.values).items():
@@ -161,7 +160,7 @@ def _full_ranks(draw: st.DrawFn) -> Case:
 
 
 IDENTITIES = (
-    Identity("LoRA_r + LoRA_s", "LoRA_{r+s}", draws.cases(st.builds(lora, st.integers(2, 4))), loras_add_up),
+    Identity("LoRA_r + LoRA_s", "LoRA_{r+s}", draws.cases(st.integers(2, 4).map(lambda r: AdapterSpec(CP(r)))), loras_add_up),
     Identity(
         "rank of a Kronecker product",
         "product of ranks",

@@ -186,6 +186,12 @@ def unit_values(values: Values) -> Values:
 
 # --- the identities -------------------------------------------------------------------------------------------------
 
+
+def uncapped_lotr(rank: int) -> AdapterSpec:
+    """LoTR with the rank as stated on any weight, as index notation has it."""
+    return AdapterSpec(Tucker(rank, factors="out in", over="keep"), PhysicalFold("member out in"))
+
+
 ranks, alphas = st.integers(1, 3), draws.alphas
 PARTS = st.sampled_from((Dense(), CP(1), CP(2), Tucker(1), TensorTrain(1), Hadamard(CP(1), CP(1))))
 FOLDS = st.sampled_from((PhysicalFold(), PhysicalFold("layer out in"), FlatFold(3), FlatFold(4), FlatFold(2, 2)))
@@ -277,7 +283,7 @@ REDUCTIONS = (
     Reduction(
         "lotr (FacT-TT)",
         "TensorTrain of order 3",
-        both(lambda r: (lotr(r), AdapterSpec(TensorTrain(r), PhysicalFold("out member in"))), ranks),
+        both(lambda r: (lotr(r), AdapterSpec(TensorTrain(r, over="cap"), PhysicalFold("out member in"))), ranks),
         tucker_to_train,
     ),
     Reduction(
@@ -288,18 +294,24 @@ REDUCTIONS = (
         held=("factor_member",),
     ),
     Reduction("lotr", "superlora(M=3, G=1), layer factor = identity", _cubes(), cube, held=("factor_m1",)),
-    Reduction("FacT-TT", "lotr", both(lambda r: (fact_tt(r), lotr(r)), ranks), fact_tt_names),
+    Reduction("FacT-TT", "lotr", both(lambda r: (fact_tt(r), uncapped_lotr(r)), ranks), fact_tt_names),
     Reduction(
         "FacT-TK",
         "Tucker over member, out, in",
         both(lambda r, k: (fact_tk(r, k), AdapterSpec(Tucker((k, r, r)), MEMBERS)), ranks, ranks),
         fact_tk_names,
     ),
-    Reduction("lora", "AdaLoRA's form, lam = 1", both(lambda r: (lora(r), adalora(r)), ranks), unit_values, held=("lam",)),
+    Reduction(
+        "lora",
+        "AdaLoRA's form, lam = 1",
+        both(lambda r: (AdapterSpec(CP(r, over="keep")), adalora(r)), ranks),
+        unit_values,
+        held=("lam",),
+    ),
     Reduction(
         "loha",
         "lora of rank r^2",
-        both(lambda r: (loha(r), lora(r * r)), st.integers(1, 3)),
+        both(lambda r: (loha(r), AdapterSpec(CP(r * r))), st.integers(1, 3)),
         khatri_rao,
         same=False,
     ),

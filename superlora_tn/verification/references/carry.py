@@ -10,13 +10,14 @@
 
 Both peers scale by alpha / r (alpha / sqrt(r) with rsLoRA), as we do. Where our alpha is None the scale is 1, which is
 their alpha = r (or sqrt(r)). A network in index notation has no rank of its own, so AdaLoRA's form is scaled by alpha
-alone.
+alone. On weights so small that a preset takes a lower rank, the peers keep theirs; what they have there comes back as
+``over="keep"``.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -54,6 +55,11 @@ class Carried:
     def scale(self) -> float:
         """What dW is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether the weight's factors have fewer columns than the rank, which the peers keep on any weight."""
+        return any(len(t) < self.rank for n, t in self.tensors.items() if n == "lora_A" or n.endswith("_b"))
 
 
 def kind_of(spec: AdapterSpec) -> Kind | None:
@@ -133,12 +139,33 @@ def from_peft(*carried: Carried) -> tuple[AdapterSpec, dict[str, Array]]:
     if first.kind == "adalora":
         return adalora(rank, first.scale), {"P": tensors["lora_B"], "lam": tensors["lora_E"][:, 0], "Q": tensors["lora_A"]}
     if first.kind == "lora":
-        spec = lora(rank, alpha, rslora=first.rslora)
+        spec = _as_stated(lora(rank, alpha, rslora=first.rslora), first)
         return spec, {"factor_out": tensors["lora_B"], "factor_in": tensors["lora_A"].T}
     if first.kind == "loha":
-        return loha(rank, alpha), {**_unpair(tensors, "hada_w1", "h1_"), **_unpair(tensors, "hada_w2", "h2_")}
-    spec = lokr(rank, first.settings["factor"], first.settings["decompose_both"], alpha)
+        return _as_stated(loha(rank, alpha), first), {
+            **_unpair(tensors, "hada_w1", "h1_"),
+            **_unpair(tensors, "hada_w2", "h2_"),
+        }
+    spec = _as_stated(lokr(rank, first.settings["factor"], first.settings["decompose_both"], alpha), first)
     return spec, {**_unpair(tensors, "lokr_w1", "k1_"), **_unpair(tensors, "lokr_w2", "k2_")}
+
+
+def _as_stated(spec: AdapterSpec, carried: Carried) -> AdapterSpec:
+    """The declaration, with its ranks kept where the peer has more columns than a preset would take."""
+    pairs = [("lora_B", "lora_A"), *((f"{n[:-1]}a", n) for n in carried.tensors if n.endswith("_b"))]
+    held = [(carried.tensors[a], carried.tensors[b]) for a, b in pairs if b in carried.tensors]
+    if all(len(b) <= min(len(a), b.shape[1]) for a, b in held):
+        return spec
+    return replace(spec, network=_keeping(spec.network))
+
+
+def _keeping(part: Part) -> Part:
+    """A part whose ranks are kept on any weight."""
+    if isinstance(part, Hadamard):
+        return Hadamard(*map(_keeping, part.parts))
+    if isinstance(part, Kronecker):
+        return Kronecker(*map(_keeping, part.parts), factor=part.factor)
+    return replace(part, over="keep") if isinstance(part, CP) else part
 
 
 def _shares(one: Carried, other: Carried) -> bool:

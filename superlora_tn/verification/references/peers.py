@@ -130,10 +130,12 @@ def peft_layer(carried: Carried, base: nn.Linear) -> nn.Module:
 
     Raises:
         Misfit: PEFT splits these sizes otherwise than the declaration.
-        NotApplicable: PEFT would round LoHa's scale (it keeps it in float32, also for a float64 layer), or take AdaLoRA's
-            rank for a scale that is not positive.
+        NotApplicable: PEFT would round LoHa's scale (it keeps it in float32, also for a float64 layer), take AdaLoRA's
+            rank for a scale that is not positive, or keep a rank that the declaration caps.
     """
     dtype = base.weight.dtype
+    if carried.is_capped:
+        raise NotApplicable
     if carried.kind == "loha" and dtype == torch.float64 and float(np.float32(carried.scale)) != carried.scale:
         raise NotApplicable
     if carried.kind == "adalora" and carried.scale <= 0:
@@ -288,8 +290,10 @@ def lycoris_module(carried: Carried, base: nn.Linear, bypass: bool = False) -> A
     Raises:
         Misfit: LyCORIS splits these sizes otherwise.
         NotApplicable: it does so since it puts the smaller factor first, also where the wanted one is the larger; or it
-            fixes the scale at 1 (a LoKr with both splits dense).
+            fixes the scale at 1 (a LoKr with both splits dense), or keeps a rank that the declaration caps.
     """
+    if carried.is_capped:
+        raise NotApplicable
     file, name = LYCORIS[carried.kind]
     settings = {**carried.settings, "lora_dim": carried.rank, "alpha": carried.alpha, "rs_lora": carried.rslora}
     with quiet():
