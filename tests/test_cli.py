@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from superlora_tn.cli import VARIANTS, main
+from superlora_tn import commands, make_plan, superlora
+from superlora_tn.cli import EXTRAS, REFUSALS, VARIANTS, main, parser
+
+ROOT = Path(commands.__file__).parents[1]
+COMMANDS = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+
+
+def strict(text: str):
+    """JSON as its standard has it, without NaN and Infinity."""
+
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def as_module(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "superlora_tn", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_plan_prints_the_equation_the_path_and_both_prices(capsys):
@@ -20,7 +42,7 @@ def test_plan_prints_the_equation_the_path_and_both_prices(capsys):
 
 def test_plan_gives_json_that_opt_einsum_can_replay(capsys):
     assert main(["plan", "loha", "--shape", "48x32", "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
+    data = strict(capsys.readouterr().out)
     assert data["chosen"] in data["routes"]
     assert len(data["routes"]["apply"]["path"]) == len(data["routes"]["apply"]["steps"]) == 4
 
@@ -33,11 +55,20 @@ def test_plan_takes_any_network_in_index_notation(capsys):
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_every_variant_plans_and_draws(name, tmp_path, capsys):
-    assert main(["plan", name, "--rank", "2", "--shape", "32x48", "--weights", "2", "--draw", str(tmp_path / "tree.png")]) == 0
-    assert main(["draw", name, "--rank", "2", "--shape", "32x48", "--weights", "2", "--out", str(tmp_path / "net.png")]) == 0
-    capsys.readouterr()
+    rank = [] if name == "dense" else ["--rank", "2"]
+    sizes = ["--shape", "32x48", "--weights", "2"]
+    assert main(["plan", name, *rank, *sizes, "--draw", str(tmp_path / "tree.png")]) == 0
+    assert main(["draw", name, *rank, *sizes, "--out", str(tmp_path / "net.png")]) == 0
+    assert f"drawn: {tmp_path / 'net.png'}" in capsys.readouterr().out
     for picture in ("tree.png", "net.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_goes_exactly_where_it_was_asked_for(tmp_path, capsys):
+    assert main(["draw", "lora", "--out", str(tmp_path / "network"), "--json"]) == 0
+    data = strict(capsys.readouterr().out)
+    assert data == {"drawn": str(tmp_path / "network"), "equation": "out r, in r -> out in"}
+    assert [place.name for place in tmp_path.iterdir()] == ["network"]
 
 
 def test_variants_lists_each_with_its_count(capsys):
@@ -45,18 +76,29 @@ def test_variants_lists_each_with_its_count(capsys):
     text = capsys.readouterr().out
     assert all(name in text for name in VARIANTS)
     assert "294,912" in text  # LoRA: 24 weights, 8 * (768 + 768)
+    assert main(["variants", "--json"]) == 0
+    assert {row["variant"]: row["parameters"] for row in strict(capsys.readouterr().out)}["lora"] == 294_912
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["plan"], "no variant was named; choose one of dense, lora"),
         (["plan", "lor"], "there is no variant 'lor'; choose one of dense, lora"),
         (["plan", "lora", "--set", "foo=3"], "lora has no setting 'foo'; it has rank, alpha"),
+        (["plan", "lora", "--set", "foo"], "'foo' is not name=value; write for instance factor=4"),
         (["plan", "lora", "--rank", "0"], "rank=0; a rank is a whole number of at least 1"),
         (["plan", "lora", "--shape", "768"], "is not OUTxIN; write for instance 768x768"),
         (["plan", "lora", "--device", "abacus"], "no device profile 'abacus'; choose one of cpu"),
         (["bench", "lorta"], "lorta has a flat fold and so one route alone"),
+        (["bench", "lora", "--widths", "8", "--tokens", "4", "--backend", "abacus"], "there is no backend 'abacus'"),
         (["plan", "loha", "--memory-limit", "10"], "raise the limit, plan for fewer tokens, or take the other route"),
+        (["verify", "lor"], "there is no variant 'lor' to verify; choose among dense, lora"),
+        (["verify", "lora", "--examples", "0"], "examples is a whole number from 1"),
+        (["plan", "--network", "o i", "--node", "w=o i", "--size", "r=x"], "'x' is not a whole number"),
+        (["plan", "--network", "((o", "--node", "w=o i"], "cannot read the modes '((o'"),
+        (["plan", "--network", "o i", "--node", "sizes=o i"], "a node cannot be named 'sizes'; choose another name"),
+        (["plan", "superlora", "--set", "budget=1"], "below the smallest possible count"),
     ],
 )
 def test_a_wrong_request_is_answered_in_words_with_status_2(arguments, expected, capsys):
@@ -64,18 +106,171 @@ def test_a_wrong_request_is_answered_in_words_with_status_2(arguments, expected,
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["plan", "dense", "--rank", "3"], "dense has no setting 'rank'; it has alpha"),
+        (["plan", "lora", "--rank", "3", "--set", "rank=4"], "'rank' is given twice, as 4 and as 3"),
+        (["plan", "lora", "--node", "w=o i"], "--node ['w=o i'] goes with --network"),
+        (["plan", "lora", "--modes", "out in"], "--modes 'out in' goes with --network"),
+        (["draw", "lora", "--heads", "3"], "--heads 3 goes with --network"),
+        (["plan", "lora", "--network", "o i", "--node", "w=o i"], "the variant 'lora' goes with a variant, not with --network"),
+        (["plan", "--rank", "3", "--network", "o i", "--node", "w=o i"], "--rank 3 goes with a variant, not with --network"),
+        (["plan", "--set", "a=3", "--network", "o i", "--node", "w=o i"], "--set ['a=3'] goes with a variant"),
+        (["plan", "--network", "o i", "--node", "w=o i", "--node", "w=o"], "'w' is given twice, as o i and as o"),
+    ],
+)
+def test_nothing_that_is_given_is_ignored(arguments, expected, capsys):
+    assert main(arguments) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["plan", "lora", "--tokens", "0"], ["variants", "--weights", "-1"], ["bench", "--widths", "x"]]
+)
+def test_counts_are_whole_numbers_of_at_least_1(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert f"'{arguments[-1]}' is not a whole number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", REFUSALS, ids=lambda kind: kind.__name__)
+def test_what_is_refused_is_one_line_and_status_2(kind, monkeypatch, capsys):
+    def refuse(args):
+        raise kind("what was given,\n  and what to do")
+
+    monkeypatch.setattr(commands, "list_variants", refuse)
+    assert main(["variants"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == "superlora-tn variants: what was given, and what to do\n"
+
+
+def test_a_fault_of_our_own_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(commands, "list_variants", lambda args: [][0])
+    with pytest.raises(IndexError):
+        main(["variants"])
+    monkeypatch.setitem(sys.modules, "superlora_tn.verification", None)
+    with pytest.raises(ModuleNotFoundError):
+        main(["verify"])
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for command in (["draw", "lora", "--out"], ["plan", "lora", "--draw"]):
+        assert main([*command, str(tmp_path / "file" / "network.png")]) == 2
+        assert f"superlora-tn {command[0]}: {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch, capsys):
+    requests = {"matplotlib": ["draw", "lora"], "rich": ["demo"], "transformers": ["demo"], "hypothesis": ["verify", "lora"]}
+    for package, request in requests.items():
+        with monkeypatch.context() as hidden:
+            for name in [n for n in sys.modules if n.split(".")[0] == package or n.startswith("superlora_tn.demo.")]:
+                hidden.delitem(sys.modules, name)
+            hidden.setitem(sys.modules, package, None)
+            assert main(request) == 2
+        assert f"pip install 'superlora_tn[{EXTRAS[package]}]'" in capsys.readouterr().err
+
+
+def test_a_run_that_is_stopped_says_so(monkeypatch, capsys):
+    def stop(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "demo", stop)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "superlora-tn demo: stopped\n"
+
+
+VALUES = ["rank=2", "order=3", "order=5", "alpha=x", "alpha=NaN", "groups=2", "splits=9", "factor=5", "budget=90", "rank=[1]"]
+VALUES += [
+    "w=o i",
+    "u=o r",
+    "v=r i",
+    "v=r i r",
+    "r=4",
+    "o i",
+    "(o1 o2) i",
+    "i (o",
+    "m o i",
+    "out in",
+    "head out in",
+    "member out in",
+]
+VALUES += ["", "=", "0", "-1", "2", "7", "1e9", "6x4", "1x1", "0x3", "4x", "greedy", "dp", "cuda"]
+OPTIONS = [
+    "--rank",
+    "--set",
+    "--network",
+    "--node",
+    "--size",
+    "--modes",
+    "--heads",
+    "--tokens",
+    "--shape",
+    "--weights",
+    "--device",
+]
+STARTS = [["plan", name] for name in (*VARIANTS, "lor")] + [["plan", "--network", "o i", "--node", "u=o r", "--node", "v=r i"]]
+
+
+@given(
+    st.sampled_from([*STARTS, ["variants"]]), st.lists(st.tuples(st.sampled_from(OPTIONS), st.sampled_from(VALUES)), max_size=4)
+)
+def test_no_request_ends_in_a_traceback(start, options):
+    try:
+        assert main([*start, *(word for pair in options for word in pair)]) in (0, 2)
+    except SystemExit as stopped:
+        assert stopped.code in (0, 2)
+
+
+def test_a_budget_in_place_of_a_rank_buys_the_largest_one(capsys):
+    arguments = ["plan", "superlora", "--set", "order=3", "--shape", "64x64", "--weights", "2"]
+    # A core of r^3 and three factors (21, r): 594 numbers at r = 6, 784 at r = 7.
+    for words, rank in ((["--set", "budget=700"], 6), (["--set", "budget=100"], 1), (["--rank", "2"], 2)):
+        assert main([*arguments, *words, "--json"]) == 0
+        graph = superlora(rank, order=3).lay_out({"a": (64, 64), "b": (64, 64)})[0][1]
+        assert strict(capsys.readouterr().out)["routes"]["delta"]["flops"] == make_plan(graph, "delta").flops
+
+
 def test_bench_measures_each_route_beside_its_prediction(tmp_path, capsys):
     arguments = ["bench", "lora", "--rank", "2", "--widths", "16", "--tokens", "8", "--optimizers", "dp", "greedy"]
     assert main([*arguments, "--json", "--draw", str(tmp_path / "bench.png")]) == 0
-    data = json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    data = strict(told.out)
     assert [row["optimizer"] for row in data["rows"]] == ["dp", "greedy"]
     assert all(set(row["measured"]) == set(row["predicted"]) == {"apply", "delta"} for row in data["rows"])
     assert data["device"]["flops"] > data["device"]["latency"] > 0
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert "2/2: width 16, 8 tokens, greedy" in told.err
 
 
-def test_help_of_every_command_runs():
-    for command in ("demo", "variants", "plan", "bench", "verify", "draw"):
-        done = subprocess.run([sys.executable, "-m", "superlora_tn.cli", command, "--help"], capture_output=True, text=True)
-        assert done.returncode == 0
-        assert "usage: superlora-tn" in done.stdout
+@pytest.mark.parametrize("program", ["superlora-tn", "python -m superlora_tn"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_every_word_does_by_the_name_that_was_typed(command, program, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"], program)
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: {program} {command} [-h]")
+    assert "None" not in text
+    assert all(action.help for action in COMMANDS[command]._actions)
+
+
+def test_the_module_runs_as_the_command_does(capsys):
+    assert main(["variants", "--json"]) == 0
+    done = as_module("variants", "--json")
+    assert (done.returncode, done.stdout, done.stderr) == (0, capsys.readouterr().out, "")
+    assert as_module("--help").stdout.startswith("usage: python -m superlora_tn [-h] COMMAND ...\n")
+    wrong = as_module("plan", "lor")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("python -m superlora_tn plan: there is no variant 'lor'; choose one of dense")
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "superlora_tn", "plan", "lora", "--json"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.close()
+        assert running.stderr.read() == ""
+        assert running.wait(timeout=120) == 0

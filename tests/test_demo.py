@@ -10,6 +10,42 @@ transformers = pytest.importorskip("transformers", reason="the demo extra is not
 pytest.importorskip("sklearn", reason="the demo extra is not installed")
 
 from superlora_tn.demo.demo import run  # noqa: E402
+from superlora_tn.demo.whole_file import whole_file  # noqa: E402
+
+
+def test_a_whole_file_takes_the_old_ones_place(tmp_path):
+    place = tmp_path / "lora_r=8_rho=0.5.json"  # a name with dots of its own
+    for words in ("first", "second"):
+        with whole_file(place) as partial:
+            partial.write_text(words)
+        assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(place.name, words)]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stopped"])
+def test_a_file_that_was_not_finished_leaves_the_old_one_and_nothing_beside_it(error, tmp_path):
+    place = tmp_path / "base.safetensors"
+    place.write_text("old")
+
+    def write():
+        with whole_file(place) as partial:
+            partial.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(place.name, "old")]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    with (
+        whole_file(tmp_path / "a.json") as one,
+        whole_file(tmp_path / "a.json") as other,
+        whole_file(tmp_path / "a.pt") as third,
+    ):
+        assert len({one, other, third}) == 3
+        for partial in (one, other, third):
+            partial.write_text(partial.name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.pt"]
 
 
 @pytest.fixture(scope="module")

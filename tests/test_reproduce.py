@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from superlora_tn_paper.differences import difference
 from superlora_tn_paper.task import MEAN, STD, folder_task
 
 from superlora_tn.cli import main
+from superlora_tn.demo import experiments
 from superlora_tn.demo.base import DigitsRecipe
 
 DATA = Path(os.environ.get("SUPERLORA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -66,6 +69,44 @@ def steady(value):
     if isinstance(value, dict):
         return {k: steady(v) for k, v in value.items() if k not in VOLATILE}
     return [steady(v) for v in value] if isinstance(value, list) else value
+
+
+def test_the_experiments_are_found_in_the_checkout_where_they_are_not_installed():
+    place = Path(experiments.CHECKOUT.parents[1])
+    found = (
+        f"import sys; sys.path[:0] = [{str(place)!r}, {str(place / 'backends')!r}]\n"
+        "from superlora_tn.demo.experiments import find_experiments\n"
+        "before = list(sys.path); find_experiments(); once = list(sys.path); find_experiments()\n"
+        "import superlora_tn_paper\n"
+        "print(once == sys.path, [p for p in sys.path if p not in before], superlora_tn_paper.__file__)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, env=environment, timeout=120)
+    init = experiments.CHECKOUT / "superlora_tn_paper" / "__init__.py"
+    installed = f"True [] {done.stdout.split()[-1]}\n"  # of whoever has installed them as well
+    assert done.stdout in (f"True [{str(experiments.CHECKOUT)!r}] {init}\n", installed), done.stderr
+
+
+def test_where_the_experiments_are_not_it_is_said_how_to_get_them(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(experiments, "CHECKOUT", tmp_path)
+    assert main(["reproduce", "geometry", "--out", str(tmp_path)]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(
+        "superlora-tn reproduce: the paper's experiments are a package of their own, superlora_tn_paper,"
+    )
+    assert "pip install ./benchmarks/paper" in told.err
+    assert told.err.count("\n") == 1
+
+
+def test_a_stopped_command_says_that_it_goes_on(monkeypatch, tmp_path, capsys):
+    def stop(request, as_json):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("superlora_tn_paper.command.reproduce", stop)
+    assert main(["reproduce", "geometry", "--out", str(tmp_path)]) == 130
+    assert "what is finished is kept, and the same command goes on from there" in capsys.readouterr().err
 
 
 def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(tmp_path, short):

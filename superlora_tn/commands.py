@@ -1,0 +1,259 @@
+"""What each command of the command line does: the request in words to declarations, and results to text or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from superlora_tn.contraction.plan import Plan, RouteChoice, choose, table
+from superlora_tn.contraction.profile import DEVICES
+from superlora_tn.declare.fold import PhysicalFold, Shape
+from superlora_tn.declare.parts import Network
+from superlora_tn.network import variants
+from superlora_tn.network.budget import Budget
+from superlora_tn.network.graph import Graph
+from superlora_tn.network.spec import AdapterSpec
+
+VARIANTS: dict[str, Callable[..., AdapterSpec | Budget]] = {
+    name: getattr(variants, name) for name in ("dense", "lora", "loha", "lokr", "lotr", "lonkr", "lorta", "superlora", "vera")
+}
+RANK, MODES = 8, "out in"  # where none are given
+
+
+class UsageError(ValueError):
+    """What the user asked for makes no sense, or needs what is not there; the message says what does."""
+
+
+def make_spec(args: argparse.Namespace, shapes: Mapping[str, Shape]) -> AdapterSpec:
+    """The spec that ``VARIANT [--rank R] [--set name=value ...]`` or ``--network ... --node ... --size ...`` names.
+
+    Args:
+        args: these words.
+        shapes: (out, in) of the weights by name, which a budget is spent on.
+    """
+    if args.network:
+        _refuse(args, ("variant", "rank", "set"), "goes with a variant, not with --network")
+        sizes = {name: _whole(value) for name, value in _pairs(args.size).items()}
+        nodes = _pairs(args.node)
+        for taken in {"self", "modes", "sizes"} & set(nodes):
+            raise UsageError(f"a node cannot be named '{taken}'; choose another name.")
+        return AdapterSpec(Network(args.network, sizes, **nodes), PhysicalFold(args.modes or MODES, args.heads))
+    _refuse(args, ("node", "size", "modes", "heads"), "goes with --network")
+    if args.variant not in VARIANTS:
+        asked = f"there is no variant '{args.variant}'" if args.variant else "no variant was named"
+        raise UsageError(f"{asked}; choose one of {', '.join(VARIANTS)}, or give --network.")
+    return _variant(args.variant, _pairs([*args.set, *([] if args.rank is None else [f"rank={args.rank}"])]), shapes)
+
+
+def _settings(variant: str) -> list[str]:
+    """Names of a variant's settings; a map has no words on the command line."""
+    return [name for name in inspect.signature(VARIANTS[variant]).parameters if name != "projection"]
+
+
+def _variant(variant: str, given: Mapping[str, str], shapes: Mapping[str, Shape]) -> AdapterSpec:
+    known = _settings(variant)
+    for name in given:
+        if name not in known:
+            raise UsageError(f"{variant} has no setting '{name}'; it has {', '.join(known)}.")
+    settings: dict[str, Any] = {"rank": RANK} if "rank" in known and "budget" not in given else {}
+    made = VARIANTS[variant](**settings | {name: _value(value) for name, value in given.items()})
+    return made.choose(shapes).spec if isinstance(made, Budget) else made
+
+
+def _refuse(args: argparse.Namespace, names: tuple[str, ...], reason: str) -> None:
+    """Nothing that is given is ignored."""
+    for name in names:
+        if getattr(args, name) not in (None, "", []):
+            raise UsageError(f"{'the variant' if name == 'variant' else f'--{name}'} {getattr(args, name)!r} {reason}.")
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    """name=value, each name once."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals:
+            raise UsageError(f"'{text}' is not name=value; write for instance factor=4.")
+        if name in found:
+            raise UsageError(f"'{name}' is given twice, as {found[name]} and as {value}; give it once.")
+        found[name] = value
+    return found
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"'{text}' is not a whole number.") from None
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except ValueError:
+        return text
+
+
+def _shapes(args: argparse.Namespace) -> dict[str, Shape]:
+    words = args.shape.lower().split("x")
+    if len(words) != 2 or not all(w.isdecimal() for w in words):
+        raise UsageError(f"--shape {args.shape!r} is not OUTxIN; write for instance 768x768.")
+    shape = (_whole(words[0]), _whole(words[1]))
+    return {f"layer.{k}.weight": shape for k in range(args.weights)}
+
+
+def _first_graph(args: argparse.Namespace) -> tuple[Graph, Shape]:
+    shapes = _shapes(args)
+    return make_spec(args, shapes).lay_out(shapes)[0][1], next(iter(shapes.values()))
+
+
+def _show(data: Any) -> None:
+    """JSON on stdout."""
+    print(json.dumps(data, indent=1))
+
+
+def _say(words: str) -> None:
+    """Progress, and where files went: on stderr, so that stdout is the result alone."""
+    print(words, file=sys.stderr, flush=True)
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Print both routes of a variant or a network at given sizes."""
+    if args.device not in DEVICES:
+        raise UsageError(f"there is no device profile '{args.device}'; choose one of {', '.join(DEVICES)}.")
+    graph, shape = _first_graph(args)
+    choice = choose(graph, shape, args.tokens, DEVICES[args.device], args.optimize, args.memory_limit)
+    if args.json:
+        _show(_plan_data(choice))
+    else:
+        print(choice)
+    if args.draw:
+        from superlora_tn.tools import draw
+
+        _say(f"drawn: {draw.tree(choice.chosen, args.draw)}")
+
+
+def _plan_data(choice: RouteChoice) -> dict[str, Any]:
+    """A choice of routes as plain data."""
+
+    def one(plan: Plan, price: float) -> dict[str, Any]:
+        return {
+            "equation": plan.equation,
+            "symbols": plan.symbols,
+            "path": plan.path,
+            "steps": [asdict(s) for s in plan.steps],
+            "flops": plan.flops,
+            "bytes": plan.bytes,
+            "peak_bytes": plan.peak,
+            "price_seconds": price,
+        }
+
+    routes = {"delta": one(choice.delta, choice.delta_price)}
+    if choice.apply is not None:
+        routes["apply"] = one(choice.apply, choice.apply.price)
+    return {"chosen": choice.route, "tokens": choice.tokens, "routes": routes}
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Measure both routes under several optimizers, beside what the cost model predicts."""
+    from superlora_tn.tools.measure import calibrate, measure_routes
+
+    specs = {width: make_spec(args, {"layer": (width, width)}) for width in args.widths}
+    _say("measuring this machine")
+    profile = calibrate()
+    cases = [(w, t, o) for w in specs for t in args.tokens for o in args.optimizers]
+    found = []
+    for k, (width, tokens, optimizer) in enumerate(cases):
+        _say(f"{k + 1}/{len(cases)}: width {width}, {tokens} tokens, {optimizer}")
+        label = args.variant or args.network
+        found.append(measure_routes(label, specs[width], (width, width), tokens, profile, optimizer, args.backend))
+    agree = sum(m.agrees for m in found)
+    if args.json:
+        _show({"device": asdict(profile), "agree": agree, "rows": [m.row() for m in found]})
+    else:
+        rows: list[tuple[str, ...]] = [
+            ("width", "tokens", "optimizer", "apply ms", "predicted", "delta ms", "predicted", "ranked")
+        ]
+        for m in found:
+            times = [f"{1e3 * side[route]:.3f}" for route in ("apply", "delta") for side in (m.measured, m.predicted)]
+            rows.append((f"{m.shape[0]}", f"{m.tokens}", m.optimizer, *times, "right" if m.agrees else f"+{m.regret:.0%}"))
+        print("\n".join(table(rows, "width tokens ms predicted apply delta")))
+        print(f"{agree} of {len(found)} settings ranked as measured, on {profile.name}")
+    if args.draw:
+        from superlora_tn.tools import draw
+
+        points = [(m.predicted[r], m.measured[r], r) for m in found for r in m.predicted]
+        _say(f"drawn: {draw.predictions(points, args.draw)}")
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Verify presets by property and against references; progress goes to stderr."""
+    from superlora_tn.verification import run
+
+    return run(args.variants, args.examples, args.json, args.seed)
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Draw the network of a variant."""
+    from superlora_tn.tools import draw
+
+    graph, _ = _first_graph(args)
+    place = draw.network(graph, args.out, args.variant or args.network)
+    if args.json:
+        _show({"drawn": str(place), "equation": graph.equation()})
+    else:
+        print(f"drawn: {place}")
+
+
+def list_variants(args: argparse.Namespace) -> None:
+    """List the variants with their network and count."""
+    shapes = _shapes(args)
+    rows = [("variant", "network of one weight", "parameters", "from")]
+    data = []
+    for name, maker in VARIANTS.items():
+        rank = min(args.rank, 4) if name in ("lorta", "superlora") else args.rank
+        spec = _variant(name, {"rank": f"{rank}"} if "rank" in _settings(name) else {}, shapes)
+        count, graph = spec.count(shapes), spec.lay_out(shapes)[0][1]
+        summary = (inspect.getdoc(maker) or "").split("\n")[0]
+        rows.append((name, graph.equation(fixed=True), f"{count:,}", summary.split(":")[0]))
+        data.append({"variant": name, "equation": graph.equation(fixed=True), "parameters": count, "summary": summary})
+    if args.json:
+        _show(data)
+        return
+    print(f"{args.weights} weights of {args.shape}, rank {args.rank} (lorta and superlora: {min(args.rank, 4)})")
+    print("\n".join(table(rows, "parameters")))
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Run the embedded demo."""
+    from superlora_tn.demo.demo import run
+
+    run(Path(args.out), quick=args.quick, as_json=args.json)
+
+
+def reproduce(args: argparse.Namespace) -> None:
+    """Run one of the paper's experiments, which are a package of their own."""
+    from superlora_tn.demo.experiments import ExperimentsError, find_experiments
+
+    try:
+        find_experiments()
+    except ExperimentsError as error:
+        raise UsageError(str(error)) from error
+    from superlora_tn_paper.command import Request, reproduce
+    from superlora_tn_paper.task import TaskError
+
+    data = args.data or (os.environ.get("SUPERLORA_DATA") if args.scale == "small" else None) or None
+    request = Request(args.experiment, Path(args.out), args.scale, data, args.model, args.domain, args.device)
+    try:
+        reproduce(request, args.json)
+    except (TaskError, FloatingPointError) as error:
+        raise UsageError(str(error)) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; what is finished is kept, and the same command goes on from there") from None
