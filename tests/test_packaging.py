@@ -1,4 +1,4 @@
-"""What is shipped: metadata that is true, entry points that load, and a wheel with both packages."""
+"""What is shipped: metadata that is true, entry points that load, and wheels with their own packages and nothing else."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 META = PROJECT["project"]
 PACKAGES = [ROOT / place for place in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]]
 SOURCES = [source for package in PACKAGES for source in package.rglob("*.py")]
+PAPER = ROOT / "benchmarks" / "paper"
+PAPER_META = tomllib.loads((PAPER / "pyproject.toml").read_text())["project"]
 # Name in `import` where it differs from the name on the index.
 IMPORTED = {"lycoris-lora": "lycoris", "pillow": "PIL", "scikit-learn": "sklearn"}
 
@@ -133,15 +135,63 @@ def test_the_public_names_exist_and_are_sorted_out() -> None:
         assert (getattr(sl, name).__doc__ or "").strip(), name
 
 
-def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
+def test_the_experiments_are_of_the_very_same_release() -> None:
+    """They use more of the library than its public names."""
+    version = importlib.import_module("superlora_tn_paper").__version__
+    assert PAPER_META["name"] == "superlora_tn_paper"
+    assert PAPER_META["version"] == version == sl.__version__
+    assert f"superlora_tn[demo]=={sl.__version__}" in PAPER_META["dependencies"]
+    assert PAPER_META["requires-python"] == META["requires-python"]
+
+
+def test_the_experiments_import_only_what_they_declare() -> None:
+    known = required([*META["dependencies"], *META["optional-dependencies"]["demo"], *PAPER_META["dependencies"]])
+    known |= set(sys.stdlib_module_names) | {"superlora_tn", "superlora_tn_paper"}
+    for source in (PAPER / "superlora_tn_paper").glob("*.py"):
+        assert module_level_imports(source) <= known, source
+
+
+def built(project: Path, folder: Path) -> zipfile.ZipFile:
     if importlib.util.find_spec("hatchling") is None:
         pytest.skip("hatchling is not installed, and the tests fetch nothing")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=project, check=True, capture_output=True, timeout=120)
+    (wheel,) = folder.glob("*.whl")
+    return zipfile.ZipFile(wheel)
+
+
+def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
+    names = built(ROOT, tmp_path).namelist()
     assert {n.split("/")[0] for n in names} == {p.name for p in PACKAGES} | {f"superlora_tn-{sl.__version__}.dist-info"}
     for source in SOURCES:
         package = next(p for p in PACKAGES if p in source.parents)
         assert source.relative_to(package.parent).as_posix() in names
-    assert not [n for n in names if n.endswith((".pyc", ".pth", ".safetensors"))]
+    assert not [n for n in names if n.endswith((".pyc", ".pth", ".safetensors")) or "reproduce" in n]
+
+
+def test_the_experiments_have_a_wheel_of_their_own(tmp_path: Path) -> None:
+    wheel = built(PAPER, tmp_path)
+    sources = {source.relative_to(PAPER).as_posix() for source in (PAPER / "superlora_tn_paper").glob("*.py")}
+    packed = {n for n in wheel.namelist() if ".dist-info/" not in n}
+    assert packed == {*sources, "superlora_tn_paper/py.typed"}
+    (metadata,) = (n for n in wheel.namelist() if n.endswith("/METADATA"))
+    assert f"Requires-Dist: superlora-tn[demo]=={sl.__version__}" in wheel.read(metadata).decode().replace("_", "-")
+
+
+def test_the_library_works_from_its_wheel_alone(tmp_path: Path) -> None:
+    """Nothing of the checkout is needed; the experiments, which are not in it, are named with how to get them."""
+    built(ROOT, tmp_path).extractall(tmp_path / "site")
+    dependencies = Path(importlib.import_module("torch").__file__).parents[1]
+    # A folder on PYTHONPATH brings its packages, but not the links of editable installs, so the wheel is what is imported.
+    environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{dependencies}", "PATH": "", "HOME": str(tmp_path)}
+    found = "import superlora_tn, sys; print(superlora_tn.__file__); from superlora_tn.cli import main; sys.exit(main({}))"
+    for words, status, out, err in (
+        (["variants"], 0, "24 weights of 768x768", ""),
+        (["reproduce", "geometry"], 2, "", "pip install ./benchmarks/paper"),
+    ):
+        command = [sys.executable, "-S", "-c", found.format(words)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == status, done.stderr
+        assert done.stdout.startswith(str(tmp_path / "site"))
+        assert out in done.stdout
+        assert err in done.stderr
