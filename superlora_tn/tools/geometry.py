@@ -18,9 +18,8 @@ from torch import Tensor
 
 from superlora_tn.declare.fold import split_name
 from superlora_tn.tools.draw import INK, PALETTE, panels, save
+from superlora_tn.tools.singular import DEPTH, EXACT_SIDE, SPARE, exact, refined
 
-EXACT_SIDE = 512  # up to here a full decomposition takes less than a quarter of a second
-SPARE, DEPTH, ROUNDS = 11, 3, 8
 TOLERANCE = 1e-7  # of the sine of the angle between found and true directions
 MEASURES = (("left", "dL, left directions"), ("right", "dR, right directions"), ("distance", "dE, distance"))
 
@@ -110,54 +109,34 @@ def _size(matrix: Tensor) -> float:
 
 def _directions(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The first k left and right singular directions, (out, r) and (in, r), r = min(k, numerical rank)."""
-    exact = _double(matrix)
-    if not bool(exact.any()):
-        return exact[:, :0], exact.T[:, :0]
-    exact = exact / exact.abs().max()
-    exact = exact / torch.linalg.matrix_norm(exact)
+    scaled = _double(matrix)
+    if not bool(scaled.any()):
+        return scaled[:, :0], scaled.T[:, :0]
+    scaled = scaled / scaled.abs().max()
+    scaled = scaled / torch.linalg.matrix_norm(scaled)
     # A singular value of zero shows up to rounding of the entries (eps) and of the decomposition (its own eps).
-    least = torch.finfo(matrix.dtype).eps + max(exact.shape) * torch.finfo(torch.float64).eps
+    least = torch.finfo(matrix.dtype).eps + max(scaled.shape) * torch.finfo(torch.float64).eps
     # With many directions of few the range finder's blocks would be as large as the matrix.
-    large = min(exact.shape) > max(EXACT_SIDE, 2 * (DEPTH + 1) * (k + SPARE))
-    found = _randomised(exact, k, least) if large else None
-    u, s, v = found or _exact(exact)
+    large = min(scaled.shape) > max(EXACT_SIDE, 2 * (DEPTH + 1) * (k + SPARE))
+    found = _randomised(scaled, k, least) if large else None
+    u, s, v = found or exact(scaled)
     rank = int((s[:k] > least).sum())
     return u[:, :rank], v[:, :rank]
 
 
-def _exact(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return u, s, vh.T
-
-
 def _randomised(matrix: Tensor, k: int, least: float) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The first singular triples by a restarted block Krylov range finder (Halko et al. 2011; Musco & Musco 2015).
+    """The first singular triples by the range finder of `singular`.
 
-    A fixed seed of its own: the same result at each call, and torch's generator is left alone. None where the angle
-    to the true directions is not below `TOLERANCE` after `ROUNDS`, as with singular values that hardly fall.
+    None where the angle to the true directions is not below `TOLERANCE` after its rounds, as with singular values that
+    hardly fall.
     """
-    generator = torch.Generator().manual_seed(0)
-    block = torch.randn(matrix.shape[1], k + SPARE, generator=generator, dtype=matrix.dtype)
-    block = _orthonormal(matrix @ block)
-    for _ in range(ROUNDS):
-        blocks = [block]
-        for _ in range(DEPTH):
-            blocks.append(_orthonormal(matrix @ (matrix.T @ blocks[-1])))
-        basis = _orthonormal(torch.cat(blocks, dim=1))
-        inner, s, v = _exact(basis.T @ matrix)
-        u = basis @ inner
+    for u, s, v in refined(matrix, k + SPARE):
         rank = int((s[:k] > least).sum())
         residual = torch.linalg.matrix_norm(matrix @ v[:, :rank] - u[:, :rank] * s[:rank])
         # Wedin's theorem: the sine of the angle is at most the residual over the gap behind the last direction.
         if rank == 0 or float(residual) <= TOLERANCE * float(s[rank - 1] - s[rank]):
             return u, s, v
-        block = u[:, : k + SPARE]
     return None
-
-
-def _orthonormal(matrix: Tensor) -> Tensor:
-    q: Tensor = torch.linalg.qr(matrix).Q
-    return q
 
 
 def figure(results: Mapping[str, Mapping[str, Comparison]], path: str | Path, title: str = "") -> Path:
