@@ -1,0 +1,243 @@
+"""A file of another library, parsed without a model, and fitted to a model's names and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from superlora_tn.declare.fold import Shape
+from superlora_tn.declare.parts import SpecError
+from superlora_tn.files.errors import CheckpointError
+from superlora_tn.files.fuse import assemble
+from superlora_tn.files.names import Seat, label, seats
+from superlora_tn.files.record import Entry, tensor_name
+from superlora_tn.files.weight import Weight
+from superlora_tn.network.spec import AdapterSpec
+
+Projections = Callable[[Shape], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An adapter as this library holds it.
+
+    Attributes:
+        entries: declarations, each for targets of its own.
+        tensors: the nodes, by ``group<k>.<node>``, groups numbered through all entries.
+        added: parameter's full name -> what is added to it (biases and norms, which are no matrices).
+        replaced: parameter's full name -> its new value (PEFT's modules_to_save and biases).
+        kernels: target -> the sizes of its kernel, where the file says that it is a convolution.
+    """
+
+    entries: tuple[Entry, ...]
+    tensors: Mapping[str, Tensor]
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> dict[str, Shape]:
+        """The adapted weights of all entries, name -> (out, in)."""
+        return {name: shape for entry in self.entries for name, shape in entry.targets.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Parsed:
+    """What a file of another library holds.
+
+    Attributes:
+        path: the file or folder.
+        origin: who writes such files: peft, kohya, lycoris, diffusers, comfyui, xlabs, onetrainer, ai-toolkit or gguf.
+        bytes: the size of its tensors' file.
+        weights: one for each adapted weight.
+        added: ``<module>.weight`` or ``<module>.bias``, module named as in the file -> what is added.
+        replaced: the same -> what it becomes.
+        metadata: strings that stand in the file.
+        projections: makes VeRA's A and B, where the file leaves them to a seed, from the largest (out, in).
+    """
+
+    path: Path
+    origin: str
+    bytes: int
+    weights: tuple[Weight, ...]
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    projections: Projections | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of a pipeline that the file adapts, by its prefixes; "" where they name none."""
+        return tuple(dict.fromkeys(label(w.name).part for w in self.weights))
+
+    def only(self, part: str) -> Parsed:
+        """The weights of one part alone, such as ``"unet"``.
+
+        Raises:
+            CheckpointError: the file has no such part.
+        """
+        if part not in self.parts:
+            raise CheckpointError(f"{self.path} has no part {part!r}; it has {', '.join(map(repr, self.parts))}.")
+        return replace(
+            self,
+            weights=tuple(w for w in self.weights if label(w.name).part == part),
+            added={n: t for n, t in self.added.items() if label(n).part == part},
+            replaced={n: t for n, t in self.replaced.items() if label(n).part == part},
+        )
+
+    def fitted(
+        self,
+        shapes: Mapping[str, Shape],
+        *,
+        parameters: Iterable[str] = (),
+        weights: Callable[[str], Tensor] | None = None,
+        part: str | None = None,
+    ) -> Fitted:
+        """The adapter for a model.
+
+        Args:
+            shapes: of all weights of the model that can be adapted, (out, in), by module name.
+            parameters: full names of all of the model's parameters; needed where the file holds biases, norms or whole modules.
+            weights: gives the base weight (out, in) of a target; needed for DoRA.
+            part: take the weights of one part of the file alone, see `only`.
+
+        Raises:
+            CheckpointError: whatever of the file does not fit, is not clear, or would be left over.
+        """
+        if part is not None:
+            return self.only(part).fitted(shapes, parameters=parameters, weights=weights)
+        source = str(self.path)
+        placed = seats([w.name for w in self.weights], shapes, source)
+        whole = self._complete(placed, shapes)
+        made = assemble(whole, placed, shapes, source)
+        made = {target: self._with_norms(weight, target, weights) for target, weight in made.items()}
+        entries, tensors = gather(made, source)
+        kernels = {target: weight.kernel for target, weight in made.items() if weight.kernel}
+        places = self._places(placed, shapes, parameters)
+        return Fitted(entries, tensors, _moved(self.added, places), _moved(self.replaced, places), kernels)
+
+    def _complete(self, placed: Mapping[str, tuple[Seat, ...]], shapes: Mapping[str, Shape]) -> dict[str, Weight]:
+        """The weights by name, VeRA's A and B drawn or cut to the model's sizes."""
+        late = {w.name: w for w in self.weights if w.open_in}
+        if not late:
+            return {w.name: w for w in self.weights}
+        inputs = {name: shapes[placed[name][0].target][1] for name in late}
+        drawn: Mapping[str, Tensor] = {}
+        if self.projections is not None:
+            drawn = self.projections((max(w.shape[0] for w in late.values()), max(inputs.values())))
+        return {w.name: _cut_to(w, inputs[w.name], drawn) if w.open_in else w for w in self.weights}
+
+    def _with_norms(self, weight: Weight, target: str, weights: Callable[[str], Tensor] | None) -> Weight:
+        if weight.magnitude is None:
+            return weight
+        if weights is None:
+            raise CheckpointError(
+                f"{self.path}: '{target}' is a DoRA, whose update follows from the base weight; give the base weights."
+            )
+        return weight.with_norms(weights(target))
+
+    def _places(
+        self, placed: Mapping[str, tuple[Seat, ...]], shapes: Mapping[str, Shape], parameters: Iterable[str]
+    ) -> dict[str, str]:
+        """Where the biases, norms and whole modules of the file are in the model, by full names."""
+        names = [*self.added, *self.replaced]
+        if not names:
+            return {}
+        known = set(parameters)
+        if not known:
+            raise CheckpointError(
+                f"{self.path} also holds values of {len(names)} parameters such as '{names[0]}'; give the model's parameters' "
+                "names, or load it on the model."
+            )
+        modules = {p.rpartition(".")[0] for p in known} | set(shapes)
+        found = seats(list(dict.fromkeys(n.rpartition(".")[0] for n in names)), modules, str(self.path))
+        places = {}
+        for name in names:
+            module, _, kind = name.rpartition(".")
+            place = placed.get(module) or found[module]
+            full = f"{place[0].target}.{kind}"
+            if len(place) > 1 or not place[0].whole or full not in known:
+                raise CheckpointError(f"{self.path}: '{name}' is no parameter of this model ('{full}' is looked for).")
+            places[name] = full
+        return places
+
+    def plain(self) -> Fitted:
+        """The adapter under the names that stand in the file, for a model that has just these.
+
+        Raises:
+            CheckpointError: the names have '_' for '.', or something in the file is only known with a model.
+        """
+        for weight in self.weights:
+            if not label(weight.name).dotted:
+                raise CheckpointError(
+                    f"{self.path}: names such as '{weight.name}' have '_' for '.', so the modules are known only with the "
+                    "base model; give it."
+                )
+            if weight.open_in or weight.magnitude is not None:
+                raise CheckpointError(
+                    f"{self.path}: {weight.kind} of '{weight.name}' is only known with the base model; give it."
+                )
+        made = {label(w.name).rest: w for w in self.weights}
+        if len(made) < len(self.weights):
+            raise CheckpointError(f"{self.path} adapts several parts {self.parts} with the same names; choose one.")
+        entries, tensors = gather(made, str(self.path))
+        added, replaced = ({label(n).rest: t for n, t in own.items()} for own in (self.added, self.replaced))
+        return Fitted(entries, tensors, added, replaced, {n: w.kernel for n, w in made.items() if w.kernel})
+
+
+def _moved(values: Mapping[str, Tensor], places: Mapping[str, str]) -> dict[str, Tensor]:
+    return {places[name]: value for name, value in values.items()}
+
+
+def _cut_to(weight: Weight, size: int, drawn: Mapping[str, Tensor]) -> Weight:
+    nodes = dict(weight.nodes)
+    out = weight.shape[0]
+    if drawn:
+        nodes = {
+            "vera_b": nodes["vera_b"],
+            "vera_B": ("o r", drawn["vera_B"][:out]),
+            "vera_d": nodes["vera_d"],
+            "vera_A": ("r i", drawn["vera_A"]),
+        }
+    indices, inner = nodes["vera_A"]
+    if inner.shape[1] < size:
+        raise CheckpointError(f"'{weight.name}' reads {size} inputs in this model, but VeRA's A has {inner.shape[1]}.")
+    nodes["vera_A"] = (indices, inner[:, :size])
+    return replace(weight, nodes=nodes, open_in=False)
+
+
+def gather(made: Mapping[str, Weight], source: str) -> tuple[tuple[Entry, ...], dict[str, Tensor]]:
+    """Declarations and nodes of weights by the names of their targets: one entry for each declaration.
+
+    Raises:
+        CheckpointError: a network that cannot be declared.
+    """
+    apart: dict[AdapterSpec, dict[str, Shape]] = {}
+    tensors: dict[str, Tensor] = {}
+    entries: list[Entry] = []
+    try:
+        for target, weight in made.items():
+            apart.setdefault(weight.spec, {})[target] = weight.shape
+        k = 0
+        for spec, targets in apart.items():
+            entries.append(Entry(spec, targets))
+            for group, graph in spec.lay_out(targets):
+                members = [made[name] for name in group.members]
+                for node in graph.nodes:
+                    tensors[tensor_name(k, node)] = _node(node.name, members)
+                k += 1
+    except SpecError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    return tuple(entries), tensors
+
+
+def _node(name: str, members: list[Weight]) -> Tensor:
+    first = members[0]
+    values = [m.nodes[name][1] for m in members]
+    if not first.shared:
+        return values[0]
+    return values[0] if name in first.shared else torch.stack(values)
