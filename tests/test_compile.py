@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -155,6 +156,92 @@ def test_export_with_a_dynamic_batch() -> None:
         exported = torch.export.export(model.eval(), (noise(4, 3, DIM),), dynamic_shapes=({0: batch},), strict=True)
     x = noise(9, 3, DIM, seed=1)
     torch.testing.assert_close(exported.module()(x), model(x))
+
+
+# --- torch.jit.trace and ONNX ---------------------------------------------------------------------------------------
+
+# jit is deprecated; a TracerWarning (a branch on what the program is run with) stays an error.
+tracing = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
+
+def saved_and_loaded(model: nn.Module, x: Tensor) -> nn.Module:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, x), file)
+    file.seek(0)
+    loaded: nn.Module = torch.jit.load(file)
+    return loaded
+
+
+@tracing
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_traced_model_is_saved_and_loaded_for_any_batch(variant: str) -> None:
+    model, _ = attached(variant, Mlp)
+    loaded = saved_and_loaded(model.eval(), noise(2, 3, DIM))
+    for batch in (1, 2, 700):  # many tokens would take other plans
+        x = noise(batch, 3, DIM, seed=batch).requires_grad_()
+        y, expected = loaded(x), model(x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        grads = (torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected))
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+@tracing
+@pytest.mark.parametrize(
+    "spec", [sl.lora(2), sl.lokr(1), sl.lorta(2, 3, 2, sl.Fastfood(0.5))], ids=["lora", "lokr", "fastfood"]
+)
+def test_traced_convolutions_are_for_any_batch(spec: sl.AdapterSpec) -> None:
+    model = seeded(0, ConvNet)
+    perturb(sl.attach(model, spec, ["first", "grouped", "strided", "line"], seed=0))
+    loaded = saved_and_loaded(model, noise(2, 4, 8, 8))
+    for batch in (1, 5):
+        x = noise(batch, 4, 8, 8, seed=batch)
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@tracing
+def test_a_traced_model_leaves_the_live_one_as_it_was() -> None:
+    model, tuned = attached("lotr", Mlp)
+    x = noise(2, 3, DIM)
+    before, grads = model(x), gradients(model, model(x), tuned)
+    saved_and_loaded(model, x)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+    torch.testing.assert_close(gradients(model, model(x), tuned), grads, rtol=0, atol=0)
+
+
+@each_route
+def test_export_without_strict_computes_the_same(variant: str) -> None:
+    model, _ = attached(variant, Mlp)
+    x = noise(2, 3, DIM)
+    with compiling():
+        exported = torch.export.export(model.eval(), (x,), strict=False)
+    torch.testing.assert_close(exported.module()(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch")
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("variant", ["lora", "lotr", "loha", "lorta groups", "lorta fastfood"])
+def test_onnx_computes_the_same(variant: str, dynamo: bool) -> None:
+    onnx = pytest.importorskip("onnx")
+    if dynamo:
+        pytest.importorskip("onnxscript")
+    reference = pytest.importorskip("onnx.reference")
+    model, _ = attached(variant, Mlp)
+    file, batch = io.BytesIO(), noise(2, 3, DIM)
+    shapes = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)} if dynamo else {"dynamic_axes": {"x": {0: "batch"}}}
+    with compiling():
+        program = torch.onnx.export(
+            model.eval(), (batch,), None if dynamo else file, input_names=["x"], dynamo=dynamo, **shapes
+        )
+    if dynamo:
+        program.save(file)
+    run = reference.ReferenceEvaluator(onnx.load_model_from_string(file.getvalue()))
+    for size in (2, 5):
+        x = noise(size, 3, DIM, seed=size)
+        [found] = run.run(None, {"x": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+# --- torch.func -----------------------------------------------------------------------------------------------------
 
 
 @each_route

@@ -40,10 +40,9 @@ def _matrix(bits: int, shift: int, like: Tensor) -> Tensor:
 
 
 def _sylvester(bits: int, matrix: Tensor) -> Tensor:
-    one = torch.ones_like(matrix)
-    block = torch.cat([torch.cat([one, one], 1), torch.cat([one, -one], 1)])
+    """``H' = [[H, H], [H, -H]]``, so many times; recorders know these operations, and not all of them kron."""
     for _ in range(bits):
-        matrix = torch.kron(block, matrix)
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix
 
 
