@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import oracle
@@ -12,7 +11,6 @@ import pytest
 import torch
 from models import noise, perturb
 from strategies import Case
-from test_checkpoint import edit_tensors, refuse, save
 from test_equals_dense import assert_delta
 from test_sharing import adapted
 from torch import nn
@@ -184,15 +182,6 @@ def test_a_pass_of_the_model_cuts_the_surplus_behind_each_group(shapes: tuple[tu
     expected = x.double().numpy() @ (weights[0] + first).T @ (weights[1] + second).T
     # float32 sums of some fifty products of numbers of about 1.
     np.testing.assert_allclose(model(x).detach().numpy(), expected, rtol=0, atol=1e-3)
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def test_an_adapter_of_two_dtypes_is_refused(tmp_path: Path) -> None:
-    save(tmp_path)
-    edit_tensors(tmp_path, lambda tensors: tensors.update({"group0.core": tensors["group0.core"].bfloat16()}))
-    refuse(tmp_path, "holds BF16, F32; an adapter is of one dtype")
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------

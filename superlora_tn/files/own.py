@@ -1,206 +1,188 @@
-"""An adapter as two files: ``adapter.safetensors`` (the nodes) and ``adapter.json`` (what they are). No pickle.
+"""An adapter as two files: ``adapter.json`` (what it is) and ``adapter-<hash>.safetensors`` (its numbers). No pickle.
 
-The JSON is the truth: it names the tensors' file by its SHA-256 and carries a digest of itself. The tensors are
-written first and the JSON last, each by an atomic rename, and the old tensors stay beside them as
-``adapter.safetensors.previous`` until the new JSON stands. So whenever a save is interrupted, the JSON that is there
-matches one of the tensor files that are there, and loading gives the old adapter or the new one.
+The JSON is the truth: it names the tensors' file by its SHA-256, carries a digest of itself, and is replaced as the one
+commit (`folder`), so a reader never mixes two adapters: what it read has the hash that the JSON says, or it reads again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from superlora_tn.declare.fold import Shape
-from superlora_tn.declare.parts import SpecError
-from superlora_tn.network.graph import GraphNode
+from superlora_tn.files.errors import CheckpointError, DiskError
+from superlora_tn.files.folder import JSON, commit, content, opened, place_of
+from superlora_tn.files.record import (
+    BOUNDS,
+    Entry,
+    Record,
+    buffer_name,
+    buffers_of,
+    entries_of,
+    file_name,
+    most_bytes,
+    nodes_of,
+    owned,
+    record_of,
+    tensor_name,
+    written,
+)
+from superlora_tn.files.tensors import BOUNDS as HEADER
+from superlora_tn.files.tensors import check_shapes as _check_shapes
+from superlora_tn.files.tensors import packed, unpacked
 from superlora_tn.network.spec import AdapterSpec
 
-SCHEMA = 1
-FORMAT = "superlora_tn adapter"
-FIELDS = ("format", "schema", "spec", "targets", "tensors_sha256", "digest")
-MAX_JSON = 64 << 20
-FLOATS = {"F64", "F32", "F16", "BF16"}
+__all__ = ["CheckpointError", "DiskError", "Entry", "Saved", "read", "tensor_name", "write"]
 
-
-class CheckpointError(ValueError):
-    """Files that are not an intact adapter, or not one for this base."""
+TRIES, STILL = 100, 3
+"""How often a reader begins anew where savers overtake it, and how often where the JSON has not changed."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checked adapter on disk, its tensors not yet read."""
+    """A checked adapter, read into memory.
 
-    spec: AdapterSpec
-    targets: Mapping[str, Shape]
-    tensors: Path
+    Attributes:
+        entries: the declarations, each for targets of its own.
+        tensors: the nodes, by `tensor_name`, each of the dtype it was saved in.
+        buffers: buffers of the base, by their full names.
+    """
 
-    def load(self) -> dict[str, Tensor]:
-        """The nodes, by ``group<k>.<node>``."""
-        return load_file(self.tensors)
+    entries: tuple[Entry, ...]
+    tensors: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """The declaration, where there is one only.
+
+        Raises:
+            CheckpointError: there are several.
+        """
+        if len(self.entries) != 1:
+            raise CheckpointError(f"this adapter has {len(self.entries)} declarations; look at its entries one by one.")
+        return self.entries[0].spec
+
+    @property
+    def targets(self) -> dict[str, Shape]:
+        """The adapted weights of all entries, name -> (out, in)."""
+        return {name: shape for entry in self.entries for name, shape in entry.targets.items()}
 
 
-def tensor_name(group: int, node: GraphNode) -> str:
-    """Under which name a node of a group is kept."""
-    return f"group{group}.{node.name}"
+class _Overtaken(CheckpointError):
+    """The JSON's tensors are not there, or no longer, as where a saver replaced both meanwhile."""
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    text = json.dumps({k: v for k, v in body.items() if k != "digest"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def write(
+    folder: str | PathLike[str],
+    entries: Sequence[Entry],
+    tensors: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor] = {},
+) -> None:
+    """Save an adapter; whatever interrupts it, a loadable adapter stands in the folder, the old one or the new one.
 
-
-def write(folder: str | PathLike[str], spec: AdapterSpec, targets: Mapping[str, Shape], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files so that an interruption at any point leaves a loadable adapter.
+    Any number of threads and processes may save into one folder while others read. A tensor that is sharded (DTensor)
+    is gathered, so all its processes have to save.
 
     Args:
         folder: made where it does not exist.
-        spec: the declaration.
-        targets: adapted weights, name -> (out, in).
-        tensors: the nodes, by ``group<k>.<node>``.
+        entries: the declarations, each for targets of its own.
+        tensors: the nodes, by `tensor_name`, of any floating dtypes.
+        buffers: buffers of the base that are saved with the adapter, by their full names.
+
+    Raises:
+        CheckpointError: tensors that do not fit the declarations or cannot be saved, or more than would be read again.
+        DiskError: the folder or the disk refuses.
     """
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    packed = save({name: t.contiguous().cpu() for name, t in tensors.items()})
-    body: dict[str, Any] = {
-        "format": FORMAT,
-        "schema": SCHEMA,
-        "spec": spec.to_dict(),
-        "targets": {name: list(shape) for name, shape in targets.items()},
-        "tensors_sha256": hashlib.sha256(packed).hexdigest(),
-    }
-    body["digest"] = _digest(body)
-    file, previous = place / "adapter.safetensors", place / "adapter.safetensors.previous"
-    _write_new(place / "adapter.safetensors.new", packed)
-    _write_new(place / "adapter.json.new", (json.dumps(body, indent=1) + "\n").encode())
-    # A save cut short before may have left `previous` as the only match of the JSON; then it is the one to keep.
-    if file.exists() and not (previous.exists() and _is_recorded(place, previous)):
-        previous.unlink(missing_ok=True)
-        _link(file, previous)
-    os.replace(place / "adapter.safetensors.new", file)
-    os.replace(place / "adapter.json.new", place / "adapter.json")
-    previous.unlink(missing_ok=True)
-
-
-def _link(file: Path, beside: Path) -> None:
-    """A second name for a file; a copy where the file system has no hard links."""
-    try:
-        os.link(file, beside)
-    except OSError:
-        shutil.copyfile(file, beside)
-
-
-def _is_recorded(place: Path, tensors: Path) -> bool:
-    try:
-        recorded = json.loads((place / "adapter.json").read_bytes()).get("tensors_sha256")
-    except (OSError, ValueError, AttributeError):
-        return False
-    return bool(recorded == _sha256(tensors))
-
-
-def _write_new(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    place = place_of(folder)
+    source = f"what is saved to {place}"
+    prefixed = {buffer_name(name): tensor for name, tensor in buffers.items()}
+    data = packed(source, tensors, prefixed, nodes_of(source, entries))
+    sha256 = hashlib.sha256(data).hexdigest()
+    text = written(source, entries, {name: tuple(tensor.shape) for name, tensor in buffers.items()}, sha256)
+    commit(place, file_name(sha256), data, text, owned)
 
 
 def read(folder: str | PathLike[str]) -> Saved:
-    """Check an adapter on disk completely, reading only headers and hashes.
+    """Read an adapter and check it completely, whoever saves into the folder meanwhile.
 
     Raises:
         CheckpointError: with the file, what was found and what was expected.
     """
-    place = Path(folder)
-    body = _read_json(place / "adapter.json")
+    place = place_of(folder)
+    seen, still = b"", 0
+    for _ in range(TRIES):
+        text = _read_json(place)
+        still = still + 1 if text == seen else 0
+        seen = text
+        try:
+            return _read(place, record_of(str(place / JSON), text))
+        except _Overtaken:
+            if still == STILL:
+                raise
+            time.sleep(0.01 * still)
+    raise CheckpointError(f"{place} was saved to {TRIES} times while it was read; read it again.")
+
+
+def _read_json(place: Path) -> bytes:
     try:
-        spec = AdapterSpec.from_dict(body["spec"])
-        targets = _targets(body["targets"])
-        wanted = {
-            tensor_name(k, node): node.shape for k, (_, graph) in enumerate(spec.lay_out(targets)) for node in graph.nodes
-        }
-    except SpecError as error:
-        raise CheckpointError(f"{place / 'adapter.json'}: {error}") from error
-    tensors = _find_tensors(place, body["tensors_sha256"])
-    _check_shapes(tensors, wanted)
-    return Saved(spec, targets, tensors)
+        with opened(place / JSON) as file:
+            return content(file, BOUNDS.size)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{place / JSON} is missing; a saved adapter is adapter.json and the adapter-<hash>.safetensors that it names."
+        ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; a saved adapter is adapter.json and adapter.safetensors.")
-    if path.stat().st_size > MAX_JSON:
-        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; an adapter's JSON has at most {MAX_JSON:,}.")
-    try:
-        body = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); it is damaged or cut short.") from error
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise CheckpointError(f"{path} does not say format={FORMAT!r}; it is not an adapter of this library.")
-    schema = body.get("schema")
-    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
-        raise CheckpointError(f"{path} has schema={schema!r}; expected a whole number up to {SCHEMA}.")
-    if schema > SCHEMA:
-        raise CheckpointError(f"{path} has schema {schema}, this version reads up to {SCHEMA}; upgrade superlora_tn.")
-    if set(body) != set(FIELDS):
-        raise CheckpointError(f"{path} has the fields {sorted(body)}, expected {sorted(FIELDS)}.")
-    if body["digest"] != _digest(body):
-        raise CheckpointError(f"{path} does not match its own digest; it was edited or damaged.")
-    return body
-
-
-def _targets(data: Any) -> dict[str, Shape]:
-    if not isinstance(data, dict) or not data:
-        raise SpecError("targets must be a dict of name -> [out, in] with at least one entry.")
-    if not all(isinstance(shape, list) and len(shape) == 2 for shape in data.values()):
-        raise SpecError("targets must give [out, in] for each name.")
-    return {name: (shape[0], shape[1]) for name, shape in data.items()}
-
-
-def _find_tensors(place: Path, wanted: Any) -> Path:
-    file, previous = place / "adapter.safetensors", place / "adapter.safetensors.previous"
-    if not file.is_file() and not previous.is_file():
-        raise CheckpointError(f"{file} is missing; a saved adapter is adapter.json and adapter.safetensors.")
-    for candidate in (file, previous):
-        if candidate.is_file() and _sha256(candidate) == wanted:
-            return candidate
-    raise CheckpointError(
-        f"{file} is not the file that adapter.json was written with (SHA-256 differs); it is damaged or foreign."
+def _read(place: Path, record: Record) -> Saved:
+    with ExitStack() as stack:
+        # Opened before all work that takes time: an opened file stays, whoever removes its name.
+        files = _open(place, record, stack)
+        entries = entries_of(record)
+        nodes = nodes_of(record.source, entries)
+        buffers = {buffer_name(name): shape for name, shape in buffers_of(record).items()}
+        path, data = _find(files, HEADER.size + 8 + most_bytes({**nodes, **buffers}), record)
+    _check_shapes(path, data, nodes, buffers)
+    tensors = unpacked(path, data)
+    return Saved(
+        entries,
+        {name: tensor for name, tensor in tensors.items() if name in nodes},
+        {name.removeprefix(buffer_name("")): tensors[name] for name in buffers},
     )
 
 
-def _check_shapes(path: Path, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {name: tuple(one.get_shape()) for name, one in slices.items()}
-            dtypes = {one.get_dtype() for one in slices.values()}
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({error}).") from error
-    if len(dtypes) > 1 or not dtypes <= FLOATS:
-        raise CheckpointError(
-            f"{path} holds {', '.join(sorted(dtypes))}; an adapter is of one dtype of {', '.join(sorted(FLOATS))}."
-        )
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
-            raise CheckpointError(f"{path} lacks the tensor '{name}' of shape {wanted[name]}.")
-        if name not in wanted:
-            raise CheckpointError(f"{path} holds the tensor '{name}', which the declaration does not have.")
-        if found[name] != wanted[name]:
-            raise CheckpointError(f"{path}: tensor '{name}' has shape {found[name]}, expected {wanted[name]}.")
+def _open(place: Path, record: Record, stack: ExitStack) -> list[BufferedReader]:
+    """The files that may be the tensors', as many as there are."""
+    files = []
+    for name in record.tensors:
+        with suppress(FileNotFoundError):
+            files.append(stack.enter_context(opened(place / name)))
+    if not files:
+        raise _Overtaken(f"{place / record.tensors[0]} is missing; {record.source} names it for its tensors.")
+    return files
+
+
+def _find(files: Sequence[BufferedReader], most: int, record: Record) -> tuple[str, bytes]:
+    """The one file that has the record's hash, and its bytes."""
+    refused: CheckpointError | None = None
+    for file in files:
+        try:
+            data = content(file, most)
+        except CheckpointError as error:
+            refused = error
+            continue
+        if hashlib.sha256(data).hexdigest() == record.sha256:
+            return str(file.name), data
+    # A name with a hash is given to the bytes of that hash only; in the first schema a saver may have been half way.
+    kind = _Overtaken if record.schema == 1 else CheckpointError
+    raise refused or kind(
+        f"{files[0].name} is not the file that {record.source} was written with (SHA-256 differs); it is damaged or foreign."
+    )

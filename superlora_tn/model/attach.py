@@ -19,7 +19,7 @@ from superlora_tn.contraction.plan import Route, RouteChoice, choose
 from superlora_tn.contraction.profile import CPU, DEVICES
 from superlora_tn.contraction.search import Optimizer
 from superlora_tn.declare.fold import Shape
-from superlora_tn.files.own import CheckpointError, read, tensor_name, write
+from superlora_tn.files.own import CheckpointError, Entry, read, tensor_name, write
 from superlora_tn.model import kinds as layers
 from superlora_tn.model.describe import summary
 from superlora_tn.model.kinds import Layer, Projection
@@ -195,7 +195,7 @@ class Tuned(nn.Module):
                 self.merge()
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write ``adapter.safetensors`` and ``adapter.json``; whatever interrupts it, a loadable adapter remains.
+        """Write ``adapter.json`` and the tensors' file that it names; whatever interrupts it, a loadable adapter remains.
 
         Args:
             folder: made where it does not exist.
@@ -205,7 +205,7 @@ class Tuned(nn.Module):
             for k, adapter in enumerate(self._adapters())
             for node, tensor in zip(adapter.graph.nodes, adapter.tensors(), strict=True)
         }
-        write(folder, self.spec, self.targets, tensors)
+        write(folder, [Entry(self.spec, self.targets)], tensors)
 
     def __str__(self) -> str:
         head = f"{len(self._layers)} weights, {self.num_parameters:,} trainable parameters, scale {self.spec.scale:g}"
@@ -380,11 +380,13 @@ def load(
             raise CheckpointError(
                 f"{folder}: '{target}' is {found} in this base and {tuple(shape)} in the adapter; it is another base."
             )
-    tensors = saved.load()
-    kept = dtype or next(iter(tensors.values())).dtype
+    kept = dtype or next(iter(saved.tensors.values())).dtype
     handle = _attach(model, saved.spec, list(saved.targets), name, kept, route, backend, "dp", None)
     with torch.no_grad():
         for k, adapter in enumerate(handle._adapters()):
             for node, own in zip(adapter.graph.nodes, adapter.tensors(), strict=True):
-                own.copy_(tensors[tensor_name(k, node)])
+                value = saved.tensors[tensor_name(k, node)]
+                if dtype is None:
+                    own.data = own.data.to(value.dtype)
+                own.copy_(value)
     return handle
