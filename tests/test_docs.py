@@ -1,17 +1,19 @@
-"""README and docs: their Python runs, their commands exist, their links lead somewhere."""
+"""README and docs: their Python runs, their commands print what they show, their links and figures hold."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
+from shown import PAGES, ROOT, Shown, run, shown
 
 from superlora_tn.cli import parser
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = [(page, example) for page in PAGES for example in shown(page)]
 
 
 def blocks(page: Path) -> list[str]:
@@ -42,6 +44,59 @@ def test_commands_named_exist(page):
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make ([a-z]+)", page.read_text()):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page.name} names 'make {target}'"
+
+
+@pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=lambda given: getattr(given, "words", None) or given.name)
+def test_a_command_prints_what_is_shown(page, example):
+    if example.words.startswith("verify "):
+        pytest.importorskip("hypothesis", reason="the verify extra is not installed")
+    printed = run(example.words)
+    assert example.holds(printed), f"{page.name} shows for '{example.words}'\n{example.printed}\nit prints\n{printed}"
+
+
+def test_the_pages_show_a_plan_a_list_and_a_certificate():
+    assert {example.words.split()[0] for _, example in EXAMPLES} >= {"plan", "verify"}
+
+
+def test_what_is_shown_is_compared_to_the_last_figure():
+    plan = Shown("plan lora", "price      1.2 ms\nrefused  0.1 ms\n")
+    assert plan.holds("price      1.2 ms\nrefused  0.1 ms\n")
+    assert not plan.holds("price      1.3 ms\nrefused  0.1 ms\n")
+    assert not plan.holds("price  1.2 ms\nrefused  0.1 ms\n")
+    assert not plan.holds("price      1.2 ms\nrefused  0.1 ms\nmore\n")
+    dotted = Shown("plan lora", "first\n...\nlast\n")
+    assert all(dotted.holds(text) for text in ("first\nlast\n", "first\na\nb\nlast\n"))
+    assert not any(dotted.holds(text) for text in ("first\na\n", "a\nfirst\nlast\n", "first\nlast\na\n"))
+    row = "dW  formula     3        0.059  held\n"
+    assert Shown("verify lora", row).holds(row.replace("    0.059", "6.1e-05"))
+    assert not Shown("verify lora", row).holds(row.replace("held", "FAILED"))
+    assert not Shown("verify lora", row).holds(row.replace("  3  ", "  2  "))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_command_lines_have_arguments_that_exist(page):
+    fenced = "\n".join(re.findall(r"```\n(.*?)```", page.read_text(), re.DOTALL))
+    for line in re.findall(r"(?m)^(?:\$ )?superlora-tn (.*)$", fenced):
+        parser().parse_args(shlex.split(line, comments=True))
+    for line in re.findall(r"`superlora-tn ([^`|]+ [^`|]+)`", page.read_text()):
+        parser().parse_args(shlex.split(line))
+
+
+def test_the_readmes_table_of_variants_has_the_commands_counts():
+    table = dict(re.findall(r"(?m)^\| `(\w+)\(.*\)` \| .* \| ([\d,]+) \|$", (ROOT / "README.md").read_text()))
+    assert table == {row["variant"]: f"{row['parameters']:,}" for row in json.loads(run("variants --json"))}
+
+
+def test_the_readmes_figures_of_the_experiments_are_their_reports():
+    """Each figure behind a link to a report, up to the next link, stands in that report, where it may have more digits."""
+    text = (ROOT / "README.md").read_text()
+    found = re.findall(r"\]\((docs/results/\w+/report\.md)\):(.*?)\n(?:-|\n)", text, re.DOTALL)
+    assert len(found) == 3
+    for link, words in found:
+        known = [float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\.?\d*", (ROOT / link).read_text())]
+        for figure in re.findall(r"\d[\d,]*\d(?:\.\d+)?(?![\w.])", words):
+            places = len(figure.partition(".")[2])
+            assert figure in {f"{number:,.{places}f}" for number in known}, f"{link} does not say {figure}"
 
 
 def test_the_version_is_said_once_and_the_same():

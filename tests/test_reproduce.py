@@ -173,6 +173,8 @@ def test_the_settings_span_from_under_100_to_over_100_000_parameters_on_the_smal
     assert min(counts) < 100
     assert max(counts) > 100_000
     assert len({s.job for s in every}) == len(every) >= 25
+    page = " ".join((RESULTS.parent / "reproduce.md").read_text().split())
+    assert f"adapted by {len(every)} settings of all variants: from {min(counts):,} to {max(counts):,} parameters" in page
     kinds = {"dense", "LoRA", "2D", "2D reshape", "LoKr", "LoNKr", "LoTR", "LoRTA M=3", "LoRTA M=4", "LoRTA M=5"}
     assert {s.variant for s in every} > kinds
 
