@@ -72,9 +72,8 @@ def parser(program: str = "superlora-tn") -> argparse.ArgumentParser:
     again.add_argument("--scale", choices=("small", "full"), default="small", help="minutes on one core, or the paper's size")
     again.add_argument("--data", help="the data folder (small; or SUPERLORA_DATA), or a data set's folder or hub name (full)")
     again.add_argument("--model", help="with --scale full: a folder or hub name of a vision transformer")
-    again.add_argument(
-        "--domain", default="tinyimagenet30", help="what classification adapts to, with a data folder: tinyimagenet30 or mnist"
-    )
+    words = "what classification and geometry adapt to with a data folder: tinyimagenet30 (default) or mnist"
+    again.add_argument("--domain", metavar="NAME", help=words)
     again.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
     again.add_argument("--out", default="out/reproduce", metavar="FOLDER", help="where reports, figures and finished jobs go")
     listing = add("variants", commands.list_variants, "list the variants with their networks and counts")

@@ -250,8 +250,8 @@ def reproduce(args: argparse.Namespace) -> None:
     from superlora_tn_paper.task import TaskError
 
     data = args.data or (os.environ.get("SUPERLORA_DATA") if args.scale == "small" else None) or None
-    request = Request(args.experiment, Path(args.out), args.scale, data, args.model, args.domain, args.device)
     try:
+        request = Request(args.experiment, Path(args.out), args.scale, data, args.model, args.domain, args.device)
         reproduce(request, args.json)
     except (TaskError, FloatingPointError) as error:
         raise UsageError(str(error)) from error

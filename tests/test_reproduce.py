@@ -21,11 +21,11 @@ from superlora_tn_paper.classification import map_words
 from superlora_tn_paper.classification_answers import QUESTIONS, pairs, rank_answer, rank_pairs, summary, tenth_answer, tenths
 from superlora_tn_paper.classification_settings import settings
 from superlora_tn_paper.classification_training import Recipe
-from superlora_tn_paper.command import Request, reproduce
+from superlora_tn_paper.command import EXPERIMENTS, Request, reproduce
 from superlora_tn_paper.differences import difference
 from superlora_tn_paper.task import MEAN, STD, folder_task
 
-from superlora_tn.cli import main
+from superlora_tn.cli import main, parser
 from superlora_tn.demo import experiments
 from superlora_tn.demo.base import DigitsRecipe
 
@@ -154,8 +154,8 @@ def test_rates_are_chosen_without_test_images(tmp_path, short, monkeypatch):
     first = go(tmp_path / "one")
     from superlora_tn_paper import command, task
 
-    def shifted(out, recipe, show):
-        made = task.digits_task(out, recipe, show)
+    def shifted(*arguments):
+        made = task.digits_task(*arguments)
         source = made.test.source
         return replace(made, test=task.Subset.whole(task.Memory(source.images, (source.labels + 1) % 10)))
 
@@ -329,6 +329,8 @@ def test_names_that_cannot_be_loaded_are_answered_with_what_to_do(tmp_path, loca
     [
         (["--data", "nowhere"], "the data folder nowhere has no weights_vit_cifar10/vit_cifar10.pth; give another --data"),
         (["--model", "some/vit"], "--model some/vit goes with --scale full"),
+        (["--domain", "mnist"], "--domain mnist goes with --scale small and a data folder"),
+        (["--domain", "mnist", "--scale", "full"], "--domain mnist goes with --scale small and a data folder"),
         (["--data", "nowhere", "--domain", "cats"], "there is no domain 'cats'; choose one of tinyimagenet30, mnist"),
         (["--device", "cuda"], "torch sees no GPU here; use --device cpu"),
     ],
@@ -343,6 +345,15 @@ def test_a_wrong_request_is_answered_in_words(arguments, expected, tmp_path, cap
 def test_diffusion_does_not_fall_back_in_silence_where_a_data_folder_is_wrong(tmp_path, capsys):
     assert main(["reproduce", "diffusion", "--data", "nowhere", "--out", str(tmp_path)]) == 2
     assert "the data folder nowhere is not there" in capsys.readouterr().err
+    for option in ("--model", "--domain"):
+        assert main(["reproduce", "diffusion", option, "x", "--data", "nowhere", "--out", str(tmp_path)]) == 2
+        assert f"{option} x goes with classification and geometry" in capsys.readouterr().err
+
+
+def test_the_commands_grammar_names_the_experiments_that_there_are():
+    commands = next(action for action in parser()._actions if action.dest == "command").choices
+    words = next(action for action in commands["reproduce"]._actions if action.dest == "experiment")
+    assert sorted(words.choices) == sorted(EXPERIMENTS)
 
 
 @pytest.mark.skipif(not (DATA / "weights_vit_cifar10").is_dir(), reason=f"there is no data folder at {DATA}")

@@ -51,28 +51,35 @@ class Result:
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
 
-Setting = tuple[str, str, AdapterSpec]
+@dataclass(frozen=True)
+class Setting:
+    """A variant with its settings in words, and the declaration."""
+
+    variant: str
+    words: str
+    spec: AdapterSpec
 
 
 def settings(quick: bool) -> list[Setting]:
-    """(variant, setting, spec) of every run; the quick demo takes one of each variant."""
-    every: list[Setting] = [
-        ("dense", "", dense()),
-        ("lora", "r=8", lora(8)),
-        ("lora", "r=2", lora(2)),
-        ("lora", "r=1", lora(1)),
-        ("lokr", "r=4", lokr(4)),
-        ("lokr", "r=1", lokr(1)),
-        ("lotr", "r=8", lotr(8)),
-        ("lotr", "r=2", lotr(2)),
-        ("lonkr", "K=3", lonkr(2)),
-        ("lorta", "r=6 M=3 G=4", lorta(6, 3, 4)),
-        ("lorta", "r=4 M=3", lorta(4)),
-        ("lorta", "r=2 M=5", lorta(2, 5)),
-        ("superlora", "r=4 M=3 G=4 K=2 rho=0.5", superlora(4, 3, 4, 2, Fastfood(0.5))),
-        ("superlora", "r=2 M=3 K=2 rho=0.1", superlora(2, 3, 1, 2, Fastfood(0.1))),
+    """What every run adapts with; the quick demo takes one setting of each variant."""
+    every = [
+        Setting("dense", "", dense()),
+        Setting("lora", "r=8", lora(8)),
+        Setting("lora", "r=2", lora(2)),
+        Setting("lora", "r=1", lora(1)),
+        Setting("lokr", "r=4", lokr(4)),
+        Setting("lokr", "r=1", lokr(1)),
+        Setting("lotr", "r=8", lotr(8)),
+        Setting("lotr", "r=2", lotr(2)),
+        Setting("lonkr", "K=3", lonkr(2)),
+        Setting("lorta", "r=6 M=3 G=4", lorta(6, 3, 4)),
+        Setting("lorta", "r=4 M=3", lorta(4)),
+        Setting("lorta", "r=2 M=5", lorta(2, 5)),
+        Setting("superlora", "r=4 M=3 G=4 K=2 rho=0.5", superlora(4, 3, 4, 2, Fastfood(0.5))),
+        Setting("superlora", "r=2 M=3 K=2 rho=0.1", superlora(2, 3, 1, 2, Fastfood(0.1))),
     ]
-    return [s for k, s in enumerate(every) if not quick or s[0] not in {e[0] for e in every[:k]}]
+    first = {s.variant: s for s in reversed(every)}
+    return [s for s in every if not quick or s is first[s.variant]]
 
 
 @dataclass(frozen=True)
@@ -124,11 +131,10 @@ def _prepare(recipe: DigitsRecipe, out: Path, bar: Progress) -> tuple[Task, floa
 
 def _measure(task: Task, setting: Setting, bar: Progress) -> Result:
     """One setting over all seeds; the base is bit for bit the same before each."""
-    variant, words, spec = setting
     recipe, accuracies, seconds, parameters = task.recipe, [], [], 0
     for seed in recipe.seeds:
-        tuned = attach(task.model, spec, list(TARGETS), seed=seed)
-        show = on_step(bar, f"{variant} {words}, seed {seed}")
+        tuned = attach(task.model, setting.spec, list(TARGETS), seed=seed)
+        show = on_step(bar, f"{setting.variant} {setting.words}, seed {seed}")
         torch.manual_seed(seed)
         seconds.append(
             adapt(task.model, *task.train, steps=recipe.steps, batch=recipe.batch, lr=recipe.lr, seed=seed, on_step=show)
@@ -136,7 +142,7 @@ def _measure(task: Task, setting: Setting, bar: Progress) -> Result:
         accuracies.append(accuracy(task.model, *task.test))
         parameters = tuned.num_parameters
         tuned.detach()
-    return Result(variant, words, parameters, task.zero_shot, tuple(accuracies), statistics.median(seconds))
+    return Result(setting.variant, setting.words, parameters, task.zero_shot, tuple(accuracies), statistics.median(seconds))
 
 
 def _figures(out: Path, task: Task, results: Sequence[Result]) -> list[Path]:

@@ -16,7 +16,7 @@ from superlora_tn.demo.progress import on_step
 from superlora_tn_paper import classification, diffusion, geometry, report
 from superlora_tn_paper.classification_training import RECIPES, Recipe
 from superlora_tn_paper.store import Data
-from superlora_tn_paper.task import Task, TaskError, digits_task, folder_task
+from superlora_tn_paper.task import DOMAINS, Task, TaskError, digits_task, folder_task
 
 EXPERIMENTS = tuple(report.REPORTS)
 
@@ -30,10 +30,14 @@ class Request:
         scale: "small" or "full".
         data: the data folder, or for the full scale a data set's folder or hub name; None takes what is there without.
         model: for the full scale, a folder or hub name.
-        domain: what the small scale adapts to with a data folder, one of `task.DOMAINS`.
+        domain: what classification and geometry adapt to, of the small scale with a data folder, one of `task.DOMAINS`;
+            None takes the first.
         device: "cpu" or "cuda".
         out: the folder for all that is written.
         digits: of the model that is pre-trained where there is no data folder.
+
+    Raises:
+        TaskError: settings that do not go together: nothing that is asked for is ignored.
     """
 
     experiment: str
@@ -41,9 +45,19 @@ class Request:
     scale: str = "small"
     data: str | None = None
     model: str | None = None
-    domain: str = "tinyimagenet30"
+    domain: str | None = None
     device: str = "cpu"
     digits: DigitsRecipe = FULL
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.experiment == "diffusion":
+            raise TaskError(f"--model {self.model} goes with classification and geometry; diffusion trains its own model.")
+        if self.model is not None and self.scale == "small":
+            raise TaskError(f"--model {self.model} goes with --scale full; the small scale brings its own model.")
+        if self.domain is not None and self.experiment == "diffusion":
+            raise TaskError(f"--domain {self.domain} goes with classification and geometry; diffusion goes from SVHN to MNIST.")
+        if self.domain is not None and (self.scale == "full" or self.data is None):
+            raise TaskError(f"--domain {self.domain} goes with --scale small and a data folder: --data FOLDER.")
 
 
 def reproduce(request: Request, as_json: bool = False, recipes: Mapping[str, Recipe] = RECIPES) -> Data:
@@ -89,14 +103,12 @@ def make_task(request: Request, bar: Progress) -> Task:
     """The model and data of a scale; without a data folder the small one is the demo's digits.
 
     Raises:
-        TaskError: what was asked for is not there, or does not go with the scale.
+        TaskError: what was asked for is not there.
     """
     if request.scale == "full":
         from superlora_tn_paper import hub
 
         return hub.hub_task(request.model or hub.MODEL, request.data or hub.DATA, request.device)
-    if request.model is not None:
-        raise TaskError(f"--model {request.model} goes with --scale full; the small scale brings its own model.")
     if request.data is None:
-        return digits_task(request.out, request.digits, on_step(bar, "pre-training on printed digits"))
-    return folder_task(Path(request.data), request.domain, request.device)
+        return digits_task(request.out, request.digits, on_step(bar, "pre-training on printed digits"), request.device)
+    return folder_task(Path(request.data), request.domain or DOMAINS[0], request.device)

@@ -144,18 +144,19 @@ class Task:
         return found.float()
 
 
-def digits_task(cache: Path, recipe: DigitsRecipe = FULL, on_step: OnStep | None = None) -> Task:
+def digits_task(cache: Path, recipe: DigitsRecipe = FULL, on_step: OnStep | None = None, device: str = "cpu") -> Task:
     """The demo's: a ViT pre-trained on printed digits (here, if `cache` does not hold it), to scikit-learn's scans."""
     model = pretrained(recipe, cache, on_step)
     train, test = Memory(*scanned_digits("train", size=recipe.size)), Memory(*scanned_digits("test", size=recipe.size))
     return Task(
         words="a ViT pre-trained on digits printed in matplotlib's fonts, adapted to scikit-learn's handwritten digits",
-        model=model,
+        model=model.to(device),
         head="classifier",
         targets=("q_proj", "v_proj"),
         train=Subset.whole(train),
         test=Subset.whole(test),
         identity=recipe.base_record(),
+        device=device,
     )
 
 
