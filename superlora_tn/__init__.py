@@ -12,9 +12,10 @@ from superlora_tn.declare.fold import FlatFold, PhysicalFold
 from superlora_tn.declare.maps import Compose, Fastfood, Shuffle
 from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, Network, Node, SpecError, TensorTrain, Tucker
 from superlora_tn.files.own import CheckpointError
-from superlora_tn.model.attach import Tuned, attach, load, tuned
+from superlora_tn.model.attach import attach, load, tuned
 from superlora_tn.model.kinds import LayerError
 from superlora_tn.model.targets import AttachError, match
+from superlora_tn.model.tuned import Tuned
 from superlora_tn.network.budget import Budget, Choice, fit, within
 from superlora_tn.network.expand import lower
 from superlora_tn.network.spec import AdapterSpec

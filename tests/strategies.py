@@ -18,7 +18,7 @@ from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, Network, 
 from superlora_tn.network.expand import lower_group
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
-from superlora_tn.update.base import Adapter
+from superlora_tn.update.base import Adapter, Settings
 from superlora_tn.update.make import make_adapter
 
 Array = np.ndarray
@@ -66,7 +66,7 @@ class Case:
 
 def randomised(spec: AdapterSpec, group: Group, graph: Graph, seed: int = 0, **options: object) -> Adapter:
     """A float64 adapter with every node (the zero one and the frozen ones too) drawn anew."""
-    adapter = make_adapter(spec, group, graph, dtype=torch.float64, **options)  # type: ignore[arg-type]
+    adapter = make_adapter(spec, group, graph, dtype=torch.float64, settings=Settings(**options))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in node_tensors(adapter).values():

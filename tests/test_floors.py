@@ -19,7 +19,7 @@ HOUSE = {
     "declare": [["bounds", "divisors"], ["parts"], ["maps", "fold"], ["codec"]],
     "network": [["graph"], ["expand"], ["spec"], ["budget"], ["variants"]],
     "contraction": [["profile"], ["layout"], ["search"], ["plan"], ["sharing", "cut"], ["backend"]],
-    "update": [["eager", "initialise"], ["walsh"], ["fixed_maps"], ["base"], ["physical", "flat"], ["make"]],
+    "update": [["eager", "initialise"], ["passes", "walsh"], ["fixed_maps"], ["base"], ["physical", "flat"], ["make"]],
     "files": [
         ["errors"],
         ["bounds", "folder", "whole", "dialects"],
@@ -32,7 +32,14 @@ HOUSE = {
         ["peft"],
         ["read"],
     ],
-    "model": [["kinds"], ["targets", "site", "describe"], ["attach"]],
+    "model": [
+        ["kinds", "buffers", "describe"],
+        ["recognise", "shown"],
+        ["targets"],
+        ["weights", "site"],
+        ["tuned"],
+        ["attach"],
+    ],
     "tools": [["draw", "measure", "singular"], ["geometry"]],
 }
 ROOMS = [(folder, room) for folder, storeys in HOUSE.items() for rooms in storeys for room in rooms]

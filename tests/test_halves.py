@@ -41,7 +41,7 @@ def test_the_thinnest_cut_is_found(spec: sl.AdapterSpec, bond: int | None) -> No
 
 def assert_halves(bound: Bound) -> None:
     for target in bound.targets:
-        found = bound.adapter.halves(target, 10)
+        found = bound.adapter.members[target].halves(10)
         if found is None:
             continue
         outer, inner = (half.detach().numpy() for half in found)
@@ -75,7 +75,7 @@ def test_a_convolution_through_its_halves_is_one_by_dw(spec: sl.AdapterSpec, cas
     x = noise(*shape, dtype=torch.float64).requires_grad_()
     gradient = noise(*layer(x).shape, seed=1, dtype=torch.float64)
     [adapter] = {m for m in tuned.modules() if hasattr(m, "halves")}
-    assert adapter.halves("layer", 1) is not None
+    assert adapter.members["layer"].halves(1) is not None
     found = [layer(x), *torch.autograd.grad(layer(x), [x, *parameters], gradient)]
 
     plain = layer.padding_mode == "zeros"
@@ -113,4 +113,4 @@ def test_lora_on_a_convolution_costs_its_thin_products_unless_dw_is_forced(route
 def test_dw_is_built_where_halves_do_not_pay(layer: nn.Conv2d, rank: int) -> None:
     model = nn.ModuleDict({"layer": layer})
     [adapter] = {m for m in sl.attach(model, sl.lora(rank), ["layer"]).modules() if hasattr(m, "halves")}
-    assert adapter.halves("layer", 4096, layer.groups) is None
+    assert adapter.members["layer"].halves(4096, layer.groups) is None

@@ -192,11 +192,11 @@ IDEAL = Device("ideal", 1e9, math.inf, 0.0)
 
 def test_a_call_takes_the_plan_of_the_largest_number_of_tokens_not_above_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the plan for 1 token goes through the network, and the one for 32 builds dW."""
-    spec, built, build = sl.lokr(2), [], PhysicalAdapter.delta
+    spec, built, build = sl.lokr(2), [], PhysicalAdapter.delta_of
     [(group, graph)] = spec.lay_out({"w": (16, 16)})
     assert [choose(graph, (16, 16), tokens).route for tokens in (1, 32)] == ["apply", "delta"]
     adapter = make_adapter(spec, group, graph)
-    monkeypatch.setattr(PhysicalAdapter, "delta", lambda self, target: built.append(target) or build(self, target))
+    monkeypatch.setattr(PhysicalAdapter, "delta_of", lambda self, target: built.append(target) or build(self, target))
     for tokens, times in ((31, 0), (32, 1)):
         adapter(noise(tokens, 16), "w", torch.zeros(tokens, 16))
         assert len(built) == times, f"{tokens} tokens"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import superlora_tn as sl
-from superlora_tn.model import kinds as layers
+from superlora_tn.model import kinds, recognise
+from superlora_tn.update.base import Member
 
 SPECS = {
     "lora": sl.lora(2, alpha=3),
@@ -120,14 +121,26 @@ def test_all_linear_finds_gpt2s_conv1d(gpt2_layer: nn.Module) -> None:
     assert sl.match(model, "all-linear") == ["c_attn", "head"]
 
 
-def test_subclasses_are_adapted_as_their_parents() -> None:
+def test_a_subclass_with_a_forward_of_its_own_computes_what_it_would_with_the_merged_weight() -> None:
     class Scaled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    layer, _, delta = adapted(Scaled(4, 3), sl.lora(2))
+    class Spelled(nn.Linear):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden @ self.weight.T + self.bias
+
     x = noise(5, 4, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), 2 * F.linear(x, layer.weight, layer.bias) + x @ delta.T)
+    for kind, scale in ((Scaled, 2), (Spelled, 1)):
+        layer, tuned, delta = adapted(kind(4, 3), sl.lora(2))
+        stored = layer.state_dict()["weight"]
+        expected = scale * F.linear(x, stored + delta, layer.bias)
+        torch.testing.assert_close(layer(x), expected)
+        tuned.merge()
+        torch.testing.assert_close(layer(x), expected)
+        tuned.detach()
+        assert type(layer) is kind
+        torch.testing.assert_close(layer(x), scale * F.linear(x, stored, layer.bias))
 
 
 @pytest.mark.parametrize(
@@ -148,12 +161,12 @@ def test_other_layers_raise_and_name_the_supported_ones(layer: nn.Module, kind: 
     model = nn.ModuleDict({"layer": layer})
     with pytest.raises(sl.AttachError, match=f"'layer' is a {kind}, which cannot be adapted; supported are Conv1"):
         sl.attach(model, sl.lora(1), ["layer"])
-    with pytest.raises(sl.LayerError, match=f"type {kind} cannot be adapted; supported are .*Linear"):
-        layers.weight(layer)
-    assert not layers.is_supported(layer)
+    with pytest.raises(sl.LayerError, match=f"is a {kind}, which cannot be adapted; supported are .*Linear"):
+        recognise.kind_of(layer)
+    assert not recognise.is_supported(layer)
 
 
-def test_a_new_layer_type_registers_three_functions() -> None:
+def test_a_new_layer_type_registers_a_kind() -> None:
     class Scale(nn.Module):
         """A layer of our own: its matrix is kept transposed."""
 
@@ -164,9 +177,25 @@ def test_a_new_layer_type_registers_three_functions() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x @ self.matrix
 
-    layers.weight.register(Scale, lambda layer: layer.matrix.t())
-    layers.write.register(Scale, lambda layer, matrix: layer.matrix.copy_(matrix.t()))
-    layers.update.register(Scale, lambda layer, x, y, adapter, target, untouched: adapter(x, target, y))
+    class Scaling(kinds.Kind):
+        """Our layer's kind."""
+
+        def shape(self, layer: Scale) -> tuple[int, int]:
+            return layer.matrix.shape[1], layer.matrix.shape[0]
+
+        def read(self, layer: Scale) -> Tensor:
+            return layer.matrix.t()
+
+        def write(self, layer: Scale, matrix: Tensor) -> None:
+            layer.matrix.copy_(matrix.t())
+
+        def owners(self, layer: Scale) -> dict[str, Tensor]:
+            return {"matrix": layer.matrix}
+
+        def join(self, layer: Scale, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
+            return member.update(x, y)
+
+    recognise.register(Scale, Scaling())
     layer, tuned, delta = adapted(Scale(), sl.lora(2))
     x = noise(5, 4, dtype=torch.float64)
     expected = x @ (layer.matrix + delta.T)
@@ -174,14 +203,15 @@ def test_a_new_layer_type_registers_three_functions() -> None:
     tuned.merge()
     torch.testing.assert_close(layer(x), expected)
     tuned.detach()
-    assert "Scale" in layers.supported()
+    assert "Scale" in recognise.supported()
 
 
 def test_adding_to_a_weight_rounds_once() -> None:
     layer = nn.Linear(3, 2).to(torch.bfloat16)
-    before, delta = layer.weight.detach().clone(), noise(2, 3)
-    layers.add_to_weight(layer, delta)
-    assert torch.equal(layer.weight, (before.float() + delta).bfloat16())
+    before, tuned = layer.weight.detach().clone(), sl.attach(nn.Sequential(layer), sl.dense(), ["0"])
+    perturb(tuned)
+    tuned.merge()
+    assert torch.equal(layer.weight, (before.float() + tuned.delta("0")).bfloat16())
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["hook before", "hook after"])

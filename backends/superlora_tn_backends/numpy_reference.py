@@ -20,7 +20,7 @@ def compile(plan: Plan) -> Callable[..., np.ndarray]:
     def shape(indices: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(-1 if i == TOKEN else plan.size[i] for i in indices)
 
-    def run(*arrays: Any, out: Any = None, alpha: float = 1.0, base: Any = None, through: Any = None) -> np.ndarray:
+    def run(*arrays: Any, out: Any = None, alpha: float = 1.0, base: Any = None, carried: Any = None) -> np.ndarray:
         operands: list[Any] = []
         for array, indices in zip(arrays, plan.inputs, strict=True):
             operands += [np.asarray(array, dtype=np.float64).reshape(shape(indices)), [number[i] for i in indices]]

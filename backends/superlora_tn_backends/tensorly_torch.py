@@ -10,9 +10,10 @@ linear layer (`base`), its gradient for x accumulates into the layer's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from dataclasses import dataclass
+from functools import reduce, wraps
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from tensorly.backend.pytorch_backend import PyTorchBackend
 from torch import Tensor
 
 from superlora_tn.contraction.plan import Plan
-from superlora_tn.update.eager import is_eager
+from superlora_tn.update.eager import as_given, is_eager
 from superlora_tn_backends.products import matmul, weighted_sum
 from superlora_tn_backends.writer import backward_source, forward_source, run_source
 
@@ -28,6 +29,7 @@ NAME = "tensorly_torch"
 # An instance of our own: TensorLy's global backend is neither read nor set.
 TL = PyTorchBackend()
 NOTHING = nullcontext()
+COMPLEX = frozenset((torch.complex32, torch.complex64, torch.complex128))
 
 
 def compile(plan: Plan) -> Program:
@@ -61,7 +63,7 @@ class Program:
         out: Tensor | None = None,
         alpha: float = 1.0,
         base: Tensor | None = None,
-        through: Tensor | None = None,
+        carried: Carried | None = None,
     ) -> Tensor:
         """Contract; with `out`, the result is added to it.
 
@@ -70,15 +72,34 @@ class Program:
             out: (..., out); consumed: it may be written to.
             alpha: a factor of the result.
             base: W, when out is the output ``x W^T + b`` of a frozen linear layer and nothing else has used it.
-            through: that x, where it is not the first operand.
+            carried: where the first operand comes from, if `carry` of another program made it of that x.
         """
-        if not is_eager():
-            return cast(Tensor, self.run(*tensors, out=out, alpha=alpha))
-        with _as_given(tensors[0]):
-            return self._eager(tensors, out, alpha, base, through)
+        with as_given(tensors[0]):
+            if _is_fused(tensors):
+                return self._eager(tensors, out, alpha, base, carried)
+            return self._plain(tensors, out, alpha)
+
+    def _plain(self, tensors: tuple[Tensor, ...], out: Tensor | None, alpha: float) -> Tensor:
+        """The line whose gradients are autograd's own; real and complex operands meet by torch's promotion."""
+        given = tensors if out is None else (*tensors, out)
+        if any(t.is_complex() for t in given):
+            common = reduce(torch.promote_types, [t.dtype for t in given])
+            tensors, out = tuple(t.to(common) for t in tensors), None if out is None else out.to(common)
+        return cast(Tensor, self.run(*tensors, out=out, alpha=alpha))
+
+    def carry(self, x: Tensor, *nodes: Tensor) -> Carried:
+        """x through the nodes, for several programs that each take it as their first operand; only where `is_eager`."""
+        with _as_given(x):
+            if not _is_fused((x, *nodes)):
+                return Carried(self._plain((x, *nodes), None, 1.0), x)
+            if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *nodes)):
+                return Carried(cast(Tensor, self.run(x, *nodes)), x)
+            box = _Box()
+            value = cast(Tensor, _apply(_Carry, self, box, x, *nodes))
+            return Carried(value, x, (x, *nodes, *box.take()), box)
 
     def _eager(
-        self, tensors: tuple[Tensor, ...], out: Tensor | None, alpha: float, base: Tensor | None, through: Tensor | None
+        self, tensors: tuple[Tensor, ...], out: Tensor | None, alpha: float, base: Tensor | None, carried: Carried | None
     ) -> Tensor:
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
             joined = (
@@ -86,10 +107,10 @@ class Program:
             )
             return cast(Tensor, joined)
         if base is None:
-            result = cast(Tensor, _apply(_Contraction, self, alpha, *tensors))
+            result = cast(Tensor, _apply(_Contraction, self, alpha, carried, *tensors))
             return result if out is None else out + result.reshape(out.shape)
         assert out is not None
-        return cast(Tensor, _apply(_FusedUpdate, self, alpha, base, out.detach(), through, *tensors))
+        return cast(Tensor, _apply(_FusedUpdate, self, alpha, base, out.detach(), carried, carried and carried.x, *tensors))
 
     def backward(self, wanted: tuple[bool, ...]) -> Callable[..., tuple[Tensor | None, ...]]:
         """The generated backward line for the operands whose gradient is wanted."""
@@ -105,6 +126,11 @@ class Program:
 
     def __str__(self) -> str:
         return run_source(self.plan)
+
+
+def _is_fused(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the generated backward lines are right: in eager mode, of real operands, since they conjugate nothing."""
+    return is_eager() and COMPLEX.isdisjoint([t.dtype for t in tensors])
 
 
 def _apply(function: Any, *arguments: Any) -> Any:
@@ -129,25 +155,78 @@ def _in_given_dtypes(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., 
     return run
 
 
-class _Contraction(torch.autograd.Function):
-    """The contraction of a plan's operands."""
+class _Box:
+    """Through it the gradients of those that took a carried tensor hand its maker what it needs for its own.
+
+    The maker itself saves nothing. So several losses may come back through it one after the other, each with what its own
+    layer saved; and what is saved is let go as the layers' gradients come.
+    """
+
+    __slots__ = ("_held",)
+
+    def __init__(self) -> None:
+        self._held: tuple[Tensor, ...] | None = None
+
+    def put(self, tensors: tuple[Tensor, ...]) -> None:
+        """Hand over."""
+        self._held = tensors
+
+    def take(self) -> tuple[Tensor, ...]:
+        """What was handed over last, once."""
+        held, self._held = self._held, None
+        if held is None:
+            raise RuntimeError("Trying to backward through the graph a second time; keep it by retain_graph=True.")
+        return held
+
+
+@dataclass(frozen=True)
+class Carried:
+    """x through nodes that several programs have in common.
+
+    Attributes:
+        value: the result, the first operand of the programs that follow.
+        x: what was carried.
+        tensors: what the gradient of the value needs: x, the nodes, intermediates. Whoever takes the value saves them.
+        box: where they are handed over in backward; None without gradients.
+    """
+
+    value: Tensor
+    x: Tensor
+    tensors: tuple[Tensor, ...] = ()
+    box: _Box | None = None
+
+
+class _Carry(torch.autograd.Function):
+    """The contraction that `Carried` holds."""
 
     @staticmethod
-    def forward(ctx: Any, program: Program, alpha: float, *tensors: Tensor) -> Tensor:
-        result, kept = program._forward(*tensors, alpha=alpha)
-        ctx.program, ctx.alpha, ctx.count = program, alpha, len(tensors)
-        ctx.save_for_backward(*tensors, *kept)
+    def forward(ctx: Any, program: Program, box: _Box, *tensors: Tensor) -> Tensor:
+        result, kept = program._forward(*tensors)
+        ctx.program, ctx.box, ctx.count = program, box, len(tensors)
+        box.put(tuple(kept))
         return result  # type: ignore[no-any-return]
 
     @staticmethod
     @_in_given_dtypes
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors  # once: checkpointing unpacks it for a single reading
-        tensors, kept = saved[: ctx.count], saved[ctx.count :]
-        wanted = tuple(ctx.needs_input_grad[2:])
-        if torch.is_grad_enabled():
-            return (None, None, *_twice_differentiable(ctx.program, ctx.alpha, tensors, wanted, grad))
-        return (None, None, *ctx.program.backward(wanted)(grad, ctx.alpha, *tensors, *kept))
+        saved, wanted = ctx.box.take(), tuple(ctx.needs_input_grad[2:])
+        return (None, None, *_gradients(ctx.program, 1.0, saved[: ctx.count], saved[ctx.count :], wanted, grad))
+
+
+class _Contraction(torch.autograd.Function):
+    """The contraction of a plan's operands."""
+
+    @staticmethod
+    def forward(ctx: Any, program: Program, alpha: float, carried: Carried | None, *tensors: Tensor) -> Tensor:
+        result, kept = program._forward(*tensors, alpha=alpha)
+        _save(ctx, program, alpha, carried, tensors, kept)
+        return result  # type: ignore[no-any-return]
+
+    @staticmethod
+    @_in_given_dtypes
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        tensors, kept = _recall(ctx, ctx.saved_tensors, ctx.needs_input_grad[3])
+        return (None, None, None, *_gradients(ctx.program, ctx.alpha, tensors, kept, tuple(ctx.needs_input_grad[3:]), grad))
 
 
 class _FusedUpdate(torch.autograd.Function):
@@ -159,33 +238,76 @@ class _FusedUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, program: Program, alpha: float, base: Tensor, out: Tensor, through: Tensor | None, *tensors: Tensor
+        ctx: Any,
+        program: Program,
+        alpha: float,
+        base: Tensor,
+        out: Tensor,
+        carried: Carried | None,
+        x: Tensor | None,
+        *tensors: Tensor,
     ) -> Tensor:
         _, kept = program._forward(*tensors, out=out, alpha=alpha)
         ctx.mark_dirty(out)
-        ctx.program, ctx.alpha, ctx.count = program, alpha, len(tensors)
-        ctx.save_for_backward(base, *tensors, *kept)
-        ctx.apart = through is not None
+        _save(ctx, program, alpha, carried, tensors, kept, base)
         return out
 
     @staticmethod
     @_in_given_dtypes
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         base, *saved = ctx.saved_tensors
-        tensors, kept = tuple(saved[: ctx.count]), saved[ctx.count :]
-        source, *wanted = ctx.needs_input_grad[4:]
-        again = torch.is_grad_enabled()
-        if again:
-            grads = _twice_differentiable(ctx.program, ctx.alpha, tensors, tuple(wanted), grad)
-        else:
-            grads = ctx.program.backward(tuple(wanted))(grad, ctx.alpha, *tensors, *kept)
-        apart = None
-        if ctx.apart:
-            apart = grad @ base if source else None
-        elif wanted[0]:
+        source, *wanted = ctx.needs_input_grad[5:]
+        tensors, kept = _recall(ctx, saved, wanted[0])
+        grads = _gradients(ctx.program, ctx.alpha, tensors, kept, tuple(wanted), grad)
+        apart = grad @ base if source else None
+        if ctx.box is None and wanted[0]:
             # Last, as reading W pushes what the network's gradients read out of the caches.
-            grads = (grads[0] + grad @ base if again else _add_product(grads[0], grad, base), *grads[1:])
-        return (None, None, None, None, apart, *grads)
+            first = grads[0] + grad @ base if torch.is_grad_enabled() else _add_product(grads[0], grad, base)
+            grads = (first, *grads[1:])
+        return (None, None, None, None, None, apart, *grads)
+
+
+def _save(
+    ctx: Any,
+    program: Program,
+    alpha: float,
+    carried: Carried | None,
+    tensors: tuple[Tensor, ...],
+    kept: tuple[Tensor, ...],
+    *more: Tensor,
+) -> None:
+    """Save a contraction's operands and intermediates, behind them what a carried first operand's maker will need."""
+    ctx.program, ctx.alpha = program, alpha
+    ctx.box = None if carried is None else carried.box
+    handed = () if carried is None else carried.tensors
+    ctx.counts = len(tensors), len(kept)
+    ctx.save_for_backward(*more, *tensors, *kept, *handed)
+
+
+def _recall(ctx: Any, saved: Sequence[Tensor], first: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The saved operands and intermediates; where the first operand wants its gradient, its maker's tensors go to it.
+
+    `saved` was read once: checkpointing unpacks it for a single reading.
+    """
+    operands, intermediates = ctx.counts
+    end = operands + intermediates
+    if ctx.box is not None and first:
+        ctx.box.put(tuple(saved[end:]))
+    return tuple(saved[:operands]), tuple(saved[operands:end])
+
+
+def _gradients(
+    program: Program,
+    alpha: float,
+    tensors: tuple[Tensor, ...],
+    kept: tuple[Tensor, ...],
+    wanted: tuple[bool, ...],
+    grad: Tensor,
+) -> tuple[Any, ...]:
+    """The gradients of a contraction's wanted operands, differentiable where they are to be."""
+    if torch.is_grad_enabled():
+        return _twice_differentiable(program, alpha, tensors, wanted, grad)
+    return program.backward(wanted)(grad, alpha, *tensors, *kept)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:

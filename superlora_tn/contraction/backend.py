@@ -24,12 +24,13 @@ class Backend(Protocol):
     NAME: str
 
     def compile(self, plan: Plan) -> Callable[..., Any]:
-        """A callable ``(*tensors, out=None, alpha=1.0, base=None, through=None)`` contracting the plan's operands.
+        """A callable ``(*tensors, out=None, alpha=1.0, base=None, carried=None)`` contracting the plan's operands.
 
         The first operand of the apply route is x of shape (tokens, in). The result has the plan's output as
         (tokens, out), (out, in) or (members..., modes...), times alpha; with `out` it is added to `out` instead.
         With `base` W, out is the untouched output ``x W^T + b`` of a frozen layer: the backend may write to it, and
-        has to give x the gradient of both; `through` is that x, where it is not the first operand.
+        has to give x the gradient of both. Where the callable has a `carry` too, ``carry(x, *nodes)`` contracts x with
+        nodes that several plans have in common; `carried` is what it gave, whose `value` is the first operand.
         """
         ...
 

@@ -106,7 +106,7 @@ def _halves(graph: Graph, common: tuple[int, ...], tokens: int) -> tuple[Equatio
 
 
 def _roots(graph: Graph, plan: Plan, nodes: tuple[int, ...], device: Device, optimize: Optimizer) -> Iterator[Root]:
-    """The largest sub-networks without x that a plan contracts, where sharing them pays: several members, or all frozen."""
+    """The largest sub-networks without x that a plan contracts, where sharing them pays."""
     leaves: list[tuple[int, ...] | None] = [None, *((k,) for k in nodes)]
     for step in plan.steps:
         left, right = leaves[step.large], leaves[step.small]
@@ -128,7 +128,7 @@ def _open(graph: Graph, leaves: tuple[int, ...]) -> tuple[Indices, Indices]:
 def _pays(graph: Graph, leaves: tuple[int, ...], size: Mapping[str, int]) -> bool:
     """Whether a sub-network is worth keeping: it holds no more numbers, for all members, than x."""
     if not graph.open("member"):
-        return not any(graph.nodes[k].trainable for k in leaves)
+        return False
     members, kept = _open(graph, leaves)
     return volume(members + kept, graph.size) <= size[TOKEN] * volume(graph.open("in"), graph.size)
 

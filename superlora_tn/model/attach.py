@@ -1,235 +1,74 @@
-"""Attach adapters to a model, and everything that alters it afterwards. No other module changes a user's model.
+"""Attach adapters to a model. Together with `tuned`, the only code that alters a user's model.
 
-Layers get a forward hook and keep their class, their names and their state-dict keys. The adapters of all groups live
-once, in one `Tuned` that is registered as a sub-module of the model.
+Layers get a forward hook, or show W + dW to whoever reads their weight; they keep their names and their state-dict keys. The
+adapters of all groups live once, in one `Tuned` that is registered as a sub-module of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from superlora_tn.contraction.backend import DEFAULT
-from superlora_tn.contraction.plan import Route, RouteChoice, choose
-from superlora_tn.contraction.profile import CPU, DEVICES
+from superlora_tn.contraction.plan import Route
 from superlora_tn.contraction.search import Optimizer
-from superlora_tn.declare.fold import Shape
-from superlora_tn.files.own import CheckpointError, Entry, read, tensor_name, write
-from superlora_tn.model import kinds as layers
-from superlora_tn.model.describe import summary
-from superlora_tn.model.kinds import Layer, Projection
-from superlora_tn.model.site import AttentionHook, BeginHook, EndHook, RevealHook, UpdateHook
-from superlora_tn.model.targets import AttachError, Targets, check_mergeable, check_target, match, named_layers, near
+from superlora_tn.declare.parts import SpecError
+from superlora_tn.files.own import CheckpointError, Entry, Saved, read, tensor_name
+from superlora_tn.model.buffers import Snapshot
+from superlora_tn.model.kinds import Held
+from superlora_tn.model.shown import Block, show
+from superlora_tn.model.site import BeginHook, EndHook, UpdateHook, watchers
+from superlora_tn.model.targets import AttachError, Place, Target, Targets, bind, is_sharded, match, near, places
+from superlora_tn.model.tuned import Tuned, forget_compiled
+from superlora_tn.model.weights import found, freeze, was_trainable, weight_of
 from superlora_tn.network.budget import Budget
 from superlora_tn.network.spec import AdapterSpec
-from superlora_tn.update.base import Adapter
+from superlora_tn.update.base import Adapter, Settings
 from superlora_tn.update.make import make_adapter
+from superlora_tn.update.passes import Passes
 
 NAME = "superlora"
+At = Literal["weight", "output"]
+Specs = AdapterSpec | Budget | Mapping[str, AdapterSpec | Budget]
 
 
-class Tuned(nn.Module):
-    """The handle `attach` returns: the adapters of a model, and what can be done with them.
-
-    It is a sub-module of the model (so that the adapters move, save and train with it); deepcopy and pickle of the
-    model carry it along, and `tuned(model)` finds it again.
+@dataclass(frozen=True)
+class _Request:
+    """What is to be attached, and how.
 
     Attributes:
-        spec: the declaration.
-        adapters: one `Adapter` a group.
-        merged: whether dW is in the weights now.
+        entries: declarations, each with the names of its targets.
+        name: of the handle in the model.
+        dtype: of the nodes.
+        at: where targets are adapted; None lets each layer decide.
+        seed: of the first values.
+        settings: how the adapters compute.
     """
 
-    def __init__(self, spec: AdapterSpec, adapters: Sequence[Adapter], targets: Mapping[str, Layer]) -> None:
-        super().__init__()
-        self.spec = spec
-        self.adapters = nn.ModuleList(adapters)
-        self.merged = False
-        # Unregistered references, in plain containers: the base's keys stay as they were.
-        self._layers = dict(targets)
-        self._group_of = {name: adapter for adapter in adapters for name in adapter.group.members}
-        self._backup: dict[str, Tensor] = {}
-        self._hooks: list[Any] = []
-        self._model: tuple[nn.Module, str] | None = None
-        self._frozen: list[tuple[nn.Parameter, bool]] = []
-
-    def forward(self, x: Any) -> Any:
-        """The identity: an nn.Sequential that carries adapters calls all its sub-modules in turn, this one too."""
-        return x
-
-    @property
-    def targets(self) -> dict[str, Shape]:
-        """Adapted weights: module name -> (out, in)."""
-        return _shapes(self._layers)
-
-    @property
-    def num_parameters(self) -> int:
-        """Trainable parameters of all adapters."""
-        return sum(a.graph.num_parameters for a in self._adapters())
-
-    def _adapters(self) -> Iterator[Adapter]:
-        for adapter in self.adapters:
-            assert isinstance(adapter, Adapter)
-            yield adapter
-
-    def _adapter_of(self, target: str) -> Adapter:
-        if target not in self._group_of:
-            raise AttachError(f"'{target}' is not adapted; {near(target, self._group_of)}.")
-        return self._group_of[target]
-
-    def delta(self, target: str) -> Tensor:
-        """dW of one target as it stands, scale included, shape (out, in).
-
-        Raises:
-            AttachError: no such target.
-        """
-        return self._adapter_of(target).delta(target)
-
-    def plan(self, target: str, tokens: int) -> RouteChoice:
-        """Both routes of one target at a number of tokens (rows of x), priced for its device; print it.
-
-        Raises:
-            AttachError: no such target.
-        """
-        adapter = self._adapter_of(target)
-        device = layers.weight(self._layers[target]).device.type
-        return choose(adapter.graph, self.targets[target], tokens, DEVICES.get(device, CPU), adapter.optimize)
-
-    def _need(self, what: str) -> nn.Module:
-        if self._model is None:
-            raise AttachError(f"cannot {what}: the adapter is detached; attach it again.")
-        return self._model[0]
-
-    def merge(self) -> None:
-        """Add dW to the weights, rounding once, and switch the adapters off. The weights' bytes are kept for `unmerge`.
-
-        Raises:
-            AttachError: already merged, detached, dW not finite, or a weight that other modules share.
-        """
-        model = self._need("merge")
-        if self.merged:
-            raise AttachError("the adapter is merged already; unmerge() first, or leave it.")
-        check_mergeable(model, self._layers)
-        with torch.no_grad():
-            for name, layer in self._layers.items():
-                self._backup[name] = layers.weight(layer).detach().clone()
-                delta = self.delta(name)
-                layers.add_to_weight(layer, delta)
-                if not torch.isfinite(layers.weight(layer)).all():
-                    self._restore()
-                    what = "the merged weight" if torch.isfinite(delta).all() else "dW"
-                    raise AttachError(
-                        f"{what} of '{name}' holds NaN or infinity; nothing was merged. Look at the training"
-                        + (f", or merge into a wider dtype than {layers.weight(layer).dtype}." if what != "dW" else ".")
-                    )
-        self.merged = True
-        self._switch(False)
-
-    def _restore(self) -> None:
-        """Put all kept bytes back."""
-        with torch.no_grad():
-            for name, original in self._backup.items():
-                layers.write(self._layers[name], original)
-        self._backup.clear()
-
-    def unmerge(self) -> None:
-        """Put the weights' own bytes back and switch the adapters on.
-
-        Raises:
-            AttachError: not merged.
-        """
-        if not self.merged:
-            raise AttachError("the adapter is not merged, so there is nothing to unmerge.")
-        self._restore()
-        self.merged = False
-        self._switch(True)
-
-    def detach(self) -> nn.Module:
-        """Take the adapters off and return the model bit for bit as it was (unmerged, its requires_grad restored)."""
-        model = self._need("detach")
-        if self.merged:
-            self.unmerge()
-        for hook in self._hooks:
-            hook.remove()
-        for layer in self._layers.values():
-            if isinstance(layer, Projection):
-                layer.reveal()
-        assert self._model is not None
-        delattr(model, self._model[1])
-        self._thaw([m for m in model.modules() if isinstance(m, Tuned)])
-        self._hooks, self._frozen, self._model = [], [], None
-        return model
-
-    def _thaw(self, others: Sequence[Tuned]) -> None:
-        """Give the base's parameters their requires_grad back, or leave that to another handle that is still attached."""
-        if not others:
-            for parameter, wanted in self._frozen:
-                parameter.requires_grad_(wanted)
-            return
-        known = {id(p): wanted for p, wanted in self._frozen}
-        others[0]._frozen = [(p, wanted or known.get(id(p), False)) for p, wanted in others[0]._frozen]
-
-    def _switch(self, active: bool) -> None:
-        for adapter in self._adapters():
-            adapter.active = active
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within this context the model computes as its base, also while merged."""
-        was_merged = self.merged
-        if was_merged:
-            self.unmerge()
-        before = [a.active for a in self._adapters()]
-        self._switch(False)
-        try:
-            yield
-        finally:
-            for adapter, active in zip(self._adapters(), before, strict=True):
-                adapter.active = active
-            if was_merged:
-                self.merge()
-
-    def save(self, folder: str | PathLike[str]) -> None:
-        """Write ``adapter.json`` and the tensors' file that it names; whatever interrupts it, a loadable adapter remains.
-
-        Args:
-            folder: made where it does not exist.
-        """
-        tensors = {
-            tensor_name(k, node): tensor.detach()
-            for k, adapter in enumerate(self._adapters())
-            for node, tensor in zip(adapter.graph.nodes, adapter.tensors(), strict=True)
-        }
-        write(folder, [Entry(self.spec, self.targets)], tensors)
-
-    def __str__(self) -> str:
-        head = f"{len(self._layers)} weights, {self.num_parameters:,} trainable parameters, scale {self.spec.scale:g}"
-        state = "merged" if self.merged else "detached" if self._model is None else "attached"
-        return "\n".join([f"{head}, {state}", *summary(list(self._adapters()))])
-
-    __repr__ = __str__
-
-
-def _shapes(modules: Mapping[str, Layer]) -> dict[str, Shape]:
-    """(out, in) of each module's weight."""
-    matrices = {name: layers.weight(module) for name, module in modules.items()}
-    return {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in matrices.items()}
+    entries: tuple[tuple[AdapterSpec, tuple[str, ...]], ...]
+    name: str
+    dtype: torch.dtype
+    at: At | None
+    seed: int | None
+    settings: Settings
 
 
 def attach(
     model: nn.Module,
-    spec: AdapterSpec | Budget,
-    targets: Targets,
+    spec: Specs,
+    targets: Targets | None = None,
     *,
     exclude: Targets = (),
     only_layers: Sequence[int] | None = None,
     name: str = NAME,
     dtype: torch.dtype = torch.float32,
+    at: At | None = None,
     route: Route | None = None,
     backend: str = DEFAULT,
     optimize: Optimizer = "dp",
@@ -240,15 +79,20 @@ def attach(
 
     Args:
         model: any torch model.
-        spec: the declaration, or a budget, which buys one for the targets' shapes (see `variants.superlora`).
-        targets, exclude, only_layers: which modules, see `match`.
+        spec: the declaration, or a budget, which buys one for the targets' shapes (see `variants.superlora`); or several,
+            by patterns of the ends of names: ``{"q_proj|v_proj": sl.lora(8), "up_proj": sl.lokr(4)}``.
+        targets, exclude, only_layers: which weights, see `match`; with several declarations the patterns say so.
         name: under which name the handle is registered in the model.
         dtype: of the adapter's parameters, whatever the model's.
+        at: ``"weight"`` adapts weights where they are read: reading ``layer.weight`` gives W + dW, which is right for any
+            module, and builds dW for each call. ``"output"`` adds to the layers' outputs. None takes the output of layers
+            that run as their type says, and the weight of others.
         route: force "apply" or "delta"; None takes the cheaper one, call by call.
         backend: the backend's name.
         optimize: "dp" or any opt_einsum optimizer.
         recompute: on linear layers, a flat fold builds each weight's dW in forward and again in backward and keeps none.
-        seed: of the adapter's first values; None draws from torch's generator.
+        seed: of the adapter's first values; None draws from torch's generator, and where torch.distributed runs, the same
+            values in all processes (which all have to attach, then).
 
     Returns:
         The handle: print it, merge, save, detach.
@@ -257,91 +101,171 @@ def attach(
         AttachError: a target that is not there, cannot be adapted or is adapted already, or a name in use.
         SpecError: the declaration does not fit the targets' shapes.
     """
-    if not isinstance(spec, AdapterSpec | Budget):
-        raise AttachError(f"attach was given spec={spec!r}; give an AdapterSpec such as superlora_tn.lora(8).")
-    names = match(model, targets, exclude, only_layers)
-    if isinstance(spec, Budget):
-        known = named_layers(model)
-        spec = spec.choose(_shapes({n: known[n] for n in names})).spec
-    return _attach(model, spec, names, name, dtype, route, backend, optimize, seed, recompute)
+    settings = Settings(backend, route, optimize, recompute)
+    named = _named(model, spec, targets, exclude, only_layers)
+    return _attach(model, _Request(_bought(model, named, at), name, dtype, at, seed, settings))
 
 
-def _attach(
-    model: nn.Module,
-    spec: AdapterSpec,
-    names: Sequence[str],
-    name: str,
-    dtype: torch.dtype,
-    route: Route | None,
-    backend: str,
-    optimize: Optimizer,
-    seed: int | None,
-    recompute: bool = False,
-) -> Tuned:
+def _named(
+    model: nn.Module, spec: Specs, targets: Targets | None, exclude: Targets, only_layers: Sequence[int] | None
+) -> list[tuple[AdapterSpec | Budget, tuple[str, ...]]]:
+    """Each declaration with the names of its targets."""
+    if not isinstance(spec, Mapping):
+        if not isinstance(spec, AdapterSpec | Budget):
+            raise AttachError(f"attach was given spec={spec!r}; give an AdapterSpec such as superlora_tn.lora(8).")
+        if targets is None:
+            raise AttachError("attach was given no targets; name the layers, for instance targets=['q_proj', 'v_proj'].")
+        return [(spec, tuple(match(model, targets, exclude, only_layers)))]
+    left = None if targets is None else set(match(model, targets, exclude, only_layers))
+    entries: list[tuple[AdapterSpec | Budget, tuple[str, ...]]] = []
+    taken = set[str]()
+    for pattern, one in spec.items():
+        if not isinstance(one, AdapterSpec | Budget):
+            raise AttachError(f"attach was given {one!r} for '{pattern}'; give an AdapterSpec such as superlora_tn.lora(8).")
+        names = match(model, rf"(?:.*\.)?(?:{pattern})", exclude, only_layers)
+        own = tuple(n for n in names if n not in taken and (left is None or n in left))
+        if not own:
+            raise AttachError(f"the pattern '{pattern}' leaves no layer to adapt: the patterns before it take all it matches.")
+        taken.update(own)
+        entries.append((one, own))
+    return entries
+
+
+def _bought(
+    model: nn.Module, named: Sequence[tuple[AdapterSpec | Budget, tuple[str, ...]]], at: At | None
+) -> tuple[tuple[AdapterSpec, tuple[str, ...]], ...]:
+    """The declarations, budgets turned into what they buy."""
+    known = places(model) if any(isinstance(spec, Budget) for spec, _ in named) else {}
+    return tuple(
+        (spec.choose({n: bind(n, known[n], at).shape for n in names}).spec if isinstance(spec, Budget) else spec, names)
+        for spec, names in named
+    )
+
+
+def _attach(model: nn.Module, request: _Request) -> Tuned:
     """Everything that can fail comes before the first change of the model."""
+    _check_name(model, request.name)
+    known = places(model)
+    bound = [(spec, [bind(n, known[n], request.at) for n in names]) for spec, names in request.entries]
+    for spec, targets in bound:
+        _check_targets(spec, targets, known, request.name)
+    passes, seed = Passes(), _agreed(request.seed)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    adapters: list[Adapter] = []
+    for spec, targets in bound:
+        layers = {target.name: target for target in targets}
+        for group, graph in spec.lay_out({target.name: target.shape for target in targets}):
+            device = _device(layers[next(iter(group.members))])
+            adapters.append(make_adapter(spec, group, graph, request.dtype, device, generator, request.settings, passes))
+    entries = [Entry(spec, {target.name: target.shape for target in targets}) for spec, targets in bound]
+    handle = Tuned(entries, adapters, [target for _, targets in bound for target in targets], passes)
+    handle.seed, handle._base = seed, Snapshot(model, (Tuned, Adapter))
+    _put_on(model, handle, request.name)
+    return handle
+
+
+def _check_name(model: nn.Module, name: str) -> None:
     if not isinstance(name, str) or not name.isidentifier():
         raise AttachError(f"attach was given name={name!r}; a name is a word such as 'superlora'.")
     if name in dir(model):
         raise AttachError(f"the model has something named '{name}' already; detach() it, or attach under another name=.")
-    others = [module for module in model.modules() if isinstance(module, Tuned)]
-    taken = {target for other in others for target in other.targets}
-    for target in names:
-        if target in taken:
-            raise AttachError(f"'{target}' is adapted already; detach() that adapter first, or choose other targets.")
-    known = named_layers(model)
-    targets = {n: known[n] for n in names}
-    inside = [n for n, layer in targets.items() if isinstance(layer, Projection)]
-    if inside and spec.dropout:
-        raise AttachError(
-            f"dropout={spec.dropout} drops the adapter's input, which nn.MultiheadAttention does not show; "
-            f"leave dropout=0, or leave '{inside[0]}' out."
-        )
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    adapters = []
-    for group, graph in spec.lay_out(_shapes(targets)):
-        device = layers.weight(targets[next(iter(group.members))]).device
-        made = make_adapter(spec, group, graph, dtype, device, generator, backend, route, optimize, recompute)
-        adapters.append(made)
-    tuned = Tuned(spec, adapters, targets)
-    kept = {id(p) for other in others for p in other.parameters()}
-    tuned._frozen = [(p, p.requires_grad) for p in model.parameters() if id(p) not in kept]
-    for parameter, _ in tuned._frozen:
-        parameter.requires_grad_(False)
-    tuned._hooks = _hook(model, tuned)
-    tuned._model = (model, name)
-    model.add_module(name, tuned)
-    return tuned
 
 
-def _hook(model: nn.Module, tuned: Tuned) -> list[Any]:
-    """Register the hooks of an adapter; returns their handles."""
-    handles: list[Any] = []
-    if sharing := [a for a in tuned._adapters() if a.shares]:
-        handles += [model.register_forward_pre_hook(BeginHook(sharing)), model.register_forward_hook(EndHook(sharing))]
-    inside: dict[nn.MultiheadAttention, dict[str, tuple[Projection, Adapter]]] = {}
-    for target, layer in tuned._layers.items():
-        adapter = tuned._adapter_of(target)
-        if isinstance(layer, Projection):
-            inside.setdefault(layer.attention, {})[target] = (layer, adapter)
+def _check_targets(spec: AdapterSpec, targets: Sequence[Target], known: Mapping[str, Place], name: str) -> None:
+    for target in targets:
+        there = found(target)
+        if there is not None and there.members:
+            raise AttachError(f"'{target.name}' is adapted already; detach() that adapter first, or choose other targets.")
+        if isinstance(target.kind, Held) and spec.dropout:
+            raise AttachError(
+                f"dropout={spec.dropout} drops the adapter's input, which is not seen where the weight of '{target.name}' is "
+                "read (nn.MultiheadAttention, at='weight'); leave dropout=0, or leave it out."
+            )
+        if any(is_sharded(tensor) for tensor in (target.kind.owners(target.layer) or {}).values()):
+            warnings.warn(
+                f"'{target.name}' is sharded already (fully_shard), so the adapter will not be: each process trains its own, "
+                "and nothing averages their gradients. Attach first, then shard; or average the gradients yourself.",
+                stacklevel=4,
+            )
+            return
+
+
+def _agreed(seed: int | None) -> int | None:
+    """The seed; without one, where several processes run, one that they all take."""
+    distributed = torch.distributed
+    if seed is not None or not (distributed.is_available() and distributed.is_initialized()):
+        return seed
+    if distributed.get_world_size() == 1:
+        return None
+    drawn = [int(torch.randint(1 << 62, ()).item())]
+    device = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else None
+    distributed.broadcast_object_list(drawn, src=0, device=device)
+    return drawn[0]
+
+
+def _device(target: Target) -> torch.device:
+    """Where a target's layer computes."""
+    hook = target.layer.__dict__.get("_hf_hook")
+    execution = getattr(hook, "execution_device", None)
+    if execution is not None:
+        return torch.device(execution)
+    own = [*(target.kind.owners(target.layer) or {}).values(), *target.layer.parameters(recurse=False)]
+    own += target.layer.buffers(recurse=False)
+    return own[0].device if own else torch.device("cpu")
+
+
+def _put_on(model: nn.Module, handle: Tuned, name: str) -> None:
+    """Register the handle, its hooks and what it shows; undone as a whole where any of it fails."""
+    handle._model = (model, name)
+    model.add_module(name, handle)
+    try:
+        mine = {id(p) for p in handle.parameters()}
+        others = {id(p) for m in model.modules() if isinstance(m, Tuned) for p in m.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in mine | others:
+                handle._frozen.append((parameter, was_trainable(parameter)))
+                freeze(parameter, handle._holder)
+        _hook(model, handle)
+        forget_compiled(model)
+    except BaseException:
+        handle._leave()
+        raise
+
+
+def _hook(model: nn.Module, handle: Tuned) -> None:
+    """Register the hooks of an adapter, and the weights that it shows."""
+    hooks, sites = handle._hooks, list[UpdateHook]()
+    if any(a.shares for a in handle._adapters()) or any(isinstance(t.kind, Held) for t in handle._targets.values()):
+        hooks.append(model.register_forward_pre_hook(BeginHook(handle._passes)))
+        hooks.append(model.register_forward_hook(EndHook(handle._passes), always_call=True))
+    for target in handle._targets.values():
+        member = handle._members[target.name]
+        weight_of(target).members.append((handle._model[1] if handle._model else NAME, member))
+        if isinstance(target.kind, Held):
+            show(target.layer, Block(target.kind, member))
         else:
-            handles.append(layer.register_forward_hook(UpdateHook(layer, adapter, target), with_kwargs=True))
-    for attention, members in inside.items():
-        hook = AttentionHook(members)
-        handles.append(attention.register_forward_pre_hook(hook))
-        handles.append(attention.register_forward_hook(RevealHook(hook), always_call=True))
-    return handles
+            sites.append(UpdateHook(target, member))
+            hooks.append(target.layer.register_forward_hook(sites[-1], with_kwargs=True))
+    hooks += watchers(model, sites)
 
 
 def tuned(model: nn.Module, name: str = NAME) -> Tuned:
-    """The handle of a model, for instance of a copy.
+    """The handle of a model, for instance of a copy; also inside wrappers (DDP, FSDP, torch.compile).
 
     Raises:
-        AttachError: there is none of that name.
+        AttachError: there is none of that name, or several.
     """
-    found = dict(model.named_children()).get(name)
-    if not isinstance(found, Tuned):
-        raise AttachError(f"the model carries no adapter named '{name}'; attach one first.")
-    return found
+    handles = {n: m for n, m in model.named_modules() if isinstance(m, Tuned)}
+    direct = handles.get(name)
+    if direct is not None:
+        return direct
+    inner = {n: m for n, m in handles.items() if n.rpartition(".")[2] == name}
+    if len(inner) > 1:
+        raise AttachError(f"the model carries several adapters named '{name}' ({', '.join(inner)}); ask the part you mean.")
+    if not inner:
+        others = f"; it carries {', '.join(map(repr, handles))}" if handles else "; attach one first"
+        raise AttachError(f"the model carries no adapter named '{name}'{others}.")
+    return next(iter(inner.values()))
 
 
 def load(
@@ -350,6 +274,7 @@ def load(
     *,
     name: str = NAME,
     dtype: torch.dtype | None = None,
+    at: At | None = None,
     route: Route | None = None,
     backend: str = DEFAULT,
 ) -> Tuned:
@@ -358,35 +283,51 @@ def load(
     Args:
         model: the base the adapter was trained on.
         folder: what `save` wrote.
-        name, route, backend: as in `attach`.
-        dtype: of the parameters; None keeps the saved one.
+        name, at, route, backend: as in `attach`.
+        dtype: of the parameters; None keeps the saved ones.
 
     Raises:
         CheckpointError: files missing, damaged, of a newer schema, or of another base.
     """
     saved = read(folder)
-    modules = named_layers(model)
-    for target, shape in saved.targets.items():
-        if target not in modules:
-            raise CheckpointError(
-                f"{folder}: this base has no module '{target}', which the adapter needs; {near(target, modules)}."
-            )
-        try:
-            check_target(target, modules)
-        except AttachError as error:
-            raise CheckpointError(f"{folder}: this base cannot take the adapter: {error}") from error
-        found = tuple(layers.weight(modules[target]).shape)
-        if found != tuple(shape):
-            raise CheckpointError(
-                f"{folder}: '{target}' is {found} in this base and {tuple(shape)} in the adapter; it is another base."
-            )
-    kept = dtype or next(iter(saved.tensors.values())).dtype
-    handle = _attach(model, saved.spec, list(saved.targets), name, kept, route, backend, "dp", None)
-    with torch.no_grad():
-        for k, adapter in enumerate(handle._adapters()):
-            for node, own in zip(adapter.graph.nodes, adapter.tensors(), strict=True):
-                value = saved.tensors[tensor_name(k, node)]
-                if dtype is None:
-                    own.data = own.data.to(value.dtype)
-                own.copy_(value)
+    _check_base(model, folder, saved, at)
+    entries = tuple((entry.spec, tuple(entry.targets)) for entry in saved.entries)
+    # Any seed: the values are overwritten, and drawing them must not move the user's generator.
+    request = _Request(entries, name, dtype or torch.float32, at, 0, Settings(backend, route))
+    handle = _attach(model, request)
+    try:
+        missing = saved.buffers.keys() - handle._base.shapes.keys()
+        wrong = [n for n, b in saved.buffers.items() if n in missing or tuple(b.shape) != handle._base.shapes[n]]
+        if wrong:
+            raise CheckpointError(f"{folder}: this base has no buffer '{wrong[0]}' of the shape that the adapter has.")
+        with torch.no_grad():
+            for k, adapter in enumerate(handle._adapters()):
+                for node, own in zip(adapter.graph.nodes, adapter.tensors(), strict=True):
+                    value = saved.tensors[tensor_name(k, node)]
+                    if dtype is None and own.dtype != value.dtype:
+                        own.data = own.data.to(value.dtype)
+                    own.copy_(value)
+        handle._base.put(saved.buffers)
+    except BaseException:
+        handle.detach()
+        raise
     return handle
+
+
+def _check_base(model: nn.Module, folder: str | PathLike[str], saved: Saved, at: At | None) -> None:
+    """Raise unless the model has the weights that the adapter is for."""
+    known = places(model)
+    for entry in saved.entries:
+        for target, shape in entry.targets.items():
+            if target not in known:
+                raise CheckpointError(
+                    f"{folder}: this base has no module '{target}', which the adapter needs; {near(target, known)}."
+                )
+            try:
+                own = bind(target, known[target], at).shape
+            except (AttachError, SpecError) as error:
+                raise CheckpointError(f"{folder}: this base cannot take the adapter: {error}") from error
+            if own != tuple(shape):
+                raise CheckpointError(
+                    f"{folder}: '{target}' is {own} in this base and {tuple(shape)} in the adapter; it is another base."
+                )

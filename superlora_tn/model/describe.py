@@ -31,8 +31,8 @@ def _describe(adapter: Adapter) -> tuple[str, str, str, str, str]:
     bonds = [s for i, s in adapter.graph.sizes if i not in open_indices]
     ranks = f"{bonds[0]}" + (f" x{len(bonds)}" if len(bonds) > 1 else "") if len(set(bonds)) == 1 else " ".join(map(str, bonds))
     shape = next(iter(adapter.group.members.values()))[1:] if isinstance(adapter.group, FlatGroup) else adapter.group.shape
-    choice = choose(adapter.graph, (shape[0], shape[1]), TOKENS, adapter.profile, adapter.optimize)
-    route = adapter.route or choice.route
+    choice = choose(adapter.graph, (shape[0], shape[1]), TOKENS, adapter.profile, adapter.settings.optimize)
+    route = adapter.settings.route or choice.route
     price = choice.apply.price if route == "apply" and choice.apply else choice.delta_price
     return (
         f"{', '.join(kinds[:2])}{', ...' if len(kinds) > 2 else ''}",

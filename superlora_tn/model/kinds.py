@@ -1,292 +1,219 @@
-"""How a layer type is adapted: its weight as a matrix (out, in), and how x dW^T joins its output.
-
-A new layer type registers three functions, by single dispatch on the layer's type (see docs/extending.md). The projections
-of an `nn.MultiheadAttention`, which uses its weights without calling a layer, stand as values of type `Projection`.
-"""
+"""Kinds of weights: how one is read, written and updated, said in one place each. A kind is a value without state."""
 
 from __future__ import annotations
 
-import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import singledispatch
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.parametrize import is_parametrized
 
-from superlora_tn.update.base import NOMINAL_TOKENS
-
-Update = Callable[[Any, Tensor, Tensor, Any, str, bool], Tensor]
-
-
-class Adapts(Protocol):
-    """What a layer needs of an adapter."""
-
-    def current(self, target: str) -> Tensor:
-        """dW of a target, (out, in), for this forward pass."""
-        ...
-
-    def halves(self, target: str, rows: int, blocks: int = 1) -> tuple[Tensor, Tensor] | None:
-        """dW as outer (out, bond) times inner (bond, in), where `rows` rows of x go faster through these."""
-        ...
-
-    def drop(self, x: Tensor) -> Tensor:
-        """Dropout of the input."""
-        ...
-
-    def __call__(self, x: Tensor, target: str, out: Tensor, base: Tensor | None = None) -> Tensor:
-        """``out + x dW^T``; base is W, where out is a frozen linear layer's untouched output."""
-        ...
+from superlora_tn.declare.fold import Shape
+from superlora_tn.update.base import NOMINAL_TOKENS, Member
+from superlora_tn.update.eager import is_recorded
 
 
 class LayerError(TypeError):
-    """A layer of a type that is not supported."""
+    """A layer that cannot be adapted, or cannot do what was asked."""
 
 
-CONVOLUTIONS = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
-PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
+# Weights of these dtypes hold W itself; others hold it packed or quantised.
+WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
+CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
+
+
+class Kind(ABC):
+    """How weights of one kind of layer are read, written and updated."""
+
+    @abstractmethod
+    def shape(self, layer: Any) -> Shape:
+        """(out, in) of the weight."""
+
+    @abstractmethod
+    def read(self, layer: Any) -> Tensor:
+        """The weight as a matrix (out, in); a view where that is possible."""
+
+    @abstractmethod
+    def write(self, layer: Any, matrix: Tensor) -> None:
+        """Write a matrix (out, in) into the weight, in place, rounding to its dtype.
+
+        Raises:
+            LayerError: the weight cannot hold it.
+        """
+
+    def owners(self, layer: Any) -> dict[str, Tensor] | None:
+        """The layer's own tensors that hold the weight, by name; None where it is computed from others."""
+        parameter = layer._parameters.get("weight")
+        return None if parameter is None else {"weight": parameter}
+
+    def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
+        """The layer's output with the update added.
+
+        Args:
+            layer: the layer.
+            member: its weight in the adapter.
+            x: the layer's input.
+            y: its output.
+            base: W, where y is proven to be nobody else's ``x W^T + b`` (see `adopt`), so that it may be written to.
+        """
+        raise LayerError(f"a {type(layer).__name__} is not updated at its output.")
+
+
+class Linear(Kind):
+    """``y = x W^T + b``."""
+
+    def shape(self, layer: Any) -> Shape:
+        """(out, in)."""
+        return layer.out_features, layer.in_features
+
+    def read(self, layer: Any) -> Tensor:
+        """(out, in) as it is."""
+        return layer.weight  # type: ignore[no-any-return]
+
+    def write(self, layer: Any, matrix: Tensor) -> None:
+        """As it is."""
+        layer.weight.copy_(matrix)
+
+    def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
+        """y (..., out) + x (..., in) dW^T."""
+        training = layer.training
+        if x.is_nested:  # an nn.TransformerEncoder in eval mode packs padded sequences so, and they have no one shape
+            return y + functional.linear(member.drop(x, training), member.current().to(y.dtype))
+        return member.update(x, y, base, training)
+
+
+class Transposed(Linear):
+    """GPT-2's Conv1D, which keeps (in, out)."""
+
+    def shape(self, layer: Any) -> Shape:
+        """(out, in)."""
+        return layer.weight.shape[1], layer.weight.shape[0]
+
+    def read(self, layer: Any) -> Tensor:
+        """A transposed view."""
+        return layer.weight.t()  # type: ignore[no-any-return]
+
+    def write(self, layer: Any, matrix: Tensor) -> None:
+        """Transposed."""
+        layer.weight.copy_(matrix.t())
+
+
+class Convolution(Kind):
+    """``y = conv(x, W) + b``; the kernel's axes belong to `in`: (out, in / groups * kernel)."""
+
+    def shape(self, layer: Any) -> Shape:
+        """(out, in / groups * kernel)."""
+        d_in = layer.in_channels // layer.groups
+        for side in layer.kernel_size:
+            d_in *= side
+        return layer.out_channels, d_in
+
+    def read(self, layer: Any) -> Tensor:
+        """The kernel, flattened behind `out`."""
+        return layer.weight.flatten(1)  # type: ignore[no-any-return]
+
+    def write(self, layer: Any, matrix: Tensor) -> None:
+        """A kernel in channels_last memory stays so."""
+        layer.weight.copy_(matrix.reshape(layer.weight.shape))
+
+    def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
+        """y + conv(x, dW), with the layer's own padding, stride, dilation and groups.
+
+        Where dW is a product of thin matrices, x goes through the inner one as a kernel, then through the outer one,
+        position by position, as LoRA on convolutions does.
+        """
+        x = member.drop(x, layer.training).to(y.dtype)
+        rows = NOMINAL_TOKENS if is_recorded() else y.numel() // layer.out_channels
+        found = member.halves(rows, layer.groups)
+        inner = member.current() if found is None else found[1].repeat(layer.groups, 1)
+        # The layer's own method pads as padding_mode says, and knows its number of dimensions.
+        kernel = inner.reshape(-1, *layer.weight.shape[1:]).to(y.dtype)
+        more: Tensor = layer._conv_forward(x, kernel, None)
+        if found is not None:
+            point = found[0].reshape(*found[0].shape, *(1 for _ in layer.weight.shape[2:]))
+            more = CONVOLUTIONS[layer.weight.ndim](more, point.to(y.dtype), groups=layer.groups)
+        return y + more
+
+
+class Opaque(Linear):
+    """A linear layer whose weight is quantised, packed or kept elsewhere: only its input and output are used."""
+
+    def read(self, layer: Any) -> Tensor:
+        """The weight taken out of its packing, where that says how.
+
+        Raises:
+            LayerError: it does not say how.
+        """
+        weight = layer.weight() if callable(getattr(layer, "weight", None)) else getattr(layer, "weight", None)
+        unpack = getattr(weight, "dequantize", None)
+        if isinstance(weight, Tensor) and tuple(weight.shape) == self.shape(layer):
+            if callable(unpack) and (weight.is_quantized or type(weight) not in (Tensor, nn.Parameter)):
+                return unpack()  # type: ignore[no-any-return]
+            if weight.is_floating_point():
+                return weight.to(torch.float32)
+        raise LayerError(f"the weight of a {type(layer).__name__} is quantised or packed, and does not say how to read it.")
+
+    def write(self, layer: Any, matrix: Tensor) -> None:
+        """Refused: rounding dW to the few values of such a weight would lose it."""
+        raise LayerError(
+            f"the weight of a {type(layer).__name__} is quantised or packed, and cannot hold W + dW; merge into the "
+            "unquantised base and quantise that, or keep the adapter apart"
+        )
+
+    def owners(self, layer: Any) -> dict[str, Tensor] | None:
+        """None of the layer's own can be written."""
+        return {}
 
 
 @dataclass(frozen=True)
-class Projection:
-    """One projection of an `nn.MultiheadAttention`: it stands where a layer does, but nobody calls it.
+class Held(Kind):
+    """A weight that is adapted where it is read: reading the parameter gives W + dW (see `shown`).
 
     Attributes:
-        attention: the module.
-        part: one of `PARTS`.
+        parameter: the parameter's name.
+        kind: the layer's kind, as far as it has one, by which the parameter is a matrix.
+        block: which of how many equal blocks of rows.
+        width: how many axes of the parameter belong to `out`; with `transposed` the order is (in, out).
     """
 
-    attention: nn.MultiheadAttention
-    part: str
+    parameter: str = "weight"
+    block: tuple[int, int] = (0, 1)
+    transposed: bool = False
 
-    @property
-    def place(self) -> tuple[nn.Module, str]:
-        """The module and the name of its parameter that holds the weight."""
-        if self.part == "out_proj":
-            return self.attention.out_proj, "weight"
-        return self.attention, "in_proj_weight" if self.attention._qkv_same_embed_dim else f"{self.part}_weight"
-
-    @property
-    def block(self) -> tuple[int, int]:
-        """Which of how many equal blocks of rows of that parameter is the weight."""
-        return (PARTS.index(self.part), 3) if self.place[1] == "in_proj_weight" else (0, 1)
-
-    @property
-    def is_computed(self) -> bool:
-        """Whether that parameter was replaced by one that is computed from others (weight_norm, parametrize)."""
-        module, name = self.place
-        return module._parameters.get(name) is None
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter that holds the weight."""
-        module, name = self.place
-        found = module._parameters.get(name)
+    def stored(self, layer: Any) -> Tensor:
+        """The parameter itself."""
+        found = layer._parameters.get(self.parameter)
         if found is None:
-            raise LayerError(f"the {self.part} of an nn.MultiheadAttention is computed from others; bake that in first.")
-        return found
+            raise LayerError(
+                f"is computed from others (weight_norm, parametrize: the {self.parameter} of a {type(layer).__name__}), and "
+                "reading it would not see an adapter there; bake that in first."
+            )
+        return found  # type: ignore[no-any-return]
 
-    def current(self) -> Tensor:
-        """The parameter, or what hides it now."""
-        module, name = self.place
-        tensor: Tensor = module.__dict__.get(name, self.parameter)
-        return tensor
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """A tensor of the parameter's shape as a matrix (out, in), all blocks, a view."""
+        return tensor.t() if self.transposed else tensor.flatten(1)
 
-    def hide(self, tensor: Tensor) -> None:
-        """Show the attention a tensor instead of the parameter, which stays where it is: a plain attribute goes first."""
-        module, name = self.place
-        module.__dict__[name] = tensor
+    def shape(self, layer: Any) -> Shape:
+        """(out, in) of the block."""
+        rows, columns = self.matrix(self.stored(layer)).shape
+        return rows // self.block[1], columns
 
-    def reveal(self) -> None:
-        """Show the parameter again."""
-        module, name = self.place
-        module.__dict__.pop(name, None)
+    def read(self, layer: Any) -> Tensor:
+        """The block's rows, a view."""
+        return self.matrix(self.stored(layer)).chunk(self.block[1])[self.block[0]]
 
+    def write(self, layer: Any, matrix: Tensor) -> None:
+        """The other rows stay as they are."""
+        self.read(layer).copy_(matrix)
 
-Layer = nn.Module | Projection
-
-
-def _unsupported(layer: Layer) -> LayerError:
-    return LayerError(f"layers of type {type(layer).__name__} cannot be adapted; supported are {', '.join(supported())}.")
-
-
-@singledispatch
-def weight(layer: Layer) -> Tensor:
-    """The layer's weight as a matrix (out, in)."""
-    raise _unsupported(layer)
+    def owners(self, layer: Any) -> dict[str, Tensor] | None:
+        """The one parameter."""
+        found = layer._parameters.get(self.parameter)
+        return None if found is None else {self.parameter: found}
 
 
-@singledispatch
-def write(layer: Layer, matrix: Tensor) -> None:
-    """Write a matrix (out, in) into the layer's weight, in place, rounding to its dtype."""
-    raise _unsupported(layer)
-
-
-@singledispatch
-def update(layer: nn.Module, x: Tensor, y: Tensor, adapter: Adapts, target: str, untouched: bool) -> Tensor:
-    """The layer's output with the adapter's update added.
-
-    Args:
-        layer: the adapted layer.
-        x: its input.
-        y: its output.
-        adapter: the adapter.
-        target: the layer's name in it.
-        untouched: whether y comes straight from the layer, and nobody else has seen it.
-    """
-    raise _unsupported(layer)
-
-
-@singledispatch
-def stored(layer: Layer, name: str) -> dict[str, Tensor] | None:
-    """The parameters that hold the weight of the layer of this name, by their full names; None where it is computed."""
-    raise _unsupported(layer)
-
-
-@stored.register
-def module_stored(layer: nn.Module, name: str) -> dict[str, Tensor] | None:
-    """The layer's own matrices and kernels."""
-    own = dict(layer.named_parameters(recurse=False))
-    if is_parametrized(layer) or ("weight" not in own and any(n.startswith("weight_") for n in own)):
-        return None
-    return {f"{name}.{n}": parameter for n, parameter in own.items() if parameter.ndim > 1}
-
-
-def supported() -> tuple[str, ...]:
-    """Names of the layer types that can be adapted."""
-    _register_known()
-    return tuple(sorted(t.__name__ for t in weight.registry if t is not object))
-
-
-def is_supported(layer: Layer) -> bool:
-    """Whether layers of this type can be adapted."""
-    _register_known()
-    return weight.dispatch(type(layer)) is not weight.dispatch(object)
-
-
-def update_of(layer: nn.Module) -> Update:
-    """The update function of the layer's type, looked up once."""
-    return update.dispatch(type(layer))
-
-
-@weight.register
-def linear_weight(layer: nn.Linear) -> Tensor:
-    """(out, in) as it is."""
-    return layer.weight
-
-
-@write.register(nn.Linear)
-@write.register(nn.Conv1d)
-@write.register(nn.Conv2d)
-@write.register(nn.Conv3d)
-def plain_write(layer: nn.Linear, matrix: Tensor) -> None:
-    """The weight's axes behind `out` are `in`, in order; a kernel in channels_last memory stays so."""
-    layer.weight.copy_(matrix.reshape(layer.weight.shape))
-
-
-@update.register
-def linear_update(layer: nn.Linear, x: Tensor, y: Tensor, adapter: Adapts, target: str, untouched: bool) -> Tensor:
-    """y (..., out) + x (..., in) dW^T."""
-    if x.is_nested:  # an nn.TransformerEncoder in eval mode packs padded sequences so, and they have no one shape
-        return y + functional.linear(adapter.drop(x), adapter.current(target).to(y.dtype))
-    return adapter(x, target, y, layer.weight if untouched and _is_plain_linear(layer, x, y) else None)
-
-
-def _is_plain_linear(layer: nn.Linear, x: Tensor, y: Tensor) -> bool:
-    """Whether y is just ``x W^T + b`` with nothing to train, so that the adapter may write to it and differentiate it.
-
-    A subclass may compute something else, a tensor subclass may hold something else, and autocast casts in between.
-    """
-    weight, bias = layer.weight, layer.bias
-    return (
-        type(layer) is nn.Linear
-        and type(weight) is nn.Parameter
-        and not weight.requires_grad
-        and (bias is None or not bias.requires_grad)
-        and type(x) is Tensor
-        and x.dtype == y.dtype == weight.dtype
-        and y.is_contiguous()
-    )
-
-
-@weight.register(nn.Conv1d)
-@weight.register(nn.Conv2d)
-@weight.register(nn.Conv3d)
-def conv_weight(layer: nn.Conv2d) -> Tensor:
-    """(out, in / groups * kernel): the kernel's axes belong to `in`."""
-    return layer.weight.flatten(1)
-
-
-@update.register(nn.Conv1d)
-@update.register(nn.Conv2d)
-@update.register(nn.Conv3d)
-def conv_update(layer: nn.Conv2d, x: Tensor, y: Tensor, adapter: Adapts, target: str, untouched: bool) -> Tensor:
-    """y + conv(x, dW), with the layer's own padding, stride, dilation and groups.
-
-    Where dW is a product of thin matrices, x goes through the inner one as a kernel, then through the outer one, position by
-    position, as LoRA on convolutions does.
-    """
-    x = adapter.drop(x).to(y.dtype)
-    rows = NOMINAL_TOKENS if torch.compiler.is_compiling() else y.numel() // layer.out_channels
-    found = adapter.halves(target, rows, layer.groups)
-    inner = adapter.current(target) if found is None else found[1].repeat(layer.groups, 1)
-    # The layer's own method pads as padding_mode says, and knows its number of dimensions.
-    more: Tensor = layer._conv_forward(x, inner.reshape(-1, *layer.weight.shape[1:]).to(y.dtype), None)
-    if found is not None:
-        point = found[0].reshape(*found[0].shape, *(1 for _ in layer.weight.shape[2:]))
-        more = CONVOLUTIONS[layer.weight.ndim](more, point.to(y.dtype), groups=layer.groups)
-    return y + more
-
-
-def transposed_weight(layer: Any) -> Tensor:
-    """GPT-2's Conv1D keeps (in, out)."""
-    matrix: Tensor = layer.weight
-    return matrix.t()
-
-
-def transposed_write(layer: Any, matrix: Tensor) -> None:
-    """GPT-2's Conv1D keeps (in, out)."""
-    layer.weight.copy_(matrix.t())
-
-
-def transposed_update(layer: Any, x: Tensor, y: Tensor, adapter: Adapts, target: str, untouched: bool) -> Tensor:
-    """y (..., out) + x (..., in) dW^T."""
-    return adapter(x, target, y)
-
-
-@weight.register
-def projection_weight(layer: Projection) -> Tensor:
-    """The rows of the attention's parameter, a view."""
-    k, count = layer.block
-    return layer.parameter.chunk(count)[k]
-
-
-@write.register
-def projection_write(layer: Projection, matrix: Tensor) -> None:
-    """The other rows stay as they are."""
-    weight(layer).copy_(matrix)
-
-
-@stored.register
-def projection_stored(layer: Projection, name: str) -> dict[str, Tensor] | None:
-    """The attention's one parameter."""
-    home = name if layer.part == "out_proj" else name.rpartition(".")[0]
-    return None if layer.is_computed else {f"{home}.{layer.place[1]}".lstrip("."): layer.parameter}
-
-
-def _register_known() -> None:
-    """Register layer types of libraries that are already imported; importing them is the user's choice."""
-    module = sys.modules.get("transformers.pytorch_utils")
-    if module is not None and module.Conv1D not in weight.registry:
-        weight.register(module.Conv1D, transposed_weight)
-        write.register(module.Conv1D, transposed_write)
-        update.register(module.Conv1D, transposed_update)
-
-
-def add_to_weight(layer: Layer, delta: Tensor) -> None:
-    """Add dW (out, in) to the layer's weight in place, rounding once to the weight's dtype."""
-    with torch.no_grad():
-        write(layer, weight(layer).to(delta.dtype) + delta)
+LINEAR, TRANSPOSED, CONVOLUTION, OPAQUE = Linear(), Transposed(), Convolution(), Opaque()

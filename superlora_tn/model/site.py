@@ -1,93 +1,133 @@
-"""The forward hooks of an adapted model. They are objects, so that copies of the model hold copies of the adapters."""
+"""Where an adapter meets a model: the hooks on layers, on their parents and on the model itself.
+
+They are objects, so that copies of the model hold copies of the adapters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks
+from torch.nn.parallel import DistributedDataParallel
 
-from superlora_tn.model import kinds as layers
-from superlora_tn.model.kinds import Projection
-from superlora_tn.update.base import Adapter
+from superlora_tn.model.kinds import LayerError
+from superlora_tn.model.recognise import adopt
+from superlora_tn.model.targets import Target
+from superlora_tn.update.base import Member
 from superlora_tn.update.eager import is_eager
+from superlora_tn.update.passes import Passes
 
 
 class UpdateHook:
-    """The forward hook of one layer: adds the adapter's update to the layer's output while the adapter is active."""
+    """The forward hook of one layer: adds the update to the layer's output while the adapter is active.
 
-    def __init__(self, layer: nn.Module, adapter: Adapter, target: str) -> None:
-        self.adapter, self.target = adapter, target
-        self._update = layers.update_of(layer)
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        if not self.adapter.active:
-            return output
-        untouched = is_eager() and self._is_first(layer)
-        return self._update(layer, args[0] if args else kwargs["input"], output, self.adapter, self.target, untouched)
-
-    def _is_first(self, layer: nn.Module) -> bool:
-        """Whether no other hook has seen the output yet."""
-        return next(iter(layer._forward_hooks.values())) is self and not _global_forward_hooks
-
-
-class AttentionHook:
-    """The forward pre-hook of an nn.MultiheadAttention: for this one call its weights are W + dW.
-
-    The attention's own code runs as ever, its fused kernels too, and reads its weights as attributes of modules.
+    Attributes:
+        target: the layer's weight.
+        member: its place in the adapter.
+        ran: whether the layer was ever called.
     """
 
-    def __init__(self, members: Mapping[str, tuple[Projection, Adapter]]) -> None:
-        self.members = dict(members)
+    def __init__(self, target: Target, member: Member) -> None:
+        self.target, self.member = target, member
+        self.ran = False
 
-    def __call__(self, attention: nn.Module, args: tuple[Any, ...]) -> None:
-        hooks = [hook for hook in attention._forward_pre_hooks.values() if isinstance(hook, AttentionHook)]
-        if hooks[0] is self:
-            # A call that Ctrl-C broke off has left its W + dW there; the hooks of further adapters add to the first one's.
-            for hook in hooks:
-                hook.reveal()
-        blocks: dict[str, list[Tensor]] = {}
-        for target, (projection, adapter) in self.members.items():
-            if adapter.active:
-                k, count = projection.block
-                rows = blocks.setdefault(projection.place[1], list(projection.current().chunk(count)))
-                rows[k] = rows[k] + adapter.current(target).to(rows[k].dtype)
-        for projection, _ in self.members.values():
-            if rows := blocks.pop(projection.place[1], []):
-                projection.hide(torch.cat(rows) if len(rows) > 1 else rows[0])
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+        """Some libraries copy hooks to another module and forget that this one takes keyword arguments."""
+        output = rest[-1]
+        eager = is_eager()
+        if eager and not self.ran:
+            self.ran = True
+        if not self.member.active:
+            return output
+        x = args[0] if args else self._input(rest[0] if len(rest) > 1 else {})
+        if not isinstance(output, Tensor):
+            raise LayerError(
+                f"'{self.target.name}' returned a {type(output).__name__}, and an update is added to one tensor; adapt it "
+                "where its weight is read (at='weight'), or leave it out."
+            )
+        base = adopt(layer, self, x, output) if eager else None
+        return self.target.kind.join(layer, self.member, x, output, base)
 
-    def reveal(self) -> None:
-        """Show the parameters again."""
-        for projection, _ in self.members.values():
-            projection.reveal()
+    def _input(self, kwargs: dict[str, Any]) -> Tensor:
+        """The layer's input among keywords: the one called input, or the only tensor."""
+        tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+        found = kwargs.get("input", tensors[0] if len(tensors) == 1 else None)
+        if not isinstance(found, Tensor):
+            raise LayerError(
+                f"'{self.target.name}' was called with {sorted(kwargs)}, among which its input cannot be told; "
+                "call it with the input first, or leave it out."
+            )
+        return found
 
 
-class RevealHook:
-    """The forward hook of an nn.MultiheadAttention, also where the call raised: takes W + dW away again."""
-
-    def __init__(self, hook: AttentionHook) -> None:
-        self.hook = hook
-
-    def __call__(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.hook.reveal()
+def _call() -> FrameType:
+    """The frame of the module call that runs a hook."""
+    frame = sys._getframe(2)
+    return frame.f_back if frame.f_code.co_name == "inner" and frame.f_back is not None else frame
 
 
 class BeginHook:
-    """The model's forward pre-hook: adapters make what their layers will share in this pass."""
+    """The model's forward pre-hook: a pass begins."""
 
-    def __init__(self, adapters: Sequence[Adapter]) -> None:
-        self.adapters = tuple(adapters)
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        for adapter in self.adapters:
-            adapter.begin()
+        if is_eager():
+            self.passes.open(_call())
 
 
-class EndHook(BeginHook):
-    """The model's forward hook: adapters let go of what nothing needs any more."""
+class EndHook:
+    """The model's forward hook, also where the call raised: the pass is over."""
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-        for adapter in self.adapters:
-            adapter.end()
+        if is_eager():
+            self.passes.close(_call())
+
+
+class WatchHook:
+    """The forward hook of a module that has adapted layers: after its first call it names those that were not called."""
+
+    def __init__(self, sites: Sequence[UpdateHook]) -> None:
+        self.sites = tuple(sites)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        if not is_eager():
+            return
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is self:
+                del module._forward_hooks[key]
+        if missed := [site.target.name for site in self.sites if not site.ran]:
+            warnings.warn(
+                f"{', '.join(map(repr, missed))}: not called in a call of {type(module).__name__}, which may read the weight "
+                "without calling the layer; then the adapter has no effect and no gradient there, but merge() would change "
+                "the model. Attach with at='weight', or leave it out.",
+                stacklevel=2,
+            )
+
+
+def watchers(model: nn.Module, sites: Sequence[UpdateHook]) -> list[Any]:
+    """Register a `WatchHook` on the nearest module around each site that is called itself; returns the handles."""
+    around: dict[nn.Module, list[UpdateHook]] = {}
+    modules = dict(model.named_modules())
+    for site in sites:
+        name = site.target.home.rpartition(".")[0]
+        while name and isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
+            name = name.rpartition(".")[0]
+        parent = modules[name]
+        if parent is not site.target.layer:
+            around.setdefault(parent, []).append(site)
+    return [parent.register_forward_hook(WatchHook(own)) for parent, own in around.items()]
+
+
+def inside_ddp() -> bool:
+    """Whether a DistributedDataParallel module is calling, one whose parameters may get their gradients at any time."""
+    active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    return active is not None and not active.static_graph

@@ -1,23 +1,62 @@
-"""Which modules of a model are meant: PEFT's matching rules, but an entry that matches nothing raises."""
+"""Which weights of a model are meant: PEFT's matching rules, but an entry that matches nothing raises."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from superlora_tn.model import kinds as layers
-from superlora_tn.model.kinds import PARTS, Layer, Projection
+from superlora_tn.declare.fold import Shape
+from superlora_tn.model.kinds import Held, Kind, LayerError
+from superlora_tn.model.recognise import is_supported, kind_of, supported
 from superlora_tn.update.base import Adapter
 
 Targets = str | Sequence[str]
+PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
+HEADS = ("score", "classifier")
+# Modules that read a layer's weight without calling the layer: the names of those layers, by the module's full class name.
+READERS: Mapping[str, tuple[str, ...]] = {
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
+    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": ("qkv", "proj"),
+    "timm.models.beit.Attention": ("qkv",),
+    "timm.models.eva.EvaAttention": ("qkv",),
+    "timm.models.swin_transformer_v2.WindowAttention": ("qkv",),
+    "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": (),
+    "transformers.models.mamba.modeling_mamba.MambaMixer": ("dt_proj", "out_proj"),
+    "transformers.models.jamba.modeling_jamba.JambaMambaMixer": ("dt_proj", "out_proj"),
+    "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": ("dt_proj", "out_proj"),
+}
 
 
 class AttachError(ValueError):
     """A model and an adapter that do not go together; the model is left as it was."""
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One weight of a model that is adapted: its layer, and how that is read and written.
+
+    Attributes:
+        name: under which the adapter knows it.
+        home: the name of the module that holds the weight.
+        layer: that module.
+        kind: how its weight is read, written and updated.
+        shape: (out, in).
+    """
+
+    name: str
+    home: str
+    layer: nn.Module
+    kind: Kind
+    shape: Shape = field(init=False)
+
+    def __post_init__(self) -> None:
+        d_out, d_in = self.kind.shape(self.layer)
+        object.__setattr__(self, "shape", (int(d_out), int(d_in)))
 
 
 def near(given: str, names: Sequence[str] | Mapping[str, Any]) -> str:
@@ -27,50 +66,88 @@ def near(given: str, names: Sequence[str] | Mapping[str, Any]) -> str:
     return f"near names are {', '.join(repr(c) for c in close)}" if close else "the model has no layer to adapt"
 
 
-def named_layers(model: nn.Module) -> dict[str, Layer]:
+@dataclass(frozen=True)
+class Place:
+    """Something that a target may name: a module, or a projection of an `nn.MultiheadAttention`.
+
+    Attributes:
+        module: the module that holds the weight.
+        home: its name.
+        part: the projection, of `PARTS`; empty for a module.
+        parent: the module in which it is.
+        under_fsdp: whether FSDP2 shards it.
+    """
+
+    module: nn.Module
+    home: str
+    part: str = ""
+    parent: nn.Module | None = None
+    under_fsdp: bool = False
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether it can be adapted, as far as its type tells."""
+        return bool(self.part) or is_supported(self.module)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it counts as a linear layer; of an attention its out_proj alone."""
+        if self.part:
+            return self.part == "out_proj"
+        return isinstance(self.module, nn.Linear) or type(self.module).__name__ == "Conv1D"
+
+
+def places(model: nn.Module) -> dict[str, Place]:
     """The modules of a model by name, and behind each `nn.MultiheadAttention` its projections."""
-    known: dict[str, Layer] = {}
-    for name, module in model.named_modules():
+    found: dict[str, Place] = {}
+    modules = dict(model.named_modules())
+    sharding = [name for name, m in modules.items() if any(t.__name__ == "FSDPModule" for t in type(m).__mro__)]
+    for name, module in modules.items():
+        parent = modules.get(name.rpartition(".")[0])
+        under_fsdp = any(f"{name}.".startswith(f"{s}." if s else "") for s in sharding)
         if name and not isinstance(module, Adapter):
-            known.setdefault(name, module)
+            found.setdefault(name, Place(module, name, parent=parent, under_fsdp=under_fsdp))
         if isinstance(module, nn.MultiheadAttention):
             for part in PARTS:
-                known[f"{name}.{part}".lstrip(".")] = Projection(module, part)
-    return known
+                held, home = (module.out_proj, f"{name}.out_proj") if part == "out_proj" else (module, name)
+                found[f"{name}.{part}".lstrip(".")] = Place(held, home.lstrip("."), part, module, under_fsdp)
+    return found
 
 
 def match(model: nn.Module, targets: Targets, exclude: Targets = (), only_layers: Sequence[int] | None = None) -> list[str]:
-    """Names of the modules that `targets` names, in the model's order, by PEFT's rules.
+    """Names of the weights that `targets` names, in the model's order, by PEFT's rules.
 
     The projections of an `nn.MultiheadAttention` named ``attn`` are ``attn.q_proj``, ``attn.k_proj``, ``attn.v_proj`` and
     ``attn.out_proj``.
 
     Args:
         model: the model.
-        targets: a regular expression for the whole name, ``"all-linear"`` for every module that is a linear layer (of an
-            `nn.MultiheadAttention` its out_proj alone), or a list of exact names and of endings behind a dot.
+        targets: a regular expression for the whole name, ``"all-linear"`` for every linear layer (of an
+            `nn.MultiheadAttention` its out_proj alone) but the output layer of a transformers model, or a list of exact
+            names and of endings behind a dot.
         exclude: the same, to leave out; it goes first.
         only_layers: keep names whose first number is one of these.
 
     Raises:
         AttachError: an entry that matches nothing, or a module that cannot be adapted.
     """
-    known = named_layers(model)
-    adaptable = [name for name, module in known.items() if layers.is_supported(module)]
-    out = set(_named(exclude, known, adaptable)) if exclude else set()
-    found = [name for name in _named(targets, known, adaptable) if name not in out]
+    known_places = places(model)
+    adaptable = [name for name, place in known_places.items() if place.is_supported]
+    out = set(_named(model, exclude, known_places, adaptable)) if exclude else set()
+    found = [n for n in _named(model, targets, known_places, adaptable) if n not in out]
     if only_layers is not None:
         found = [n for n in found if (number := re.search(r"\.(\d+)\.", f".{n}.")) and int(number[1]) in only_layers]
     if not found:
         raise AttachError(f"targets={targets!r} leaves no layer to adapt (exclude={exclude!r}, only_layers={only_layers!r}).")
     for name in found:
-        check_target(name, known)
+        _check(name, known_places[name])
     return found
 
 
-def _named(targets: Targets, known: Mapping[str, Layer], adaptable: list[str]) -> list[str]:
+def _named(model: nn.Module, targets: Targets, found: Mapping[str, Place], adaptable: list[str]) -> list[str]:
     if targets == "all-linear":
-        return [n for n in adaptable if _is_linear(known[n])]
+        outputs = _output_layers(model)
+        return [n for n in adaptable if found[n].is_linear and found[n].module not in outputs]
     if isinstance(targets, str):
         try:
             pattern = re.compile(targets)
@@ -78,66 +155,92 @@ def _named(targets: Targets, known: Mapping[str, Layer], adaptable: list[str]) -
             raise AttachError(
                 f"targets={targets!r} is not a regular expression ({error}); a list matches by ending."
             ) from error
-        found = [n for n in known if pattern.fullmatch(n)]
-        if not found:
+        matched = [n for n in found if pattern.fullmatch(n)]
+        if not matched:
             raise AttachError(f"targets={targets!r} matches no module's whole name; {near(targets, adaptable)}.")
-        return found
-    found = []
+        return matched
+    wanted = set[str]()
     for entry in targets:
-        own = [n for n in known if n == entry or n.endswith(f".{entry}")]
+        own = [n for n in found if n == entry or n.endswith(f".{entry}")]
         if not own:
             raise AttachError(f"the target '{entry}' matches no module; {near(entry, adaptable)}.")
-        found += own
-    return [n for n in known if n in set(found)]
+        wanted |= set(own)
+    return [n for n in found if n in wanted]
 
 
-def _is_linear(layer: Layer) -> bool:
-    if isinstance(layer, Projection):
-        return layer.part == "out_proj"
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+def _output_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that "all-linear" leaves out, as PEFT does: a transformers model's output layer or classification head."""
+    outputs: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
+    if not callable(outputs):
+        return []
+    head = outputs()
+    if isinstance(head, nn.Module):
+        return [head]
+    named = type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification"))
+    return [module for name, module in model.named_children() if named and name in HEADS]
 
 
-def check_target(name: str, known: Mapping[str, Layer]) -> None:
-    """Raise unless the named layer can be adapted."""
-    layer = known[name]
-    if not layers.is_supported(layer):
-        inside = f"its {', '.join(PARTS)}" if isinstance(layer, nn.MultiheadAttention) else "the layers inside it"
+def _check(name: str, place: Place) -> None:
+    if not place.is_supported:
+        inside = f"its {', '.join(PARTS)}" if isinstance(place.module, nn.MultiheadAttention) else "the layers inside it"
         raise AttachError(
-            f"'{name}' is a {type(layer).__name__}, which cannot be adapted; "
-            f"supported are {', '.join(layers.supported())}. Name {inside}."
-        )
-    if not isinstance(layer, Projection):
-        return
-    if layer.is_computed:
-        raise AttachError(
-            f"the weight of '{name}' is computed from others (weight_norm, parametrize), and nn.MultiheadAttention would "
-            "not see an adapter there; bake that in first."
-        )
-    if type(layer.attention).forward is not nn.MultiheadAttention.forward:
-        raise AttachError(
-            f"'{name}' belongs to a {type(layer.attention).__name__}, which has a forward of its own, so an adapter there "
-            "might be ignored. Leave it out (exclude=), or use nn.MultiheadAttention."
+            f"'{name}' is a {type(place.module).__name__}, which cannot be adapted; supported are {', '.join(supported())}. "
+            f"Name {inside}."
         )
 
 
-def check_mergeable(model: nn.Module, targets: Mapping[str, Layer]) -> None:
-    """Raise where writing to a weight would not do what it says.
+def bind(name: str, place: Place, at: str | None = None) -> Target:
+    """The target of a name, bound to its layer.
 
-    A weight that another module uses too would change there; one that is computed anew would lose the change.
+    Raises:
+        AttachError: it cannot be adapted; the message names it and says why.
     """
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(_memory(parameter), []).append(f"{name}.{own}".lstrip("."))
-    for name, layer in targets.items():
-        stored = layers.stored(layer, name)
-        if stored is None:
-            raise AttachError(f"the weight of '{name}' is computed from others (weight_norm, parametrize); bake that in first.")
-        shared = [other for own, parameter in stored.items() for other in owners[_memory(parameter)] if other != own]
-        if shared:
-            raise AttachError(f"the weight of '{name}' is shared with '{shared[0]}', which merging would change too.")
+    _check(name, place)
+    try:
+        if place.part:
+            kind: Kind = _projection(place)
+        else:
+            kind = kind_of(place.module, at or _reads_weights(name, place))
+        target = Target(name, place.home, place.module, kind)
+        _check_whole(target, place)
+    except LayerError as error:
+        raise AttachError(f"'{name}' {error}") from error
+    return target
 
 
-def _memory(parameter: Tensor) -> int:
-    """What tells parameters apart that share memory; the meta device has none."""
-    return parameter.untyped_storage().data_ptr() or id(parameter)
+def _projection(place: Place) -> Held:
+    """A projection of an `nn.MultiheadAttention`, by the parameter that holds it."""
+    attention = place.parent
+    assert isinstance(attention, nn.MultiheadAttention)
+    if place.part == "out_proj":
+        kind = Held()
+    elif attention._qkv_same_embed_dim:
+        kind = Held("in_proj_weight", (PARTS.index(place.part), 3))
+    else:
+        kind = Held(f"{place.part}_weight")
+    kind.stored(place.module)
+    return kind
+
+
+def _reads_weights(name: str, place: Place) -> str | None:
+    """``"weight"`` for the layers of modules that are known to read weights without calling their layers."""
+    if place.parent is None:
+        return None
+    parents = {f"{t.__module__}.{t.__qualname__}" for t in type(place.parent).__mro__}
+    child = name.rpartition(".")[2]
+    return "weight" if any(child in READERS.get(parent, ()) for parent in parents) else None
+
+
+def _check_whole(target: Target, place: Place) -> None:
+    """Raise for a weight that is sharded over processes for good (tensor parallel); FSDP2 makes it whole for its layer."""
+    own = target.kind.owners(target.layer) or {}
+    if any(is_sharded(tensor) for tensor in own.values()) and not place.under_fsdp:
+        raise LayerError(
+            "has a weight that is a DTensor (tensor parallel, or sharded apart from its layer); an adapter cannot be added "
+            "to a shard. Attach before the model is parallelised, or leave it out."
+        )
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor, of which this process holds a part."""
+    return any(t.__name__ == "DTensor" for t in type(tensor).__mro__)

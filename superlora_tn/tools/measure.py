@@ -18,7 +18,7 @@ from superlora_tn.contraction.profile import CPU, DEVICES, Device
 from superlora_tn.contraction.search import Optimizer, PlanError
 from superlora_tn.declare.fold import Shape
 from superlora_tn.network.spec import AdapterSpec
-from superlora_tn.update.base import Adapter
+from superlora_tn.update.base import Adapter, Settings
 from superlora_tn.update.make import make_adapter
 
 
@@ -133,7 +133,7 @@ def measure_routes(
     x, gradient = torch.randn(tokens, shape[1], requires_grad=True), torch.randn(tokens, shape[0])
     routes: tuple[Route, ...] = ("apply", "delta")
     adapters: dict[str, Adapter | None] = {"frozen": None}
-    adapters |= {r: make_adapter(spec, group, graph, backend=backend, route=r, optimize=optimize) for r in routes}
+    adapters |= {r: make_adapter(spec, group, graph, settings=Settings(backend, r, optimize)) for r in routes}
     best = dict.fromkeys(adapters, math.inf)
     for k in range(repeats + 2):  # in turns, so that a slow moment of the machine hits all alike
         for name, adapter in adapters.items():

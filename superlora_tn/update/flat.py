@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ from superlora_tn.contraction.backend import compiled
 from superlora_tn.contraction.plan import make_plan
 from superlora_tn.declare.fold import FlatGroup
 from superlora_tn.declare.parts import SpecError
-from superlora_tn.update.base import Adapter, Run
+from superlora_tn.update.base import Adapter, Member, Run
 from superlora_tn.update.eager import is_eager
 from superlora_tn.update.fixed_maps import fixed_map
+from superlora_tn.update.passes import lasting
 
 
 @dataclass(frozen=True)
@@ -42,28 +43,34 @@ class _Slab:
     count: int
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A member's slabs of the vector, and the product by its dW."""
+
+    slabs: tuple[_Slab, ...]
+    multiply: Run
+
+
 class FlatAdapter(Adapter):
     """The adapter of a flat fold: groups are runs of one long vector, and a weight is a slice of it.
 
-    Attributes:
-        recompute: whether backward builds dW again, in place of keeping it.
+    With `Settings.recompute` backward builds dW again, in place of keeping it.
     """
 
     group: FlatGroup
 
-    def __init__(self, *arguments: Any, recompute: bool = False) -> None:
+    def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        if self.route == "apply":
+        if self.settings.route == "apply":
             raise SpecError("a flat fold has no apply route: its modes are not the weight's in and out. Leave route=None.")
-        self.recompute = recompute
         self.map = fixed_map(self.spec.projection, self.group.inner, self.group.length)
-        self.prepare()
 
     def prepare(self) -> None:
         """See `Adapter.prepare`."""
-        members = self.group.members
-        self._multiply = {target: self._dense((d_out, d_in)) for target, (_, d_out, d_in) in members.items()}
-        self._slabs = {target: self._cut(start, start + d_out * d_in) for target, (start, d_out, d_in) in members.items()}
+        for name, (start, d_out, d_in) in self.group.members.items():
+            member = self.members[name]
+            member.shape = (d_out, d_in)
+            member.place = _Place(self._cut(start, start + d_out * d_in), self._dense(member.shape))
         (self._all,) = self._cut(0, self.group.total)
 
     @property
@@ -74,10 +81,10 @@ class FlatAdapter(Adapter):
     def _cut(self, start: int, end: int) -> tuple[_Slab, ...]:
         """The slabs that the elements `start .. end` lie in: a part of a group, whole groups, a part of a group."""
         runs: list[tuple[int, int, int, int]] = []  # groups from .. to, and elements from .. to in them
-        for g in range(self.group.groups):
+        for g in range(self.group.group_of(start), self.group.groups):
             first, last = self.group.start(g), self.group.start(g + 1)
-            if first >= end or last <= start:
-                continue
+            if first >= end:
+                break
             begin, stop = max(start - first, 0), min(end, last) - first
             before = runs[-1] if runs else (g, g, 0, 0)
             if before[2] == begin == 0 and stop == last - first and before[3] == first - self.group.start(before[0]):
@@ -98,7 +105,9 @@ class FlatAdapter(Adapter):
             graph = graph.narrowed(flat[0], high - low)
         if 1 < groups < self.group.groups:
             graph = graph.narrowed(graph.open("member")[0], groups)
-        run = compiled(make_plan(graph, "delta", 1, self.profile, self.optimize, fixed=groups == 1), self.backend)
+        run = compiled(
+            make_plan(graph, "delta", 1, self.profile, self.settings.optimize, fixed=groups == 1), self.settings.backend
+        )
         select: list[tuple[int | slice, ...]] = [self.graph.rows_of(node, low, high) for node in self.graph.nodes]
         if self.group.groups > 1:
             select = [(first if groups == 1 else slice(first, last), *rows[1:]) for rows in select]
@@ -120,55 +129,45 @@ class FlatAdapter(Adapter):
             return rows[:, :length].reshape(-1)
         return torch.cat([rows[:longer, :length].reshape(-1), rows[longer:, : length - 1].reshape(-1)])
 
-    def _slice(self, target: str, nodes: Sequence[Tensor]) -> Tensor:
-        """dW of a target from its own slabs."""
-        pieces = [self._elements(slab, nodes) for slab in self._slabs[target]]
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(self.group.members[target][1:])
+    def _slice(self, member: Member, nodes: Sequence[Tensor]) -> Tensor:
+        """dW of a member from its own slabs."""
+        pieces = [self._elements(slab, nodes) for slab in member.place.slabs]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(member.shape)
 
-    def delta(self, target: str) -> Tensor:
-        """dW of a target, scale included, shape (out, in): cut from the groups it lies in."""
-        return self._slice(target, self.tensors())
+    def delta_of(self, member: Member) -> Tensor:
+        """dW of a member, scale included, shape (out, in): cut from the groups it lies in."""
+        return self._slice(member, self.tensors())
 
     @property
     def shares(self) -> bool:
         """Whether dW is built once a pass."""
-        return not self.recompute
+        return not self.settings.recompute
 
-    def begin(self) -> None:
-        """Build dW of all members at once, for the forward pass of the model that follows.
+    def current(self, member: Member) -> Tensor:
+        """dW of a member: this pass builds that of all members at once, outside of any it builds its own."""
+        nodes, made = self.tensors(), None
+        if self.shares or ((found := self.passes.current()) is not None and found.whole):
+            made = self.passes.kept(id(self), nodes, lambda: self._pieces(nodes))
+        return lasting(lambda own: self._slice(member, own), nodes) if made is None else cast(Tensor, made[member.name])
 
-        The members' layers take it from here until its gradient has come back, or the next pass builds anew.
-        """
-        self._kept.drop()
-        if not self.active or not is_eager():
-            return
-        nodes, members = self.tensors(), self.group.members
-        flat = self._elements(self._all, nodes)
-        pieces = torch.split(flat, [d_out * d_in for _, d_out, d_in in members.values()])
-        self._kept.keep({t: p.reshape(members[t][1:]) for t, p in zip(members, pieces, strict=True)}, nodes, [flat])
+    def _pieces(self, nodes: Sequence[Tensor]) -> dict[str, Tensor]:
+        """dW of all members, by name."""
+        flat = lasting(lambda own: self._elements(self._all, own), nodes)
+        pieces = torch.split(flat, [math.prod(member.shape) for member in self.members.values()])
+        return {name: piece.reshape(self.members[name].shape) for name, piece in zip(self.members, pieces, strict=True)}
 
-    def end(self) -> None:
-        """Without gradients nothing needs dW after the pass."""
-        if not torch.is_grad_enabled():
-            self._kept.drop()
-
-    def current(self, target: str) -> Tensor:
-        """dW of a target: the shared one, or its own."""
-        nodes = self.tensors()
-        kept = self._kept.get(target, nodes)
-        return self._slice(target, nodes) if kept is None else kept
-
-    def forward(self, x: Tensor, target: str, out: Tensor, base: Tensor | None = None) -> Tensor:
-        """See `Adapter.forward`."""
+    def update(self, member: Member, x: Tensor, out: Tensor, base: Tensor | None = None, training: bool = True) -> Tensor:
+        """See `Adapter.update`."""
         x = x if x.dtype == out.dtype else x.to(out.dtype)
         if self.spec.dropout:
-            x, base = self.drop(x), None
-        if self.recompute and is_eager() and torch.is_grad_enabled():
+            x, base = self.drop(x, training), None
+        if self.settings.recompute and is_eager() and torch.is_grad_enabled():
             given = None if base is None else out.detach()
-            arguments = (self, target, out.dtype, base, given, x, *self.tensors())
+            arguments = (self, member, out.dtype, base, given, x, *self.tensors())
             update: Tensor = _Recomputed.apply(*arguments)  # type: ignore[no-untyped-call]
             return out + update.reshape(out.shape) if base is None else update
-        return self._multiply[target](x, self.current(target).to(out.dtype), out=out, base=base)
+        multiply: Run = member.place.multiply
+        return multiply(x, self.current(member).to(out.dtype), out=out, base=base)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -178,20 +177,20 @@ class _Recomputed(torch.autograd.Function):
     def forward(
         ctx: Any,
         adapter: FlatAdapter,
-        target: str,
+        member: Member,
         dtype: torch.dtype,
         base: Tensor | None,
         out: Tensor | None,
         x: Tensor,
         *nodes: Tensor,
     ) -> Tensor:
-        delta = adapter._slice(target, nodes).to(dtype)
-        ctx.adapter, ctx.target, ctx.dtype, ctx.fused = adapter, target, dtype, base is not None
+        delta = adapter._slice(member, nodes).to(dtype)
+        ctx.adapter, ctx.member, ctx.dtype, ctx.fused = adapter, member, dtype, base is not None
         ctx.save_for_backward(x, *nodes, *([] if base is None else [base]))
         if out is None:
-            return adapter._multiply[target](x, delta)
+            return member.place.multiply(x, delta)  # type: ignore[no-any-return]
         ctx.mark_dirty(out)
-        return adapter._multiply[target](x, delta, out=out, base=base)
+        return member.place.multiply(x, delta, out=out, base=base)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -202,7 +201,7 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
             # Views, as a node may depend on another one.
             views = [n.view_as(n) if again else n.detach().requires_grad_(w) for n, w in zip(nodes, wanted, strict=True)]
-            delta = ctx.adapter._slice(ctx.target, views).to(ctx.dtype)
+            delta = ctx.adapter._slice(ctx.member, views).to(ctx.dtype)
             with torch.set_grad_enabled(again):
                 through = rows @ delta if source else None
                 if through is not None and ctx.fused:

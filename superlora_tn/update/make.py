@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from superlora_tn.contraction.plan import Route
-from superlora_tn.contraction.profile import CPU, DEVICES
-from superlora_tn.contraction.search import Optimizer
 from superlora_tn.declare.fold import FlatGroup, Group
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
-from superlora_tn.update.base import Adapter
+from superlora_tn.update.base import Adapter, Settings
 from superlora_tn.update.flat import FlatAdapter
+from superlora_tn.update.passes import Passes
 from superlora_tn.update.physical import PhysicalAdapter
+
+DEFAULTS = Settings()
 
 
 def make_adapter(
@@ -22,10 +22,8 @@ def make_adapter(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
-    backend: str = "tensorly_torch",
-    route: Route | None = None,
-    optimize: Optimizer = "dp",
-    recompute: bool = False,
+    settings: Settings = DEFAULTS,
+    passes: Passes | None = None,
 ) -> Adapter:
     """The adapter of one group, filled with its first values.
 
@@ -34,14 +32,10 @@ def make_adapter(
         dtype: of the parameters.
         device: where they live.
         generator: source of the first values.
-        backend: the name of the backend.
-        route: force a route; None lets the cost decide, call by call.
-        optimize: opt_einsum optimizer, as in `plan.make_plan`.
-        recompute: flat folds build dW again in backward, in place of keeping it.
+        settings: backend, route, optimizer, recompute.
+        passes: of the handle it belongs to.
     """
-    place = device or torch.device("cpu")
-    arguments = (spec, group, graph, backend, route, optimize, DEVICES.get(place.type, CPU))
-    flat = isinstance(group, FlatGroup)
-    adapter = FlatAdapter(*arguments, recompute=recompute) if flat else PhysicalAdapter(*arguments)
-    adapter.fill(dtype, place, generator)
+    kind = FlatAdapter if isinstance(group, FlatGroup) else PhysicalAdapter
+    adapter = kind(spec, group, graph, settings, passes)
+    adapter.fill(dtype, device or torch.device("cpu"), generator)
     return adapter

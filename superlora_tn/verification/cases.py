@@ -15,7 +15,7 @@ from superlora_tn.contraction.plan import Route
 from superlora_tn.declare.fold import FlatGroup, Group, Shape
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
-from superlora_tn.update.base import Adapter
+from superlora_tn.update.base import Adapter, Settings
 from superlora_tn.update.make import make_adapter
 from superlora_tn.verification.references import textbook as references
 from superlora_tn.verification.references.textbook import Array, Values
@@ -103,7 +103,9 @@ class Sized:
     def fresh(self, route: Route | None = None) -> Adapter:
         """An adapter with its own first values, in float64."""
         generator = torch.Generator().manual_seed(self.case.seed)
-        made = make_adapter(self.spec, self.group, self.graph, dtype=torch.float64, route=route, generator=generator)
+        made = make_adapter(
+            self.spec, self.group, self.graph, torch.float64, generator=generator, settings=Settings(route=route)
+        )
         return made.eval()  # dropout is no part of the formula
 
     def adapter(self, route: Route | None = None, values: Values | None = None) -> Adapter:

@@ -18,8 +18,9 @@ from superlora_tn.contraction.plan import Plan, make_plan
 from superlora_tn.declare.fold import FlatGroup, PhysicalGroup
 from superlora_tn.declare.maps import Compose, Fastfood
 from superlora_tn.declare.parts import TOKEN
-from superlora_tn.model import kinds as layers
-from superlora_tn.model.attach import Tuned, attach
+from superlora_tn.model.attach import attach
+from superlora_tn.model.recognise import kind_of
+from superlora_tn.model.tuned import Tuned
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.verification.cases import DTYPES, Case, NotApplicable, Sized, as_array, is_linear, linear_model, ratio
 from superlora_tn.verification.claims import counts
@@ -268,6 +269,11 @@ def deterministic(case: Case) -> float:
     return 0.0
 
 
+def as_matrix(layer: torch.nn.Module) -> torch.Tensor:
+    """A layer's weight as a matrix (out, in)."""
+    return kind_of(layer).read(layer)
+
+
 def merge_is_forward(case: Case) -> float:
     """An attached layer computes the same before and after `merge`, and `unmerge` brings the weight's bytes back."""
     worst = 0.0
@@ -275,13 +281,13 @@ def merge_is_forward(case: Case) -> float:
         for target in sized.shapes:
             x, _, update = forward_case(sized, target)
             layer = model.get_submodule(target)
-            before, weight = as_array(layer(torch.from_numpy(x).to(DTYPES[case.dtype]))), layers.weight(layer).clone()
+            before, weight = as_array(layer(torch.from_numpy(x).to(DTYPES[case.dtype]))), as_matrix(layer).clone()
             handle.merge()
             after = as_array(layer(torch.from_numpy(x).to(DTYPES[case.dtype])))
             handle.unmerge()
             whole = np.abs(x) @ (np.abs(as_array(weight)) + sized.magnitude()[target]).T
             allowed = update + 2 * (x.shape[-1] + 2) * sized.unit * whole
-            worst = max(worst, ratio(after, before, allowed), exact(torch.equal(weight, layers.weight(layer))))
+            worst = max(worst, ratio(after, before, allowed), exact(torch.equal(weight, as_matrix(layer))))
     return worst
 
 
@@ -290,15 +296,15 @@ def merge_in_bfloat16(case: Case) -> float:
     worst = 0.0
     for sized, model, handle in _attached(replace(case, dtype="float32"), torch.bfloat16):
         for target in sized.shapes:
-            weight = layers.weight(model.get_submodule(target)).clone()
+            weight = as_matrix(model.get_submodule(target)).clone()
             handle.merge()
-            merged = as_array(layers.weight(model.get_submodule(target)))
+            merged = as_array(as_matrix(model.get_submodule(target)))
             handle.unmerge()
             whole = as_array(weight) + sized.formula()[target]
             # One rounding to bfloat16 of a sum that float32 has off by dW's own bound and a rounding of its own.
             off = sized.allowed(target) + 2 * sized.unit * np.abs(whole)
             allowed = BF16_UNIT * (np.abs(whole) + off) + off + 2.0**-134
-            back = exact(torch.equal(weight, layers.weight(model.get_submodule(target))))
+            back = exact(torch.equal(weight, as_matrix(model.get_submodule(target))))
             worst = max(worst, ratio(merged, whole, allowed), back)
     return worst
 

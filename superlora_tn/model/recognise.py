@@ -1,0 +1,223 @@
+"""The kind of a layer by what the layer does, not by its type alone.
+
+A subclass or an instance with a forward of its own is tried on a few numbers, and adapted at its weight where it does
+something else than its kind (`Held`), so that what the layer computes is always what it would with the merged weight.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.parametrize import is_parametrized
+
+from superlora_tn.model.kinds import (
+    CONVOLUTION,
+    LINEAR,
+    OPAQUE,
+    TRANSPOSED,
+    WIDE,
+    Convolution,
+    Held,
+    Kind,
+    LayerError,
+    Transposed,
+)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A registered type: its kind, and the forward and other methods that the kind stands for."""
+
+    kind: Kind
+    methods: tuple[tuple[str, Any], ...]
+
+
+_KNOWN: dict[type, _Known] = {}
+
+
+def register(layer: type[nn.Module], kind: Kind, *methods: str) -> None:
+    """Say that layers of a type are of a kind; a layer whose `forward` (or other named methods) is another is tried first.
+
+    Args:
+        layer: the type; subclasses are found through it.
+        kind: how its weight is read, written and updated.
+        methods: further methods that the kind relies on.
+    """
+    _KNOWN[layer] = _Known(kind, tuple((name, getattr(layer, name)) for name in ("forward", *methods)))
+
+
+register(nn.Linear, LINEAR)
+for _convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    register(_convolution, CONVOLUTION, "_conv_forward")
+
+
+def _register_imported() -> None:
+    """Types of libraries that are already imported; importing them is the user's choice."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    if module is not None and module.Conv1D not in _KNOWN:
+        register(module.Conv1D, TRANSPOSED)
+
+
+def known(layer: nn.Module) -> _Known | None:
+    """What is registered for the layer's type or the nearest type that it comes from."""
+    _register_imported()
+    return next((_KNOWN[t] for t in type(layer).__mro__ if t in _KNOWN), None)
+
+
+def supported() -> tuple[str, ...]:
+    """Names of the types of layers that are known."""
+    _register_imported()
+    return tuple(sorted(t.__name__ for t in _KNOWN))
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether the layer runs the very methods that its kind stands for, on the instance and on the class."""
+    found = known(layer)
+    return found is not None and all(
+        getattr(type(layer), name) is method and name not in layer.__dict__ for name, method in found.methods
+    )
+
+
+def is_supported(layer: nn.Module) -> bool:
+    """Whether layers of this type can be adapted, as far as the type tells."""
+    return known(layer) is not None or _has_features(layer)
+
+
+def _has_features(layer: nn.Module) -> bool:
+    return all(isinstance(getattr(layer, n, None), int) for n in ("in_features", "out_features")) and not any(layer.children())
+
+
+def kind_of(layer: nn.Module, at: str | None = None) -> Kind:
+    """The kind of a layer, by what it does.
+
+    Args:
+        layer: the layer.
+        at: ``"weight"`` adapts it where its weight is read, ``"output"`` at its output; None lets the layer decide.
+
+    Raises:
+        LayerError: it cannot be adapted; the message says why, to be read behind the layer's name.
+    """
+    found = known(layer)
+    if found is None and not _has_features(layer):
+        raise LayerError(f"is a {type(layer).__name__}, which cannot be adapted; supported are {', '.join(supported())}.")
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+        raise LayerError(f"is a {type(layer).__name__} that has no shape yet; run the model once before it is adapted.")
+    if found is None or _is_packed(layer, found.kind):
+        _check_opaque(layer)
+        return OPAQUE
+    held = Held(transposed=isinstance(found.kind, Transposed))
+    if at == "weight":
+        held.stored(layer)
+        return held
+    if at == "output" or is_plain(layer) or "_hf_hook" in layer.__dict__:  # accelerate's hooks move weights in and out
+        return found.kind
+    return found.kind if _tried(layer, found.kind) else held
+
+
+def _is_packed(layer: nn.Module, kind: Kind) -> bool:
+    """Whether the weight is not W itself; raises where it is not there at all."""
+    weight = layer._parameters.get("weight")
+    if weight is None or is_parametrized(layer):
+        return False
+    if weight.dtype not in WIDE or (type(weight) is not nn.Parameter and _unpacks(weight)):
+        return True
+    shape = kind.shape(layer)
+    if type(weight) in (Tensor, nn.Parameter) and weight.numel() != shape[0] * shape[1]:
+        raise LayerError(
+            f"is a {type(layer).__name__} of {shape[0]} x {shape[1]} whose weight has the shape {tuple(weight.shape)}: it is "
+            "sharded, packed or emptied. Attach before it is sharded, or gather it first."
+        )
+    return False
+
+
+def _unpacks(weight: Tensor) -> bool:
+    """Whether a tensor subclass is one of quantised weights (torchao's)."""
+    return type(weight).__module__.partition(".")[0] == "torchao"
+
+
+def _check_opaque(layer: nn.Module) -> None:
+    if not _has_features(layer):
+        raise LayerError(
+            f"is a {type(layer).__name__} whose weight is quantised or packed; that works for linear layers, which say "
+            "in_features and out_features. Adapt the unquantised model, or leave it out."
+        )
+
+
+def _tried(layer: Any, kind: Kind) -> bool:
+    """Whether a layer with a forward of its own gives, on a few numbers, what its kind would.
+
+    Raises:
+        LayerError: it does not return one tensor.
+    """
+    weight = layer._parameters.get("weight")
+    weight = kind.read(layer) if weight is None else weight
+    if weight.device.type == "meta":
+        return False
+    x = _sample(layer, kind, weight)
+    with torch.no_grad(), torch.random.fork_rng(devices=[weight.device] if weight.device.type == "cuda" else []):
+        try:
+            found = layer.forward(x)
+        except Exception:  # other arguments, say; then only the weight is known
+            return False
+        if not isinstance(found, Tensor):
+            raise LayerError(
+                f"is a {type(layer).__name__} that returns a {type(found).__name__}, and an update is added to one tensor; "
+                "adapt it by at='weight' or leave it out."
+            )
+        bias = getattr(layer, "bias", None)
+        plain = (
+            layer._conv_forward(x, layer.weight, bias)
+            if isinstance(kind, Convolution)
+            else functional.linear(x, kind.read(layer), bias)
+        )
+    # Two orders of the same sum, in the weight's dtype.
+    loose = 1e-9 if plain.dtype in (torch.float64, torch.complex128) else 1e-4 if plain.dtype == torch.float32 else 3e-2
+    return found.shape == plain.shape and torch.allclose(found.to(plain.dtype), plain, rtol=loose, atol=loose, equal_nan=True)
+
+
+def _sample(layer: Any, kind: Kind, weight: Tensor) -> Tensor:
+    """A small input: two rows, or one small image."""
+    shape: tuple[int, ...] = (2, kind.shape(layer)[1])
+    if isinstance(kind, Convolution):
+        sides = [(k - 1) * d + 2 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+        shape = (1, layer.in_channels, *sides)
+    return (
+        torch.linspace(-1, 1, math.prod(shape), dtype=torch.float32, device=weight.device).sin().reshape(shape).to(weight.dtype)
+    )
+
+
+def adopt(layer: Any, hook: object, x: Tensor, y: Tensor) -> Tensor | None:
+    """W, where y is proven to be nobody else's ``x W^T + b``, so that it may be written to and its graph left behind.
+
+    That is: torch's own `nn.Linear.forward` ran, on the instance and on the class; no other hook has seen x or y; W and b
+    are real, whole, local and frozen; and nothing was cast in between.
+    """
+    if type(layer) is not nn.Linear or not is_plain(layer):
+        return None
+    hooks = layer._forward_hooks
+    if len(hooks) > 1 and next(iter(hooks.values())) is not hook:
+        return None
+    if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks or _global_hooks():
+        return None
+    weight: Any = layer._parameters["weight"]
+    bias = layer._parameters["bias"]
+    untrained = type(weight) is nn.Parameter and not weight.requires_grad
+    whole = untrained and (bias is None or (type(bias) is nn.Parameter and not bias.requires_grad))
+    alike = whole and type(x) is Tensor and type(y) is Tensor and x.dtype == y.dtype == weight.dtype
+    return weight if alike and y.is_contiguous() and not y.is_complex() else None
+
+
+def _global_hooks() -> bool:
+    module = torch.nn.modules.module
+    return bool(
+        module._global_forward_hooks
+        or module._global_forward_pre_hooks
+        or module._global_backward_hooks
+        or module._global_backward_pre_hooks
+    )

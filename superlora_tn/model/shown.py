@@ -1,0 +1,141 @@
+"""Weights that show W + dW to whoever reads them: for modules that use a weight without calling its layer.
+
+The module's class is replaced, for this one instance, by a subclass in which the parameter's name is a property. The
+parameter itself stays where it was, so state dicts, optimizers and `named_parameters` see W under its own name. Nothing is
+kept on the module while it runs, so threads do not meet; copies and pickles carry the property along.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from superlora_tn.model.kinds import Held, LayerError
+from superlora_tn.update.base import Member
+from superlora_tn.update.eager import is_eager
+from superlora_tn.update.passes import state
+
+SLOT = "_superlora_shown"
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Rows of a parameter to which one member's dW is added."""
+
+    kind: Held
+    member: Member
+
+
+def show(module: nn.Module, block: Block) -> None:
+    """From now on, reading the block's parameter gives W + dW in its rows, while the adapter is active.
+
+    Raises:
+        LayerError: the module's class cannot be replaced, or the parameter is computed from others.
+    """
+    block.kind.stored(module)
+    blocks: dict[str, tuple[Block, ...]] = dict(module.__dict__.get(SLOT, {}))
+    blocks[block.kind.parameter] = (*blocks.get(block.kind.parameter, ()), block)
+    _put(module, blocks)
+
+
+def hide(module: nn.Module, block: Block) -> None:
+    """Take a block away; without any, the module has its own class again."""
+    blocks: dict[str, tuple[Block, ...]] = dict(module.__dict__.get(SLOT, {}))
+    left = tuple(b for b in blocks.get(block.kind.parameter, ()) if b is not block)
+    blocks = {name: own for name, own in {**blocks, block.kind.parameter: left}.items() if own}
+    _put(module, blocks)
+
+
+def blocks_of(module: nn.Module) -> list[Block]:
+    """All blocks of a module."""
+    return [block for own in module.__dict__.get(SLOT, {}).values() for block in own]
+
+
+def _put(module: nn.Module, blocks: dict[str, tuple[Block, ...]]) -> None:
+    own: Any = type(module)
+    plain = own._superlora_plain if issubclass(own, _Shows) and "_superlora_plain" in own.__dict__ else own
+    if issubclass(plain, _Shows):  # a class was laid over ours since (FSDP's, parametrize's): its property reads what is left
+        module.__dict__[SLOT] = blocks
+        return
+    try:
+        module.__class__ = _showing(plain, tuple(sorted(blocks))) if blocks else plain
+    except TypeError as error:
+        raise LayerError(f"is a {plain.__name__}, whose class cannot be replaced to show W + dW ({error}).") from error
+    if blocks:
+        module.__dict__[SLOT] = blocks
+    else:
+        module.__dict__.pop(SLOT, None)
+
+
+class _Shows:
+    """Marks the classes made here."""
+
+    _superlora_plain: type
+
+
+@lru_cache(maxsize=1024)
+def _showing(plain: type, names: tuple[str, ...]) -> type:
+    """The subclass of a module's class in which these parameters are properties."""
+    body: dict[str, Any] = {name: property(_getter(name)) for name in names}
+    body |= {
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "__doc__": plain.__doc__,
+        "__reduce_ex__": _reduced,
+        "_superlora_plain": plain,
+    }
+    return type(plain.__name__, (plain, _Shows), body)
+
+
+def _reduced(self: Any, protocol: Any) -> Any:
+    plain, names = type(self)._superlora_plain, tuple(sorted(self.__dict__[SLOT]))
+    return (_made, (plain, names), self.__dict__.copy())
+
+
+def _made(plain: type, names: tuple[str, ...]) -> Any:
+    module = copyreg.__newobj__(plain)  # type: ignore[attr-defined]
+    object.__setattr__(module, "__class__", _showing(plain, names))
+    return module
+
+
+def _getter(name: str) -> Any:
+    def read(module: nn.Module) -> Any:
+        return _read(module, name)
+
+    return read
+
+
+def _read(module: nn.Module, name: str) -> Any:
+    """What reading a shown parameter of a module gives."""
+    stored = module._parameters.get(name)
+    blocks = [b for b in module.__dict__[SLOT].get(name, ()) if b.member.active]
+    if stored is None or not blocks:
+        return stored
+    found = blocks[0].member.adapter.passes.current() if is_eager() else None
+    if found is None:
+        return _updated(stored, blocks)
+    # A module reads its weights several times in a row.
+    nodes = [t for b in blocks for t in b.member.adapter.tensors()]
+    key = (state([stored, *nodes]), stored.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    if found.shown[0] is not module:
+        found.shown = (module, {})
+    held = found.shown[1].get(name)
+    if held is None or held[0] != key:
+        held = found.shown[1][name] = (key, _updated(stored, blocks))
+    return held[1]
+
+
+def _updated(stored: Tensor, blocks: list[Block]) -> Tensor:
+    """W + dW, in W's dtype; untouched rows are W's own."""
+    first = blocks[0].kind
+    rows = list(first.matrix(stored).chunk(first.block[1]))
+    for block in blocks:
+        k = block.kind.block[0]
+        rows[k] = rows[k] + block.member.current().to(stored.dtype)
+    whole = torch.cat(rows) if len(rows) > 1 else rows[0]
+    return whole.t() if first.transposed else whole.reshape(stored.shape)

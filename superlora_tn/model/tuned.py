@@ -1,0 +1,338 @@
+"""The handle of an adapted model: the adapters of all groups, and what can be done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from superlora_tn.contraction.plan import RouteChoice, choose
+from superlora_tn.contraction.profile import CPU, DEVICES
+from superlora_tn.declare.fold import Shape
+from superlora_tn.files.own import Entry, tensor_name, write
+from superlora_tn.model.buffers import Snapshot
+from superlora_tn.model.describe import summary
+from superlora_tn.model.kinds import Held
+from superlora_tn.model.shown import blocks_of, hide
+from superlora_tn.model.targets import AttachError, Target, near
+from superlora_tn.model.weights import Holder, Weight, check_mergeable, drop, thaw, weight_of
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.update.base import Adapter, Member
+from superlora_tn.update.passes import Passes
+
+
+class Tuned(nn.Module):
+    """The handle `attach` returns: the adapters of a model, and what can be done with them.
+
+    It is a sub-module of the model (so that the adapters move, save and train with it); deepcopy and pickle of the
+    model carry it along, and `tuned(model)` finds it again.
+
+    Attributes:
+        entries: the declarations, each with its weights' shapes.
+        adapters: one `Adapter` a group.
+        merged: whether dW is in the weights now.
+    """
+
+    def __init__(
+        self, entries: Sequence[Entry], adapters: Sequence[Adapter], targets: Sequence[Target], passes: Passes
+    ) -> None:
+        super().__init__()
+        self.entries = tuple(entries)
+        self.adapters = nn.ModuleList(adapters)
+        self.merged = False
+        self.seed: int | None = None
+        # Unregistered references, in plain containers: the base's keys stay as they were.
+        self._passes = passes
+        self._targets = {target.name: target for target in targets}
+        self._members = {name: member for adapter in adapters for name, member in adapter.members.items()}
+        self._hooks: list[Any] = []
+        self._model: tuple[nn.Module, str] | None = None
+        self._holder = Holder()
+        self._frozen: list[tuple[nn.Parameter, bool]] = []
+        self._base = Snapshot()
+        self._disabled = 0
+
+    def forward(self, x: Any) -> Any:
+        """The identity: an nn.Sequential that carries adapters calls all its sub-modules in turn, this one too."""
+        return x
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """The declaration.
+
+        Raises:
+            AttachError: there are several; see `entries`.
+        """
+        if len(self.entries) > 1:
+            raise AttachError(f"this adapter has {len(self.entries)} declarations; look at .entries, one for each.")
+        return self.entries[0].spec
+
+    @property
+    def targets(self) -> dict[str, Shape]:
+        """Adapted weights: name -> (out, in)."""
+        return {name: target.shape for name, target in self._targets.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters of all adapters."""
+        return sum(a.graph.num_parameters for a in self._adapters())
+
+    def _adapters(self) -> Iterator[Adapter]:
+        for adapter in self.adapters:
+            assert isinstance(adapter, Adapter)
+            yield adapter
+
+    def _member(self, target: str) -> Member:
+        if target not in self._members:
+            raise AttachError(f"'{target}' is not adapted; {near(target, self._members)}.")
+        return self._members[target]
+
+    def delta(self, target: str) -> Tensor:
+        """dW of one target as it stands, scale included, shape (out, in).
+
+        Raises:
+            AttachError: no such target.
+        """
+        return self._member(target).current()
+
+    def plan(self, target: str, tokens: int) -> RouteChoice:
+        """Both routes of one target at a number of tokens (rows of x), priced for its device; print it.
+
+        Raises:
+            AttachError: no such target.
+        """
+        adapter = self._member(target).adapter
+        device = adapter.tensors()[0].device.type
+        return choose(adapter.graph, self.targets[target], tokens, DEVICES.get(device, CPU), adapter.settings.optimize)
+
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Give all nodes their first values again (dW is zero), for instance after `to_empty`.
+
+        Args:
+            seed: of the values; None takes the seed of `attach`, or without one draws anew.
+        """
+        seed = self.seed if seed is None else seed
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        for adapter in self._adapters():
+            adapter.refill(generator)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `to_empty` and the like do; nodes that had no memory before start with their first values."""
+        before = any(t.device.type == "meta" for a in self._adapters() for t in a.tensors())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if before and not any(t.device.type == "meta" for a in self._adapters() for t in a.tensors()):
+            self.reset_parameters()
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The nodes; nothing while merged, as dW is in the weights then and must not count twice."""
+        if not self.merged:
+            return super().state_dict(*args, **kwargs)
+        return kwargs.get("destination", args[0] if args else {})
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Also where it was taken while merged."""
+        own = [key for key in state_dict if key.startswith(f"{prefix}adapters.")]
+        if self.merged and own:
+            raise AttachError(
+                "the adapter is merged, so its nodes in a state dict would count beside the dW that is in the weights; "
+                "unmerge() first, then load."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _need(self, what: str) -> nn.Module:
+        if self._model is None:
+            raise AttachError(f"cannot {what}: the adapter is detached; attach it again.")
+        return self._model[0]
+
+    def _weights(self) -> dict[str, Weight]:
+        return {name: weight_of(target) for name, target in self._targets.items()}
+
+    def merge(self) -> None:
+        """Add dW to the weights, rounding once, and switch the adapters off. The weights' bytes are kept for `unmerge`.
+
+        All or nothing: whatever breaks it off, an interrupt too, the weights are as before.
+
+        Raises:
+            AttachError: already merged, detached, dW not finite, or a weight that cannot hold it: quantised, sharded,
+                shared with other modules, computed from others, or of a layer that was replaced.
+        """
+        model = self._need("merge")
+        if self.merged:
+            raise AttachError("the adapter is merged already; unmerge() first, or leave it.")
+        self._put_back()
+        check_mergeable(model, list(self._targets.values()))
+        try:
+            with torch.no_grad(), self._passes.opened():
+                for name, weight in self._weights().items():
+                    delta = self.delta(name)
+                    weight.add(self._members[name], delta)
+                    self._check_finite(name, weight, delta)
+                    weight.settle()
+            self.merged = True
+            self._switch()
+        except BaseException:
+            self.merged = False
+            self._put_back()
+            self._switch()
+            raise
+
+    def _check_finite(self, name: str, weight: Weight, delta: Tensor) -> None:
+        merged = weight.kind.read(weight.layer)
+        if not torch.isfinite(merged).all():
+            what = "the merged weight" if torch.isfinite(delta).all() else "dW"
+            raise AttachError(
+                f"{what} of '{name}' holds NaN or infinity; nothing was merged. Look at the training"
+                + (f", or merge into a wider dtype than {merged.dtype}." if what != "dW" else ".")
+            )
+
+    def _put_back(self) -> None:
+        """Take this handle's dW out of all weights that hold it."""
+        with torch.no_grad():
+            for name, weight in self._weights().items():
+                if weight.base is not None and (self._members[name] in weight.merged or not weight.merged):
+                    others = [m for m in weight.merged if m is not self._members[name]]
+                    weight.restore({m: m.current() for m in others})
+
+    def unmerge(self, force: bool = False) -> None:
+        """Put the weights' own bytes back and switch the adapters on.
+
+        Args:
+            force: also where a weight was changed while merged; the change is lost.
+
+        Raises:
+            AttachError: not merged, or a weight was changed while merged.
+        """
+        if not self.merged:
+            raise AttachError("the adapter is not merged, so there is nothing to unmerge.")
+        changed = next((name for name, weight in self._weights().items() if weight.is_changed), None)
+        if changed is not None and not force:
+            raise AttachError(
+                f"the weight of '{changed}' was changed while dW was merged into it (another base loaded, or trained?); "
+                "unmerging would throw that away. unmerge(force=True) does, and bake() keeps the weights as they are now."
+            )
+        self._put_back()
+        self.merged = False
+        self._switch()
+
+    def detach(self) -> nn.Module:
+        """Take the adapters off and return the model bit for bit as it was (unmerged, its requires_grad restored).
+
+        Buffers of the base that training changed beside the adapter (running means of BatchNorm) are put back too.
+
+        Raises:
+            AttachError: detached already, or merged and changed since (see `unmerge`).
+        """
+        self._need("detach")
+        if self.merged:
+            self.unmerge()
+        self._put_back()
+        self._base.restore()
+        return self._leave()
+
+    def bake(self) -> nn.Module:
+        """Merge for good: the plain model with W + dW in its weights, without a hook or a handle, its requires_grad restored.
+
+        Raises:
+            AttachError: as `merge`; or another adapter is merged into one of the weights.
+        """
+        self._need("bake")
+        if not self.merged:
+            self.merge()
+        for name, weight in self._weights().items():
+            if any(member is not self._members[name] for member in weight.merged):
+                raise AttachError(f"another adapter is merged into '{name}' too; unmerge() or bake() that one first.")
+        for weight in self._weights().values():
+            weight.forget()
+        self.merged = False
+        return self._leave()
+
+    def _leave(self) -> nn.Module:
+        """Take hooks and handle off the model, and thaw what was frozen."""
+        assert self._model is not None
+        model, name = self._model
+        for hook in self._hooks:
+            hook.remove()
+        for own, target in self._targets.items():
+            for block in blocks_of(target.layer):
+                if block.member is self._members[own]:
+                    hide(target.layer, block)
+            weight = weight_of(target)
+            weight.members = [(n, m) for n, m in weight.members if m is not self._members[own]]
+            if not weight.members:
+                drop(target)
+        for parameter, wanted in self._frozen:
+            thaw(parameter, self._holder, wanted)
+        delattr(model, name)
+        forget_compiled(model)
+        self._hooks, self._frozen, self._model = [], [], None
+        return model
+
+    def _switch(self) -> None:
+        for adapter in self._adapters():
+            adapter.active = not (self.merged or self._disabled)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within this context the model computes as its base, also while merged."""
+        was_merged = self.merged
+        if was_merged:
+            self.unmerge()
+        self._disabled += 1
+        self._switch()
+        try:
+            yield
+        finally:
+            self._disabled -= 1
+            self._switch()
+            if was_merged and not self.merged:
+                self.merge()
+
+    @contextmanager
+    def fixed(self) -> Iterator[None]:
+        """Within this context calls without gradients share with one another what does not depend on the input.
+
+        For evaluation and generation: dW of a flat fold, say, is built once in all rather than once a call. Values that an
+        optimizer or `copy_` writes in between are seen; values written through ``.data`` are not.
+        """
+        with self._passes.fixed():
+            yield
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write the adapter's two files; whatever interrupts it, a loadable adapter remains.
+
+        Buffers of the base that training changed beside the adapter (running means of BatchNorm) are written with it.
+        Sharded nodes (FSDP2) are gathered, so all processes have to call it.
+
+        Args:
+            folder: made where it does not exist.
+
+        Raises:
+            CheckpointError: nodes that are not whole here, or a folder that cannot be written.
+        """
+        tensors = {
+            tensor_name(k, node): tensor.detach()
+            for k, adapter in enumerate(self._adapters())
+            for node, tensor in zip(adapter.graph.nodes, adapter.tensors(), strict=True)
+        }
+        write(folder, self.entries, tensors, self._base.changed())
+
+    def __str__(self) -> str:
+        scales = ", ".join(f"{scale:g}" for scale in dict.fromkeys(entry.spec.scale for entry in self.entries))
+        head = f"{len(self._targets)} weights, {self.num_parameters:,} trainable parameters, scale {scales}"
+        state = "merged" if self.merged else "detached" if self._model is None else "attached"
+        held = [name for name, target in self._targets.items() if isinstance(target.kind, Held)]
+        at = [f"{len(held)} adapted where the weight is read ({held[0]}{', ...' if len(held) > 1 else ''})"] if held else []
+        return "\n".join([f"{head}, {state}", *summary(list(self._adapters())), *at])
+
+    __repr__ = __str__
+
+
+def forget_compiled(model: nn.Module) -> None:
+    """Where a part of the model was compiled, compile anew at its next call: Dynamo does not look for hooks that changed."""
+    if any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in model.modules()):
+        torch._dynamo.reset()

@@ -1,0 +1,245 @@
+"""The weights of a model while adapters are on them: who adapts them, their own values while dW is merged, and who froze them.
+
+One `Weight` a weight, found again through its layer, whatever handles there are on the model and on its parts.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from superlora_tn.model.kinds import Held, Kind, Opaque
+from superlora_tn.model.targets import AttachError, Target, is_sharded
+from superlora_tn.update.base import Member
+
+SLOT = "_superlora_weights"
+CHUNK = 1 << 22
+
+
+class Weight:
+    """A weight of a layer and the adapters on it.
+
+    Attributes:
+        layer, kind: where it is and how it is read.
+        members: the adapters' members on it, by their handles' names.
+        base: its own values, while any of them is merged.
+        merged: the members whose dW is in it now, in order.
+    """
+
+    def __init__(self, layer: nn.Module, kind: Kind) -> None:
+        self.layer, self.kind = layer, kind
+        self.members: list[tuple[str, Member]] = []
+        self.base: Tensor | None = None
+        self.merged: list[Member] = []
+        self._print: tuple[Any, ...] = ()
+
+    def add(self, member: Member, delta: Tensor) -> None:
+        """Write W + dW, rounded once; W is kept."""
+        current = self.kind.read(self.layer).detach()
+        if self.base is None:
+            self.base = current.clone()
+        self.merged.append(member)
+        # In the wider of the two types, so that neither is rounded before the sum is.
+        self.kind.write(self.layer, current.to(torch.promote_types(current.dtype, delta.dtype)) + delta)
+
+    def settle(self) -> None:
+        """Remember what the weight is now."""
+        self._print = fingerprint(self.kind.read(self.layer))
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether anybody wrote to the weight since it was merged."""
+        return bool(self._print) and self._print != fingerprint(self.kind.read(self.layer))
+
+    def restore(self, deltas: Mapping[Member, Tensor]) -> None:
+        """Put the weight's own values back, and then the dW of the members that stay merged."""
+        if self.base is None:
+            return
+        self.kind.write(self.layer, self.base)
+        staying, self.merged = [m for m in self.merged if m in deltas], []
+        if not staying:
+            self.base, self._print = None, ()
+        for member in staying:
+            self.add(member, deltas[member])
+        if staying:
+            self.settle()
+
+    def forget(self) -> None:
+        """What is in the weight now is its own from here on."""
+        self.base, self.merged, self._print = None, [], ()
+
+
+def weight_of(target: Target) -> Weight:
+    """The record of a target's weight; made where there is none."""
+    known: dict[Any, Weight] = target.layer.__dict__.setdefault(SLOT, {})
+    return known.setdefault(_key(target.kind), Weight(target.layer, target.kind))
+
+
+def found(target: Target) -> Weight | None:
+    """The record of a target's weight, if there is one."""
+    known: dict[Any, Weight] = target.layer.__dict__.get(SLOT, {})
+    return known.get(_key(target.kind))
+
+
+def _key(kind: Kind) -> tuple[str, tuple[int, int]]:
+    return (kind.parameter, kind.block) if isinstance(kind, Held) else ("weight", (0, 1))
+
+
+def drop(target: Target) -> None:
+    """Forget the record of a weight that nobody adapts any more."""
+    known: dict[Any, Weight] = target.layer.__dict__.get(SLOT, {})
+    known.pop(_key(target.kind), None)
+    if not known:
+        target.layer.__dict__.pop(SLOT, None)
+
+
+def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
+    """A few sums over the bits of a tensor, which nearly any change changes."""
+    if tensor.device.type == "meta":
+        return ("meta",)
+    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size() // (1 + tensor.is_complex())]
+    flat = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    total = [0, 0]
+    for chunk in flat.contiguous().view(width).reshape(-1).split(CHUNK):  # type: ignore[no-untyped-call]
+        wide = chunk.to(torch.int64)
+        place = torch.arange(1, 2 * len(wide), 2, device=wide.device)
+        total[0] += int(wide.sum())
+        total[1] = (total[1] * 31 + int((wide * place).sum())) % (1 << 64)
+    return (tuple(tensor.shape), tensor.dtype, *total)
+
+
+def check_mergeable(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Raise where writing to a weight would not do what it says, naming it.
+
+    A weight that another module uses too would change there; one that is computed anew, sharded or replaced would lose it.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    regions = _Regions(modules)
+    for target in targets:
+        if modules.get(target.home, model) is not target.layer:
+            raise AttachError(
+                f"the module '{target.home}' is another one now than the adapter was attached to (tokens added, a layer "
+                "replaced?); detach() and attach to the model as it is."
+            )
+        _check_writable(target)
+        own = target.kind.owners(target.layer)
+        if own is None:
+            raise AttachError(
+                f"the weight of '{target.name}' is computed from others (weight_norm, parametrize); bake that in first."
+            )
+        for name, tensor in own.items():
+            if is_sharded(tensor) or _is_borrowed(model, tensor):
+                raise AttachError(
+                    f"the weight of '{target.name}' is sharded over processes; what is written to it would be lost at the next "
+                    "gathering. Save the adapter, load it on a whole model, and merge there."
+                )
+            shared = regions.others(tensor, f"{target.home}.{name}".lstrip("."))
+            if shared:
+                raise AttachError(f"the weight of '{target.name}' is shared with '{shared}', which merging would change too.")
+
+
+def _check_writable(target: Target) -> None:
+    """Raise where the weight is not here to be written, before any other weight is."""
+    if isinstance(target.kind, Opaque):
+        raise AttachError(
+            f"the weight of '{target.name}' ({type(target.layer).__name__}) is quantised or packed and cannot hold W + dW; "
+            "merge into the unquantised base and quantise that, or keep the adapter apart."
+        )
+    own = target.kind.owners(target.layer) or {}
+    if any(tensor.device.type == "meta" for tensor in own.values()):
+        raise AttachError(
+            f"the weight of '{target.name}' is on the meta device (offloaded, or not loaded yet); load it before merging."
+        )
+    if own and not any(map(is_sharded, own.values())) and tuple(target.kind.read(target.layer).shape) != target.shape:
+        raise AttachError(
+            f"the weight of '{target.name}' has the shape {tuple(target.kind.read(target.layer).shape)} now, where "
+            f"{target.shape} was adapted: it is sharded or flattened. Merge within FSDP's summon_full_params, or on a whole "
+            "model."
+        )
+
+
+def _is_borrowed(model: nn.Module, tensor: Tensor) -> bool:
+    """Whether FSDP2 lent a whole parameter for a while (within unshard()): it would take the shards' values again."""
+    return tensor.numel() > 0 and any(
+        any(t.__name__ == "FSDPModule" for t in type(module).__mro__) for module in model.modules()
+    )
+
+
+class _Regions:
+    """Which bytes of memory the parameters of a model take."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._taken: list[tuple[Any, int, int, str]] = []
+        for home, module in modules.items():
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                for key, start, end in _region(parameter):
+                    self._taken.append((key, start, end, f"{home}.{name}".lstrip(".")))
+        self._taken.sort(key=lambda one: (str(one[0]), one[1]))
+        self._longest = max((end - start for _, start, end, _ in self._taken), default=0)
+
+    def others(self, tensor: Tensor, own: str) -> str | None:
+        """The name of another parameter that shares bytes with this one."""
+        for key, start, end in _region(tensor):
+            first = bisect_left(self._taken, (str(key), start - self._longest), key=lambda one: (str(one[0]), one[1]))
+            for other, begin, stop, name in self._taken[first:]:
+                if str(other) != str(key) or begin >= end:
+                    break
+                if stop > start and name != own:
+                    return name
+        return None
+
+
+def _region(tensor: Tensor) -> Iterator[tuple[Any, int, int]]:
+    """(device, first byte, last byte + 1); the meta device has no memory, so there a tensor is itself alone."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type == "meta" or tensor.numel() == 0:
+        yield (id(tensor), 0, 1)
+        return
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    yield (tensor.device, tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size())
+
+
+# --- who froze a parameter ------------------------------------------------------------------------------------------
+
+FROZEN = "_superlora_frozen"
+
+
+class Holder:
+    """Stands for a handle in the records of the parameters that it froze."""
+
+
+def freeze(parameter: nn.Parameter, holder: Holder) -> None:
+    """Keep a parameter from training until every handle that froze it has thawed it."""
+    record: dict[str, Any] | None = parameter.__dict__.get(FROZEN)
+    if record is None:
+        record = {"wanted": parameter.requires_grad, "holders": []}
+        setattr(parameter, FROZEN, record)
+    record["holders"].append(holder)
+    parameter.requires_grad_(False)
+
+
+def thaw(parameter: nn.Parameter, holder: Holder, wanted: bool) -> None:
+    """Let go of a parameter; the last to do so gives it back the requires_grad it had.
+
+    Args:
+        parameter: what was frozen.
+        holder: who froze it.
+        wanted: what it was then, for a copy of the parameter, which has no record.
+    """
+    record: dict[str, Any] | None = parameter.__dict__.get(FROZEN)
+    if record is None:
+        parameter.requires_grad_(wanted)
+        return
+    record["holders"] = [other for other in record["holders"] if other is not holder]
+    if not record["holders"]:
+        parameter.requires_grad_(record["wanted"])
+        delattr(parameter, FROZEN)
+
+
+def was_trainable(parameter: nn.Parameter) -> bool:
+    """Whether a parameter trained before any handle froze it."""
+    record: dict[str, Any] | None = parameter.__dict__.get(FROZEN)
+    return parameter.requires_grad if record is None else bool(record["wanted"])
