@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from models import noise
 from superlora_tn_backends import products
 from torch import Tensor, nn
@@ -99,6 +100,46 @@ def test_who_counts_flops_sees_every_product(calls: list[tuple[int, ...]]) -> No
         products.matmul(noise(512, 512), noise(512, 64))
     assert counter.get_total_flops() == 2 * 512 * 512 * 64
     assert not calls
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_tangents_go_through_torchs_products(calls: list[tuple[int, ...]]) -> None:
+    """A gradient may have one, and oneDNN's operation would drop it."""
+    a, b, way = noise(512, 512), noise(512, 64), noise(512, 512, seed=1)
+    with forward_ad.dual_level():
+        _, tangent = forward_ad.unpack_dual(products.matmul(forward_ad.make_dual(a, way), b))
+    assert not calls
+    assert torch.equal(tangent, way @ b)
+    assert torch.equal(torch.func.jvp(lambda a: products.matmul(a, b), (a,), (way,))[1], way @ b)
+    assert not calls
+
+
+def test_whether_onednn_is_there_hangs_on_no_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked once a process, wherever the first large product happens to be."""
+
+    def first() -> object:
+        products._onednn.cache_clear()
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "cpu_name": "another"})
+        products.matmul(noise(512, 512), noise(512, 64))
+        return products._onednn()
+
+    plain = first()
+    if plain is None:
+        pytest.skip("this torch has no oneDNN")
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert first() is plain
+        torch.set_default_dtype(torch.bfloat16)
+        assert first() is plain
+        torch.set_default_dtype(torch.float32)
+        with torch.inference_mode():
+            assert first() is plain
+        with FlopCounterMode(display=False) as counter:
+            products.matmul(noise(512, 512), noise(512, 64))
+        assert counter.get_total_flops() == 2 * 512 * 512 * 64
+    finally:
+        torch.set_default_dtype(torch.float32)
+        products._onednn.cache_clear()
 
 
 def test_a_layers_output_and_gradients_are_the_oracles(calls: list[tuple[int, ...]]) -> None:
