@@ -21,7 +21,7 @@ from superlora_tn.declare.fold import FlatGroup
 from superlora_tn.declare.parts import SpecError
 from superlora_tn.update.base import Adapter, Member, Run
 from superlora_tn.update.eager import is_eager
-from superlora_tn.update.fixed_maps import fixed_map
+from superlora_tn.update.fixed_maps import fixed_map, widened
 from superlora_tn.update.passes import lasting
 
 
@@ -63,7 +63,13 @@ class FlatAdapter(Adapter):
         super().__init__(*arguments)
         if self.settings.route == "apply":
             raise SpecError("a flat fold has no apply route: its modes are not the weight's in and out. Leave route=None.")
-        self.map = fixed_map(self.spec.projection, self.group.inner, self.group.length)
+        self.map = fixed_map(self.spec.projection, self.group.inner, self.group.length, "meta")  # `fill` knows the device
+
+    def fill(self, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None) -> None:
+        """See `Adapter.fill`."""
+        super().fill(dtype, device, generator)
+        if self.map is not None:
+            self.map.reset(device)
 
     def prepare(self) -> None:
         """See `Adapter.prepare`."""
@@ -117,10 +123,11 @@ class FlatAdapter(Adapter):
         """The elements of a slab, scale included, as a vector."""
         (first, last), inner = slab.groups, self.group.inner
         cut = [tensor[select] for tensor, select in zip(nodes, slab.select, strict=True)]
-        # A map may be nonlinear, so the scale waits until after it.
-        rows = slab.run(*cut, alpha=1.0 if self.map is not None else self.scale).reshape(last - first, -1)
-        if self.map is not None:
-            rows = self.map(rows[:, :inner]) * self.scale
+        if self.map is None:
+            rows = slab.run(*cut, alpha=self.scale).reshape(last - first, -1)
+        else:  # dW is rounded to the nodes' dtype once, at the end; a map may be nonlinear, so the scale acts behind it
+            wide = slab.run(*(tensor.to(widened(tensor.dtype)) for tensor in cut), alpha=1.0).reshape(last - first, -1)
+            rows = self.map(wide[:, :inner], self.scale, nodes[0].dtype)
         if last - first == 1:
             return rows[0, slab.skip : slab.skip + slab.count]
         lengths = [self.group.start(g + 1) - self.group.start(g) for g in range(first, last)]
@@ -147,7 +154,7 @@ class FlatAdapter(Adapter):
         """dW of a member: this pass builds that of all members at once, outside of any it builds its own."""
         nodes, made = self.tensors(), None
         if self.shares or ((found := self.passes.current()) is not None and found.whole):
-            made = self.passes.kept(id(self), nodes, lambda: self._pieces(nodes))
+            made = self.passes.kept((id(self), self.scale), nodes, lambda: self._pieces(nodes))
         return lasting(lambda own: self._slice(member, own), nodes) if made is None else cast(Tensor, made[member.name])
 
     def _pieces(self, nodes: Sequence[Tensor]) -> dict[str, Tensor]:
