@@ -14,6 +14,7 @@ from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, Network, 
 from superlora_tn.files.own import CheckpointError
 from superlora_tn.model.attach import attach, load, tuned
 from superlora_tn.model.kinds import LayerError
+from superlora_tn.model.several import rows, use
 from superlora_tn.model.targets import AttachError, match
 from superlora_tn.model.tuned import Tuned
 from superlora_tn.network.budget import Budget, Choice, fit, within
@@ -70,8 +71,10 @@ __all__ = [
     "lower",
     "make_plan",
     "match",
+    "rows",
     "superlora",
     "tuned",
+    "use",
     "vera",
     "verify",
     "verify_reductions",

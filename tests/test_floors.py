@@ -38,9 +38,17 @@ HOUSE = {
         ["targets"],
         ["weights", "site"],
         ["tuned"],
+        ["beside", "several"],
         ["attach"],
     ],
-    "tools": [["draw", "measure", "singular"], ["geometry"]],
+    "tools": [
+        ["draw", "measure", "singular", "environment"],
+        ["geometry", "closed_forms", "problem"],
+        ["als", "frames"],
+        ["newton", "starts"],
+        ["fitting"],
+        ["decompose"],
+    ],
 }
 ROOMS = [(folder, room) for folder, storeys in HOUSE.items() for rooms in storeys for room in rooms]
 STOREYS = [(folder, k) for folder, storeys in HOUSE.items() for k in range(len(storeys))]

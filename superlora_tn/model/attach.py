@@ -19,7 +19,8 @@ from superlora_tn.contraction.backend import DEFAULT
 from superlora_tn.contraction.plan import Route
 from superlora_tn.contraction.search import Optimizer
 from superlora_tn.declare.parts import SpecError
-from superlora_tn.files.own import CheckpointError, Entry, Saved, read, tensor_name
+from superlora_tn.files.own import CheckpointError, Entry, Saved, read
+from superlora_tn.model.beside import also_trained
 from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.kinds import Held
 from superlora_tn.model.shown import Block, show
@@ -49,6 +50,7 @@ class _Request:
         at: where targets are adapted; None lets each layer decide.
         seed: of the first values.
         settings: how the adapters compute.
+        also: full names of the parameters that train beside them.
     """
 
     entries: tuple[tuple[AdapterSpec, tuple[str, ...]], ...]
@@ -57,6 +59,7 @@ class _Request:
     at: At | None
     seed: int | None
     settings: Settings
+    also: tuple[str, ...] = ()
 
 
 def attach(
@@ -73,6 +76,7 @@ def attach(
     backend: str = DEFAULT,
     optimize: Optimizer = "dp",
     recompute: bool = False,
+    also: Sequence[str] = (),
     seed: int | None = None,
 ) -> Tuned:
     """Attach an adapter to a model: freezes it, and leaves only the adapter's parameters trainable.
@@ -82,7 +86,7 @@ def attach(
         spec: the declaration, or a budget, which buys one for the targets' shapes (see `variants.superlora`); or several,
             by patterns of the ends of names: ``{"q_proj|v_proj": sl.lora(8), "up_proj": sl.lokr(4)}``.
         targets, exclude, only_layers: which weights, see `match`; with several declarations the patterns say so.
-        name: under which name the handle is registered in the model.
+        name: under which name the handle is registered in the model; adapters of different names may be on one weight.
         dtype: of the adapter's parameters, whatever the model's.
         at: ``"weight"`` adapts weights where they are read: reading ``layer.weight`` gives W + dW, which is right for any
             module, and builds dW for each call. ``"output"`` adds to the layers' outputs. None takes the output of layers
@@ -91,6 +95,8 @@ def attach(
         backend: the backend's name.
         optimize: "dp" or any opt_einsum optimizer.
         recompute: on linear layers, a flat fold builds each weight's dW in forward and again in backward and keeps none.
+        also: parameters of the base that train beside the adapter: names of modules or their endings (``"classifier"``),
+            or patterns of parameters' names (``"*.bias"``). They are saved with the adapter and put back by `detach`.
         seed: of the adapter's first values; None draws from torch's generator, and where torch.distributed runs, the same
             values in all processes (which all have to attach, then).
 
@@ -103,7 +109,8 @@ def attach(
     """
     settings = Settings(backend, route, optimize, recompute)
     named = _named(model, spec, targets, exclude, only_layers)
-    return _attach(model, _Request(_bought(model, named, at), name, dtype, at, seed, settings))
+    beside = also_trained(model, also)
+    return _attach(model, _Request(_bought(model, named, at), name, dtype, at, seed, settings, beside))
 
 
 def _named(
@@ -159,7 +166,7 @@ def _attach(model: nn.Module, request: _Request) -> Tuned:
             adapters.append(make_adapter(spec, group, graph, request.dtype, device, generator, request.settings, passes))
     entries = [Entry(spec, {target.name: target.shape for target in targets}) for spec, targets in bound]
     handle = Tuned(entries, adapters, [target for _, targets in bound for target in targets], passes)
-    handle.seed, handle._base = seed, Snapshot(model, (Tuned, Adapter))
+    handle.seed, handle._base = seed, Snapshot(model, (Tuned, Adapter), request.also)
     _put_on(model, handle, request.name)
     return handle
 
@@ -174,8 +181,11 @@ def _check_name(model: nn.Module, name: str) -> None:
 def _check_targets(spec: AdapterSpec, targets: Sequence[Target], known: Mapping[str, Place], name: str) -> None:
     for target in targets:
         there = found(target)
-        if there is not None and there.members:
-            raise AttachError(f"'{target.name}' is adapted already; detach() that adapter first, or choose other targets.")
+        if there is not None and any(other == name for other, _ in there.members):
+            raise AttachError(
+                f"'{target.name}' is adapted already under the name '{name}'; detach() that adapter first, attach under "
+                "another name=, or choose other targets."
+            )
         if isinstance(target.kind, Held) and spec.dropout:
             raise AttachError(
                 f"dropout={spec.dropout} drops the adapter's input, which is not seen where the weight of '{target.name}' is "
@@ -225,6 +235,8 @@ def _put_on(model: nn.Module, handle: Tuned, name: str) -> None:
             if id(parameter) not in mine | others:
                 handle._frozen.append((parameter, was_trainable(parameter)))
                 freeze(parameter, handle._holder)
+        for parameter_name in handle._base.also:
+            model.get_parameter(parameter_name).requires_grad_(True)
         _hook(model, handle)
         forget_compiled(model)
     except BaseException:
@@ -293,21 +305,11 @@ def load(
     _check_base(model, folder, saved, at)
     entries = tuple((entry.spec, tuple(entry.targets)) for entry in saved.entries)
     # Any seed: the values are overwritten, and drawing them must not move the user's generator.
-    request = _Request(entries, name, dtype or torch.float32, at, 0, Settings(backend, route))
+    beside = tuple(n for n, _ in model.named_parameters() if n in saved.buffers)
+    request = _Request(entries, name, dtype or torch.float32, at, 0, Settings(backend, route), beside)
     handle = _attach(model, request)
     try:
-        missing = saved.buffers.keys() - handle._base.shapes.keys()
-        wrong = [n for n, b in saved.buffers.items() if n in missing or tuple(b.shape) != handle._base.shapes[n]]
-        if wrong:
-            raise CheckpointError(f"{folder}: this base has no buffer '{wrong[0]}' of the shape that the adapter has.")
-        with torch.no_grad():
-            for k, adapter in enumerate(handle._adapters()):
-                for node, own in zip(adapter.graph.nodes, adapter.tensors(), strict=True):
-                    value = saved.tensors[tensor_name(k, node)]
-                    if dtype is None and own.dtype != value.dtype:
-                        own.data = own.data.to(value.dtype)
-                    own.copy_(value)
-        handle._base.put(saved.buffers)
+        handle._take(saved, keep_dtype=dtype is not None)
     except BaseException:
         handle.detach()
         raise

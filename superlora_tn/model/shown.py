@@ -121,7 +121,8 @@ def _read(module: nn.Module, name: str) -> Any:
         return _updated(stored, blocks)
     # A module reads its weights several times in a row.
     nodes = [t for b in blocks for t in b.member.adapter.tensors()]
-    key = (state([stored, *nodes]), stored.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    scales = [b.member.adapter.scale for b in blocks]
+    key = (state([stored, *nodes]), scales, stored.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     if found.shown[0] is not module:
         found.shown = (module, {})
     held = found.shown[1].get(name)

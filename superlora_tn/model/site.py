@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,8 +50,25 @@ class UpdateHook:
                 f"'{self.target.name}' returned a {type(output).__name__}, and an update is added to one tensor; adapt it "
                 "where its weight is read (at='weight'), or leave it out."
             )
+        rows = self.member.adapter.passes.rows if eager else None
+        if rows is not None:
+            return self._on_rows(layer, x, output, *rows)
         base = adopt(layer, self, x, output) if eager else None
         return self.target.kind.join(layer, self.member, x, output, base)
+
+    def _on_rows(self, layer: nn.Module, x: Tensor, output: Tensor, rows: tuple[int, ...], count: int) -> Tensor:
+        """The output with the update added to some rows of the batch."""
+        each, left = divmod(x.shape[0], count)
+        if left or output.shape[0] != x.shape[0]:
+            raise LayerError(
+                f"'{self.target.name}' was called with a first axis of {x.shape[0]}, and {count} rows of a batch were named; "
+                "its first axis has to be a multiple of them."
+            )
+        if not rows:
+            return output
+        index = torch.tensor([row * each + k for row in rows for k in range(each)], device=x.device)
+        updated = self.target.kind.join(layer, self.member, x.index_select(0, index), output.index_select(0, index), None)
+        return output.index_copy(0, index, updated)
 
     def _input(self, kwargs: dict[str, Any]) -> Tensor:
         """The layer's input among keywords: the one called input, or the only tensor."""
@@ -79,6 +97,7 @@ class BeginHook:
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         if is_eager():
             self.passes.open(_call())
+            self.passes.ddp = _inside_ddp()
 
 
 class EndHook:
@@ -127,7 +146,7 @@ def watchers(model: nn.Module, sites: Sequence[UpdateHook]) -> list[Any]:
     return [parent.register_forward_hook(WatchHook(own)) for parent, own in around.items()]
 
 
-def inside_ddp() -> bool:
+def _inside_ddp() -> bool:
     """Whether a DistributedDataParallel module is calling, one whose parameters may get their gradients at any time."""
     active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     return active is not None and not active.static_graph

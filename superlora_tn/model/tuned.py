@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from superlora_tn.contraction.plan import RouteChoice, choose
 from superlora_tn.contraction.profile import CPU, DEVICES
 from superlora_tn.declare.fold import Shape
-from superlora_tn.files.own import Entry, tensor_name, write
+from superlora_tn.declare.parts import check_number
+from superlora_tn.files.own import CheckpointError, Entry, Saved, read, tensor_name, write
 from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.describe import summary
 from superlora_tn.model.kinds import Held
@@ -55,6 +56,8 @@ class Tuned(nn.Module):
         self._frozen: list[tuple[nn.Parameter, bool]] = []
         self._base = Snapshot()
         self._disabled = 0
+        self._enabled = True
+        self._strength = 1.0
 
     def forward(self, x: Any) -> Any:
         """The identity: an nn.Sequential that carries adapters calls all its sub-modules in turn, this one too."""
@@ -77,6 +80,11 @@ class Tuned(nn.Module):
         return {name: target.shape for name, target in self._targets.items()}
 
     @property
+    def held(self) -> list[str]:
+        """Names of the weights that are adapted where they are read."""
+        return [name for name, target in self._targets.items() if isinstance(target.kind, Held)]
+
+    @property
     def num_parameters(self) -> int:
         """Trainable parameters of all adapters."""
         return sum(a.graph.num_parameters for a in self._adapters())
@@ -90,6 +98,32 @@ class Tuned(nn.Module):
         if target not in self._members:
             raise AttachError(f"'{target}' is not adapted; {near(target, self._members)}.")
         return self._members[target]
+
+    @property
+    def name(self) -> str | None:
+        """Under which name the model carries it; None where it is detached."""
+        return None if self._model is None else self._model[1]
+
+    @property
+    def strength(self) -> float:
+        """A factor of dW beside the declaration's scale; see also `use`. It is not saved.
+
+        Raises:
+            AttachError: set while merged.
+        """
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        check_number("strength", "strength", value)
+        self._set(self._enabled, float(value))
+
+    def _set(self, enabled: bool, strength: float) -> None:
+        """Switch the adapter on or off for good, and give it a strength."""
+        if self.merged and (enabled, strength) != (self._enabled, self._strength):
+            raise AttachError(f"the adapter '{self.name}' is merged, so its strength is in the weights; unmerge() first.")
+        self._enabled, self._strength = enabled, strength
+        self._switch()
 
     def delta(self, target: str) -> Tensor:
         """dW of one target as it stands, scale included, shape (out, in).
@@ -196,7 +230,7 @@ class Tuned(nn.Module):
             for name, weight in self._weights().items():
                 if weight.base is not None and (self._members[name] in weight.merged or not weight.merged):
                     others = [m for m in weight.merged if m is not self._members[name]]
-                    weight.restore({m: m.current() for m in others})
+                    weight.restore({m: _built(m) for m in others})
 
     def unmerge(self, force: bool = False) -> None:
         """Put the weights' own bytes back and switch the adapters on.
@@ -274,7 +308,8 @@ class Tuned(nn.Module):
 
     def _switch(self) -> None:
         for adapter in self._adapters():
-            adapter.active = not (self.merged or self._disabled)
+            adapter.active = self._enabled and not (self.merged or self._disabled)
+            adapter.scale = adapter.spec.scale * self._strength
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -305,7 +340,8 @@ class Tuned(nn.Module):
     def save(self, folder: str | PathLike[str]) -> None:
         """Write the adapter's two files; whatever interrupts it, a loadable adapter remains.
 
-        Buffers of the base that training changed beside the adapter (running means of BatchNorm) are written with it.
+        What trains beside it (`attach(also=)`) is written with it, and so are buffers of the base that training changed
+        (running means of BatchNorm). The strength is not: it belongs to the use of an adapter, not to the adapter.
         Sharded nodes (FSDP2) are gathered, so all processes have to call it.
 
         Args:
@@ -319,17 +355,66 @@ class Tuned(nn.Module):
             for k, adapter in enumerate(self._adapters())
             for node, tensor in zip(adapter.graph.nodes, adapter.tensors(), strict=True)
         }
-        write(folder, self.entries, tensors, self._base.changed())
+        write(folder, self.entries, tensors, self._base.to_save())
+
+    def replace(self, folder: str | PathLike[str]) -> None:
+        """Take the values of a saved adapter of the same declaration and targets, in place: nothing is compiled again.
+
+        Args:
+            folder: what `save` wrote.
+
+        Raises:
+            CheckpointError: damaged, or of another declaration.
+            AttachError: merged.
+        """
+        if self.merged:
+            raise AttachError("the adapter is merged, so other values would not be what is in the weights; unmerge() first.")
+        saved = read(folder)
+        if saved.entries != self.entries:
+            raise CheckpointError(
+                f"{folder} has another declaration or other targets than the adapter in place; detach() and load() it."
+            )
+        self._take(saved, keep_dtype=True)
+
+    def _take(self, saved: Saved, keep_dtype: bool) -> None:
+        """Write saved values into the nodes and what is kept of the base; nothing is written where one does not fit."""
+        shapes = self._base.shapes
+        wrong = next((n for n, b in saved.buffers.items() if shapes.get(n) != tuple(b.shape)), None)
+        if wrong is not None:
+            raise CheckpointError(f"this base has no '{wrong}' of shape {tuple(saved.buffers[wrong].shape)}, as was saved.")
+        with torch.no_grad():
+            for k, adapter in enumerate(self._adapters()):
+                for node, own in zip(adapter.graph.nodes, adapter.tensors(), strict=True):
+                    value = saved.tensors[tensor_name(k, node)]
+                    if not keep_dtype and own.dtype != value.dtype:
+                        own.data = own.data.to(value.dtype)
+                    own.copy_(value)
+        self._base.put(saved.buffers)
+
+    def _share(self) -> str:
+        """How much of the model trains, and what beside the adapter."""
+        if self._model is None:
+            return ""
+        beside = sum(p.numel() for n, p in self._model[0].named_parameters() if n in self._base.also)
+        whole = sum(p.numel() for p in self._model[0].parameters())
+        share = f", {(self.num_parameters + beside) / max(whole, 1):.2%} of the model"
+        return share + (f", {beside:,} of them the base's own ({', '.join(self._base.also[:3])})" if beside else "")
 
     def __str__(self) -> str:
         scales = ", ".join(f"{scale:g}" for scale in dict.fromkeys(entry.spec.scale for entry in self.entries))
-        head = f"{len(self._targets)} weights, {self.num_parameters:,} trainable parameters, scale {scales}"
+        head = f"{len(self._targets)} weights, {self.num_parameters:,} trainable parameters{self._share()}, scale {scales}"
         state = "merged" if self.merged else "detached" if self._model is None else "attached"
-        held = [name for name, target in self._targets.items() if isinstance(target.kind, Held)]
+        held = self.held
         at = [f"{len(held)} adapted where the weight is read ({held[0]}{', ...' if len(held) > 1 else ''})"] if held else []
         return "\n".join([f"{head}, {state}", *summary(list(self._adapters())), *at])
 
     __repr__ = __str__
+
+
+def _built(member: Member) -> Tensor:
+    """dW of another handle's member, as its own merge builds it, bit for bit."""
+    with member.adapter.passes.opened():
+        return member.current()
 
 
 def forget_compiled(model: nn.Module) -> None:

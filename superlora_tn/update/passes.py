@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
@@ -26,6 +27,7 @@ from superlora_tn.update.eager import is_eager
 Made = Any  # what a pass keeps: a tensor, or tensors by key
 State = tuple[tuple[int, int, int], ...]
 PLAIN = (Tensor, nn.Parameter)
+Rows = tuple[tuple[int, ...], int]  # which rows of a batch are meant, of how many
 
 
 def state(nodes: Sequence[Tensor]) -> State:
@@ -84,6 +86,7 @@ class _Stack(threading.local):
     def __init__(self) -> None:
         self.passes: list[Pass] = []
         self.again: dict[int, Pass] = {}
+        self.rows: Rows | None = None
 
 
 class Passes:
@@ -91,7 +94,17 @@ class Passes:
 
     def __init__(self) -> None:
         self._stack = _Stack()
+        self.ddp = False  # whether the last call came from a DDP module without a static graph
         self._fixed: dict[Hashable, tuple[State, Made]] | None = None
+
+    @property
+    def rows(self) -> Rows | None:
+        """Which rows of a batch meet the adapter in this thread; None for all."""
+        return self._stack.rows
+
+    @rows.setter
+    def rows(self, rows: Rows | None) -> None:
+        self._stack.rows = rows
 
     def open(self, frame: FrameType) -> None:
         """A call of the model begins, made by this frame."""
@@ -116,7 +129,10 @@ class Passes:
                 return passes[-1]
             passes.pop()
         task = torch._C._current_graph_task_id()
-        if task < 0 or saved_tensor_hooks() is None:
+        if task < 0:
+            return None
+        if saved_tensor_hooks() is None:
+            self._check_ddp()
             return None
         again = self._stack.again
         if task not in again:
@@ -125,6 +141,17 @@ class Passes:
             # At the end of the backward pass, in whatever thread that is.
             torch.autograd.Variable._execution_engine.queue_callback(again.clear)
         return again[task]
+
+    def _check_ddp(self) -> None:
+        """Layers are computed again in backward, by re-entrant checkpointing: gradients of shared nodes come one by one."""
+        if self.ddp and torch.is_grad_enabled():
+            self.ddp = False
+            warnings.warn(
+                "layers that share factors run under DistributedDataParallel with re-entrant checkpointing: DDP takes the "
+                "first of their gradients for the whole, as with any shared parameter. Checkpoint with use_reentrant=False, "
+                "or wrap with static_graph=True.",
+                stacklevel=4,
+            )
 
     def kept(self, who: Hashable, nodes: Sequence[Tensor], make: Callable[[], Made]) -> Made | None:
         """What `make` gives, made once in this pass and grad mode for these nodes; None outside of any pass."""

@@ -1,0 +1,238 @@
+"""Several adapters on one weight, and what trains beside one: sums and rows against dense weights written out in float64."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from models import TARGETS, Tiny, assert_untouched, noise, perturb, same_state, seeded, snapshot
+from torch import Tensor, nn
+
+import superlora_tn as sl
+
+SPECS = {"style": sl.lora(2, alpha=3), "subject": sl.lokr(1), "both": sl.lotr(2)}
+
+
+def model_with(*names: str) -> tuple[nn.Module, dict[str, sl.Tuned]]:
+    model = seeded(0, Tiny).double()
+    made = {n: sl.attach(model, SPECS[n], TARGETS, name=n, dtype=torch.float64, seed=k) for k, n in enumerate(names)}
+    for handle in made.values():
+        perturb(handle)
+    return model, made
+
+
+def dense(handles: dict[str, sl.Tuned], strengths: dict[str, float]) -> nn.Module:
+    """The base with the weighted sum of all dW in its weights."""
+    plain = seeded(0, Tiny).double()
+    for name, strength in strengths.items():
+        for target in handles[name].targets:
+            plain.get_submodule(target).weight.data += strength * handles[name].delta(target).detach()
+    return plain
+
+
+X = noise(3, 4, 12, dtype=torch.float64)
+
+
+def test_outputs_and_gradients_of_two_adapters_are_those_of_the_sum() -> None:
+    model, handles = model_with("style", "subject", "both")
+    x, z = X.clone().requires_grad_(), X.clone().requires_grad_()
+    y = model(x)
+    plain = dense(handles, dict.fromkeys(handles, 1.0))
+    torch.testing.assert_close(y, plain(z))
+    y.pow(2).sum().backward()
+    plain(z).pow(2).sum().backward()
+    torch.testing.assert_close(x.grad, z.grad)
+    weight_grads = {n: plain.get_submodule(n).weight.grad for n in handles["style"].targets}
+    for handle in handles.values():
+        wanted = list(handle.parameters())
+        # dL/dnode through dW: the chain rule from the dense model's gradients of its weights.
+        loss = sum((handle.delta(n) * g).sum() for n, g in weight_grads.items())
+        for parameter, found in zip(wanted, torch.autograd.grad(loss, wanted), strict=True):
+            torch.testing.assert_close(parameter.grad, found)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [{"style": 0.7, "subject": -1.5}, ["subject", "both"], "both", None, [], {"style": 0.0}],
+    ids=["weights", "list", "one", "none", "empty", "zero"],
+)
+def test_use_gives_the_weighted_sum_and_as_a_context_goes_back(names: object) -> None:
+    model, handles = model_with("style", "subject", "both")
+    before = model(X)
+    weights = names if isinstance(names, dict) else dict.fromkeys([names] if isinstance(names, str) else names or [], 1.0)
+    with sl.use(model, names):  # type: ignore[arg-type]
+        torch.testing.assert_close(model(X), dense_unit(model, handles, weights)(X))
+    assert torch.equal(model(X), before)
+    sl.use(model, names)  # type: ignore[arg-type]
+    torch.testing.assert_close(model(X), dense_unit(model, handles, weights)(X))
+
+
+def dense_unit(model: nn.Module, handles: dict[str, sl.Tuned], weights: dict[str, float]) -> nn.Module:
+    """As `dense`, from dW at strength 1, whatever is in use."""
+    with sl.use(model, list(handles)):
+        return dense(handles, weights)
+
+
+def test_a_strength_scales_dw_forward_and_merged() -> None:
+    model, handles = model_with("style")
+    handles["style"].strength = 0.25
+    expected = dense(handles, {"style": 1.0})  # delta() holds the strength
+    torch.testing.assert_close(model(X), expected(X))
+    handles["style"].merge()
+    torch.testing.assert_close(model(X), expected(X))
+    with pytest.raises(sl.AttachError, match=r"'style' is merged, so its strength is in the weights"):
+        handles["style"].strength = 1.0
+    with pytest.raises(sl.SpecError, match="strength is a finite number"):
+        handles["style"].strength = float("nan")
+
+
+def test_each_row_of_a_batch_meets_its_own_adapter() -> None:
+    model, handles = model_with("style", "subject")
+    with sl.rows(model, ["subject", None, "style"]):
+        y = model(X)
+    for k, name in enumerate(["subject", None, "style"]):
+        plain = dense(handles, {name: 1.0} if name else {})
+        torch.testing.assert_close(y[k], plain(X)[k])
+    twice = X.repeat_interleave(2, 0)
+    with sl.rows(model, ["subject", None, "style"]):
+        torch.testing.assert_close(model(twice), y.repeat_interleave(2, 0))
+        with pytest.raises(sl.LayerError, match=r"first axis of 4, and 3 rows of a batch were named"):
+            model(noise(4, 4, 12, dtype=torch.float64))
+    torch.testing.assert_close(model(X), dense(handles, {"style": 1.0, "subject": 1.0})(X))
+
+
+def test_gradients_of_rows_reach_their_own_adapter_alone() -> None:
+    model, handles = model_with("style", "subject")
+    with sl.rows(model, ["subject", None, None]):
+        model(X).pow(2).sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in handles["style"].parameters())
+    alone = {"subject": handles["subject"]}
+    grads = [p.grad.clone() for p in handles["subject"].parameters()]
+    handles["subject"].zero_grad()
+    with sl.use(model, "subject"):
+        model(X)[:1].pow(2).sum().backward()
+    for ours, parameter in zip(grads, alone["subject"].parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad)
+
+
+def test_wrong_names_say_what_is_there() -> None:
+    model, handles = model_with("style")
+    for call in (lambda: sl.use(model, "stile"), lambda: sl.rows(model, ["stile"]).__enter__()):
+        with pytest.raises(sl.AttachError, match=r"no adapter named 'stile'; near names are 'style'"):
+            call()
+    handles["style"].merge()
+    with pytest.raises(sl.AttachError, match="'style' is merged"):
+        sl.use(model, None)
+    with pytest.raises(sl.AttachError, match="'style' is merged"), sl.rows(model, ["style"]):
+        pass
+    with pytest.raises(sl.AttachError, match=r"is adapted already under the name 'style'"):
+        sl.attach(nn.ModuleDict({"part": model.layers[0]}), sl.lora(1), ["up"], name="style")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["style", "subject", "both"])), ids="-".join)
+def test_merging_and_leaving_in_any_order_gives_back_every_bit(order: tuple[str, ...]) -> None:
+    model, handles = model_with("style", "subject", "both")
+    own = seeded(0, Tiny).double().state_dict()
+    for name in ("both", "style", "subject"):
+        handles[name].merge()
+    torch.testing.assert_close(model(X), dense(handles, dict.fromkeys(handles, 1.0))(X))
+    left = dict.fromkeys(handles, 1.0)
+    for name in order:
+        handles[name].unmerge()
+        with sl.use(nn.ModuleDict({name: handles[name]}), None):
+            del left[name]
+            torch.testing.assert_close(model(X), dense(handles, left)(X) if left else seeded(0, Tiny).double()(X))
+        handles[name].detach()
+    assert same_state(own, model.state_dict())
+
+
+def test_replace_takes_the_values_of_a_saved_adapter_in_place(tmp_path: Path) -> None:
+    model, handles = model_with("style")
+    handles["style"].save(tmp_path)
+    kept = list(handles["style"].parameters())
+    want = model(X)
+    perturb(handles["style"], seed=9)
+    assert not torch.allclose(model(X), want)
+    handles["style"].replace(tmp_path)
+    assert torch.equal(model(X), want)
+    assert all(a is b for a, b in zip(kept, handles["style"].parameters(), strict=True))
+    _, more = model_with("subject")
+    with pytest.raises(sl.CheckpointError, match="another declaration or other targets"):
+        more["subject"].replace(tmp_path)
+
+
+def test_several_declarations_in_one_handle_are_saved_and_loaded_as_one(tmp_path: Path) -> None:
+    model = seeded(0, Tiny).double()
+    tuned = sl.attach(model, {"q_proj|v_proj": sl.lora(2), "up": sl.lokr(1)}, dtype=torch.float64)
+    perturb(tuned)
+    assert [len(entry.targets) for entry in tuned.entries] == [4, 2]
+    tuned.save(tmp_path)
+    other = seeded(0, Tiny).double()
+    loaded = sl.load(other, tmp_path)
+    assert loaded.entries == tuned.entries
+    assert torch.equal(other(X), model(X))
+    with pytest.raises(sl.AttachError, match=r"2 declarations; look at .entries"):
+        _ = tuned.spec
+    with pytest.raises(sl.AttachError, match="matches no module"):
+        sl.attach(seeded(0, Tiny), {"up": sl.lora(1), "nothing": sl.lora(1)})
+    with pytest.raises(sl.AttachError, match=r"the pattern 'layers.0.up' leaves no layer to adapt"):
+        sl.attach(seeded(0, Tiny), {"up": sl.lora(1), "layers.0.up": sl.lora(1)})
+
+
+def test_what_trains_beside_is_saved_loaded_and_put_back(tmp_path: Path) -> None:
+    model = seeded(0, Tiny).double()
+    base = copy.deepcopy(model.state_dict())
+    tuned = sl.attach(model, sl.lora(2), TARGETS, dtype=torch.float64, also=["head", "*norm.bias"])
+    beside = ["layers.0.norm.bias", "layers.1.norm.bias", "head.weight", "head.bias"]
+    assert [n for n, p in model.named_parameters() if p.requires_grad and "superlora" not in n] == beside
+    assert "of them the base's own" in str(tuned)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(X).pow(2).sum().backward()
+        optimizer.step()
+    want = model(X)
+    tuned.save(tmp_path)
+    other = seeded(0, Tiny).double()
+    loaded = sl.load(other, tmp_path)
+    assert torch.equal(other(X), want)
+    assert [n for n, p in other.named_parameters() if p.requires_grad and "superlora" not in n] == beside
+    for adapted, handle in ((model, tuned), (other, loaded)):
+        handle.detach()
+        assert all(torch.equal(v, base[k]) for k, v in adapted.state_dict().items())
+        assert all(p.requires_grad for p in adapted.parameters())
+
+
+def test_a_head_of_another_shape_than_was_saved_raises_and_leaves_the_model(tmp_path: Path) -> None:
+    model = seeded(0, Tiny)
+    sl.attach(model, sl.lora(2), TARGETS, also=["head"]).save(tmp_path)
+    other = seeded(0, Tiny)
+    other.head = nn.Linear(12, 7)
+    before = snapshot(other)
+    with pytest.raises(sl.CheckpointError, match=r"no 'head.weight' of shape \(5, 12\)"):
+        sl.load(other, tmp_path)
+    assert_untouched(other, before)
+
+
+def test_an_entry_of_also_that_matches_nothing_raises() -> None:
+    with pytest.raises(sl.AttachError, match=r"also names 'classifier', which matches no parameter"):
+        sl.attach(Tiny(), sl.lora(2), TARGETS, also=["classifier"])
+    with pytest.raises(sl.AttachError, match=r"give a list, such as"):
+        sl.attach(Tiny(), sl.lora(2), TARGETS, also="head")
+
+
+def test_baking_keeps_what_trained_beside() -> None:
+    model = seeded(0, Tiny)
+    tuned = sl.attach(model, sl.lora(2), TARGETS, also=["head"])
+    perturb(tuned)
+    with torch.no_grad():
+        model.head.weight.add_(1.0)
+    want: Tensor = model(X.float())
+    plain = tuned.bake()
+    # Sums of 12 and 20 float32 terms in another order.
+    torch.testing.assert_close(plain(X.float()), want, rtol=1e-4, atol=1e-4)
+    assert not [m for m in plain.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert set(plain.state_dict()) == set(Tiny().state_dict())
