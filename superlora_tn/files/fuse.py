@@ -78,7 +78,7 @@ def as_lora(weight: Weight) -> Weight:
         return weight
     found = thin(weight)
     up, down = found.exact()
-    dtype = torch.promote_types(found.held.dtype, torch.float32)
+    dtype = torch.promote_types(found.filled.dtype, torch.float32)
     nodes = {"up": ("o r", up.to(dtype)), "down": ("r i", down.to(dtype))}
     fresh: frozenset[str] = frozenset()
     return replace(weight, kind="lora", modes="o i", nodes=nodes, ranks=(up.shape[1],), frozen=fresh, shared=fresh)

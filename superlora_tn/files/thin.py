@@ -21,37 +21,41 @@ from superlora_tn.contraction.cut import halves
 from superlora_tn.contraction.plan import plan_equation, sub_network
 from superlora_tn.contraction.profile import CPU
 from superlora_tn.declare.fold import FlatGroup, Mode, Shape
-from superlora_tn.declare.parts import Dense
+from superlora_tn.declare.parts import Dense, Part
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.record import Entry, tensor_name
 from superlora_tn.files.weight import Weight
 from superlora_tn.network.expand import lower
 from superlora_tn.network.graph import Graph, GraphNode
-from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.make import make_adapter
 
 Indices = tuple[str, ...]
+NO_KERNELS: Mapping[str, tuple[int, ...]] = {}
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class Filled:
     """The network of one weight with its values.
 
     Attributes:
         name: of the weight.
         shape: (out, in).
-        spec: the declaration.
+        part: what is declared, over the modes of the graph.
         graph: the network with sizes, of all members of its group.
         nodes: the values in graph order, the member's own. A flat fold's weight is held as one dense node.
         scale: of dW.
+        kernel: the sizes of a convolution's kernel, () for a matrix.
+        flipped: whether it is an embedding's, whose table is (in, out).
     """
 
     name: str
     shape: Shape
-    spec: AdapterSpec
+    part: Part
     graph: Graph
     nodes: tuple[Tensor, ...]
     scale: float
+    kernel: tuple[int, ...] = ()
+    flipped: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,12 +66,15 @@ class Held:
         return found
 
 
-def held(entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> Iterator[Held]:
+def filled(
+    entries: Sequence[Entry], tensors: Mapping[str, Tensor], kernels: Mapping[str, tuple[int, ...]] = NO_KERNELS
+) -> Iterator[Filled]:
     """Each weight of a saved adapter with its network's values.
 
     Args:
         entries: the declarations with their targets.
         tensors: by ``group<k>.<node>``, groups numbered through all entries.
+        kernels: target -> sizes of its kernel, of those that are convolutions.
     """
     k = 0
     for entry in entries:
@@ -75,14 +82,14 @@ def held(entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> Iterator[He
             values = [tensors[tensor_name(k, node)].detach() for node in graph.nodes]
             k += 1
             if isinstance(group, FlatGroup):
-                yield from _flat(entry, group, graph, values)
+                yield from (replace(one, kernel=kernels.get(one.name, ())) for one in _flat(entry, group, graph, values))
                 continue
             for name, positions in group.members.items():
                 own = tuple(v[s] for v, s in zip(values, graph.select(positions), strict=True))
-                yield Held(name, group.shape, entry.spec, graph, own, entry.spec.scale)
+                yield Filled(name, group.shape, entry.spec.network, graph, own, entry.spec.scale, kernels.get(name, ()))
 
 
-def _flat(entry: Entry, group: FlatGroup, graph: Graph, values: list[Tensor]) -> Iterator[Held]:
+def _flat(entry: Entry, group: FlatGroup, graph: Graph, values: list[Tensor]) -> Iterator[Filled]:
     """A flat fold's weights are slices of its vector, so dW is all there is of one of them."""
     adapter = make_adapter(entry.spec, group, graph, torch.float64)
     with torch.no_grad():
@@ -90,18 +97,19 @@ def _flat(entry: Entry, group: FlatGroup, graph: Graph, values: list[Tensor]) ->
             own.copy_(value)
         for name, (_, d_out, d_in) in group.members.items():
             delta = adapter.delta(name).detach().to(torch.promote_types(values[0].dtype, torch.float32))
-            yield Held(name, (d_out, d_in), entry.spec, lower(Dense(), _modes((d_out, d_in))), (delta,), 1.0)
+            yield Filled(name, (d_out, d_in), Dense(), lower(Dense(), _modes((d_out, d_in))), (delta,), 1.0)
 
 
 def _modes(shape: Shape) -> tuple[Mode, ...]:
     return Mode("out", shape[0], "out"), Mode("in", shape[1], "in")
 
 
-def of_weight(weight: Weight) -> Held:
+def of_weight(weight: Weight) -> Filled:
     """The same of a weight that was read without a model."""
-    spec = replace(weight, shared=frozenset()).spec
-    graph, values = lower(spec.network, _modes(weight.shape)), weight.tensors()
-    return Held(weight.name, weight.shape, spec, graph, tuple(values[n.name] for n in graph.nodes), weight.scale)
+    part = replace(weight, shared=frozenset()).spec.network
+    graph, values = lower(part, _modes(weight.shape)), weight.tensors()
+    nodes = tuple(values[n.name] for n in graph.nodes)
+    return Filled(weight.name, weight.shape, part, graph, nodes, weight.scale, weight.kernel, weight.flipped)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,17 +135,17 @@ class Thin:
     """dW, taken apart; `scale` is not in the factors.
 
     Attributes:
-        held: the network.
+        filled: the network.
         components: of it; their Kronecker product is dW / scale.
     """
 
-    held: Held
+    filled: Filled
     components: tuple[_Component, ...]
 
     @property
     def rank(self) -> int:
         """Of the exact factors: no larger than out or in."""
-        return min(math.prod(c.outer.shape[1] for c in self.components), *self.held.shape)
+        return min(math.prod(c.outer.shape[1] for c in self.components), *self.filled.shape)
 
     @cached_property
     def values(self) -> Tensor:
@@ -145,7 +153,7 @@ class Thin:
         product = torch.ones(1, dtype=torch.float64)
         for component in self.components:
             product = torch.outer(product, component.singular[1]).reshape(-1)
-        return abs(self.held.scale) * product.sort(descending=True).values
+        return abs(self.filled.scale) * product.sort(descending=True).values
 
     def norm(self) -> float:
         """The Frobenius norm of dW."""
@@ -186,24 +194,24 @@ class Thin:
 
 def _product(parts: Sequence[tuple[Tensor, Indices, Indices]], thin: Thin, role: str, bonds: list[str]) -> Tensor:
     """Matrices over parts of the open indices, as one over all of them in order, (all, bonds)."""
-    graph = thin.held.graph
+    graph = thin.filled.graph
     place: dict[str, int] = {}
     operands: list[Tensor | list[int]] = []
     for matrix, indices, own in parts:
         tensor = matrix.reshape(*(graph.size[i] for i in own), matrix.shape[1])
         operands += [tensor, [place.setdefault(i, len(place)) for i in indices]]
     result = [place[i] for i in (*graph.open(role), *bonds)]
-    size = thin.held.shape[0 if role == "out" else 1]
+    size = thin.filled.shape[0 if role == "out" else 1]
     return torch.einsum(*operands, result).reshape(size, -1)
 
 
-def thin(weight: Held | Weight) -> Thin:
+def thin(weight: Filled | Weight) -> Thin:
     """Take dW of a weight apart.
 
     Raises:
         CheckpointError: its values are not finite.
     """
-    own = weight if isinstance(weight, Held) else of_weight(weight)
+    own = weight if isinstance(weight, Filled) else of_weight(weight)
     if not all(bool(torch.isfinite(node).all()) for node in own.nodes) or not math.isfinite(own.scale):
         raise CheckpointError(f"'{own.name}' holds NaN or infinity; look at the training that made it.")
     nodes = [node.double() for node in own.nodes]

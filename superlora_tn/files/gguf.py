@@ -1,0 +1,144 @@
+"""GGUF, version 3: a LoRA as llama.cpp reads it. Reading is in `container` and `single`.
+
+llama.cpp takes ``*.weight.lora_a`` (r, in) and ``*.weight.lora_b`` (out, r) and one alpha for all, divided by each rank; a
+weight whose scale that is not gets the rest into lora_b. Names are the model's own, or those of an architecture, through
+the package ``gguf``; Llama's q and k rows are stored in another order there, by heads.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from superlora_tn.files.anatomy import method_of
+from superlora_tn.files.container import GGUF_DTYPES
+from superlora_tn.files.errors import CheckpointError
+from superlora_tn.files.formats import Content, Row, Written
+from superlora_tn.files.plain import Pair, Wish, pair_of
+from superlora_tn.files.thin import Filled
+
+ALIGNMENT = 32
+PERMUTED = ("llama",)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a GGUF file says of its model.
+
+    Attributes:
+        name: llama.cpp's, such as ``"llama"`` or ``"qwen2"``; "" keeps the model's own names.
+        heads: of q and of k, needed where their rows are reordered (llama).
+    """
+
+    name: str = ""
+    heads: tuple[int, int] | None = None
+
+
+def content(weights: Sequence[Filled], wish: Wish, architecture: Architecture) -> Content:
+    """All weights as LoRAs with one alpha.
+
+    Raises:
+        CheckpointError: a convolution, a name the architecture does not have, or heads that are not given.
+    """
+    if convolution := next((one for one in weights if one.kernel), None):
+        raise CheckpointError(f"'{convolution.name}' is a convolution; GGUF's adapters have matrices only.")
+    pairs = {one.name: pair_of(one, method_of(one), wish) for one in weights}
+    alpha = Counter(pair.alpha for pair in pairs.values()).most_common(1)[0][0] or 1.0
+    rename = _names(architecture, list(pairs))
+    tensors: Written = {}
+    rows = []
+    for name, pair in pairs.items():
+        even, off = _with_alpha(pair, alpha)
+        up = _reordered(even.up, name, architecture)
+        tensors |= {f"{rename(name)}.weight.lora_a": even.down, f"{rename(name)}.weight.lora_b": up}
+        rows.append(Row(name, "lora", (pair.rank,), pair.error + off))
+    metadata = {"architecture": architecture.name or "unknown", "alpha": repr(alpha)}
+    return Content(tensors, tuple(rows), {}, metadata)
+
+
+def _with_alpha(pair: Pair, alpha: float) -> tuple[Pair, float]:
+    """The pair with another alpha, the rest in its up; and what that rounds."""
+    ratio = pair.alpha / alpha
+    if ratio == 1.0:
+        return pair, 0.0
+    exact = pair.up.double() * ratio
+    up = exact.to(torch.promote_types(pair.up.dtype, torch.float32))
+    size = float(torch.linalg.vector_norm(exact))
+    off = float(torch.linalg.vector_norm(up.double() - exact)) / size if size else 0.0
+    return replace(pair, up=up), off
+
+
+def _names(architecture: Architecture, names: Sequence[str]) -> Callable[[str], str]:
+    if not architecture.name:
+        return lambda name: name
+    try:
+        import gguf
+    except ImportError as error:
+        raise CheckpointError(f"names of the architecture '{architecture.name}' need the package gguf ({error}).") from error
+    known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture.name not in known:
+        raise CheckpointError(f"'{architecture.name}' is no architecture of GGUF, such as llama, qwen2 or gemma2.")
+    blocks = 1 + max((int(n) for name in names for n in re.findall(r"\.(\d+)\.", f".{name}.")), default=0)
+    table = gguf.get_tensor_name_map(known[architecture.name], blocks)
+
+    def rename(name: str) -> str:
+        found = table.get_name(name) or table.get_name(f"model.{name}")
+        if found is None:
+            raise CheckpointError(f"'{name}' has no name in GGUF's architecture '{architecture.name}'.")
+        return str(found)
+
+    return rename
+
+
+def _reordered(up: Tensor, name: str, architecture: Architecture) -> Tensor:
+    """Llama's q and k rows: the two halves of each head, which rotate together, lie side by side in GGUF."""
+    if architecture.name not in PERMUTED or not name.endswith(("q_proj", "k_proj")):
+        return up
+    if architecture.heads is None:
+        raise CheckpointError(
+            f"'{name}' has its rows in another order in GGUF, by heads; give the numbers of heads of q and k."
+        )
+    heads = architecture.heads[name.endswith("k_proj")]
+    if up.shape[0] % (2 * heads):
+        raise CheckpointError(f"'{name}' has {up.shape[0]} rows, which are not {heads} heads of an even size.")
+    halves = up.reshape(heads, 2, up.shape[0] // heads // 2, up.shape[1])
+    return halves.transpose(1, 2).reshape(up.shape)
+
+
+def packed(made: Content) -> bytes:
+    """The bytes of the file."""
+    words = {
+        "general.architecture": made.metadata["architecture"],
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        **{k: v for k, v in made.metadata.items() if k not in ("architecture", "alpha")},
+    }
+    fields = [_string(name) + struct.pack("<I", 8) + _string(value) for name, value in words.items()]
+    fields.append(_string("adapter.lora.alpha") + struct.pack("<If", 6, float(made.metadata["alpha"])))
+    head, body = _tensors(made.tensors)
+    start = b"GGUF" + struct.pack("<IQQ", 3, len(made.tensors), len(fields)) + b"".join(fields) + head
+    return start + b"\0" * (-len(start) % ALIGNMENT) + body
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _tensors(tensors: Mapping[str, Tensor]) -> tuple[bytes, bytes]:
+    """What the header says of the tensors, and their bytes."""
+    kinds = {dtype: kind for kind, dtype in GGUF_DTYPES.items()}
+    head, body = bytearray(), bytearray()
+    for name, tensor in tensors.items():
+        kept = tensor if tensor.dtype in kinds and tensor.dtype != torch.float64 else tensor.float()
+        sizes = list(reversed(kept.shape))
+        head += _string(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kinds[kept.dtype], len(body))
+        body += kept.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        body += b"\0" * (-len(body) % ALIGNMENT)
+    return bytes(head), bytes(body)

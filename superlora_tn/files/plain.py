@@ -1,0 +1,130 @@
+"""A weight's adapter as a plain LoRA: as it is, exact at the network's own rank, or the nearest of a given rank or error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from superlora_tn.files.anatomy import Method
+from superlora_tn.files.errors import CheckpointError
+from superlora_tn.files.thin import Filled, Thin, distance, thin
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How a weight is to be written where its method is not the format's.
+
+    Attributes:
+        rank: the largest LoRA's, None for the network's own.
+        error: the largest relative error in the Frobenius norm, None for none.
+        dtype: of the file's numbers, None keeps those of the nodes; products are float32 at least.
+    """
+
+    rank: int | None = None
+    error: float | None = None
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise CheckpointError(f"the adapter is to be written with rank={self.rank!r}; give a whole number of at least 1.")
+        if self.error is not None and not (type(self.error) in (int, float) and 0 <= self.error < 1):
+            raise CheckpointError(f"the adapter is to be written with error={self.error!r}; a relative error is from 0 to 1.")
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise CheckpointError(f"the adapter is to be written in {self.dtype}; give a floating-point dtype.")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether a LoRA may lose something."""
+        return self.rank is not None or self.error is not None
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """``dW = scale up down``.
+
+    Attributes:
+        up, down: (out, r) and (r, in).
+        scale: of their product.
+        error: of what is written, ``||dW - scale up down|| / ||dW||``.
+    """
+
+    up: Tensor
+    down: Tensor
+    scale: float
+    error: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.up.shape[1]
+
+    @property
+    def alpha(self) -> float:
+        """What the rank divides to the scale."""
+        return self.scale * self.rank
+
+
+def pair_of(filled: Filled, method: Method | None, wish: Wish) -> Pair:
+    """The LoRA of a weight.
+
+    Args:
+        filled: its network.
+        method: what `method_of` says of it.
+        wish: how large it may be, or how far off.
+
+    Raises:
+        CheckpointError: an error that the given rank does not reach, or values that are not finite.
+    """
+    lora = method.fields if method is not None and method.kind == "lora" and "mid" not in method.fields else None
+    if lora is not None and wish.error is None and lora["up"].shape[1] <= (wish.rank or lora["up"].shape[1]):
+        up, down = lora["up"], lora["down"]
+        if up.dtype == down.dtype == (wish.dtype or up.dtype):
+            return Pair(up, down, filled.scale, 0.0)
+        return _rounded((up.double(), down.double()), thin(filled), wish.dtype or filled.dtype)
+    found = thin(filled)
+    return _rounded(_chosen(found, wish), found, wish.dtype or torch.promote_types(filled.dtype, torch.float32))
+
+
+def narrowed(filled: Filled, dtype: torch.dtype | None) -> tuple[Filled, float]:
+    """A network with its values in a dtype, None for their own, and the relative error that this makes.
+
+    Raises:
+        CheckpointError: a value does not fit.
+    """
+    if dtype is None or all(node.dtype == dtype for node in filled.nodes):
+        return filled, 0.0
+    made = replace(filled, nodes=tuple(node.to(dtype) for node in filled.nodes))
+    _check(made.nodes, filled.name, dtype)
+    found = thin(filled)
+    size = found.norm()
+    return made, abs(filled.scale) * distance(*thin(made).exact(), *found.exact()) / size if size else 0.0
+
+
+def _check(values: Iterable[Tensor], name: str, dtype: torch.dtype) -> None:
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise CheckpointError(f"'{name}' does not fit into {dtype}; write it in a wider one.")
+
+
+def _chosen(found: Thin, wish: Wish) -> tuple[Tensor, Tensor]:
+    rank = min(found.rank, wish.rank or found.rank)
+    if wish.error is not None:
+        needed = found.rank_for(wish.error)
+        if wish.rank is not None and needed > wish.rank:
+            raise CheckpointError(
+                f"'{found.filled.name}' needs rank {needed} for a relative error of {wish.error:g}, above rank={wish.rank}; "
+                "allow a larger rank or a larger error."
+            )
+        rank = min(rank, needed)
+    return found.truncated(rank) if rank < found.rank else found.exact()
+
+
+def _rounded(pair: tuple[Tensor, Tensor], found: Thin, dtype: torch.dtype) -> Pair:
+    """A pair in the file's dtype, and how far it is from the network's own."""
+    up, down = (side.to(dtype) for side in pair)
+    _check((up, down), found.filled.name, dtype)
+    scale, size = found.filled.scale, found.norm()
+    off = abs(scale) * distance(up.double(), down.double(), *found.exact())
+    return Pair(up, down, scale, off / size if size else 0.0)
