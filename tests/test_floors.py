@@ -18,7 +18,7 @@ CORE, BACKENDS = ROOT / "superlora_tn", ROOT / "backends" / "superlora_tn_backen
 HOUSE = {
     "declare": [["bounds", "divisors"], ["parts"], ["maps", "fold"], ["codec"]],
     "network": [["graph"], ["expand"], ["spec"], ["budget"], ["variants"]],
-    "contraction": [["profile"], ["layout"], ["search"], ["plan"], ["sharing", "cut"], ["backend"]],
+    "contraction": [["profile"], ["layout", "exact"], ["search"], ["plan"], ["sharing", "cut"], ["backend"]],
     "update": [["eager", "initialise"], ["passes", "walsh"], ["fixed_maps"], ["base"], ["physical", "flat"], ["make"]],
     "files": [
         ["errors"],
@@ -26,11 +26,13 @@ HOUSE = {
         ["record", "tensors", "container", "forms", "names"],
         ["own", "weight"],
         ["settings", "thin"],
-        ["fuse"],
-        ["foreign"],
-        ["single"],
-        ["peft"],
-        ["read"],
+        ["fuse", "anatomy"],
+        ["foreign", "plain"],
+        ["single", "formats"],
+        ["peft", "peft_methods", "gguf"],
+        ["read", "writes"],
+        ["base_model", "show"],
+        ["convert"],
     ],
     "model": [
         ["kinds", "buffers", "describe"],

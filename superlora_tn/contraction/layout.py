@@ -8,6 +8,7 @@ size for each of its operands that is trained (or depends on x).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from superlora_tn.declare.parts import TOKEN
 Indices = tuple[str, ...]
 
 
-# The forms of a step that are tried, in networks of up to so many steps; see `lay_out`.
+# The forms of a step that are tried, of so many steps before the end together; see `lay_out`.
 FORMS, ORDERED_UP_TO = ("keep", "swap", "flip", "swap flip", "behind", "lift", "copy"), 5
 
 
@@ -86,6 +87,11 @@ class Step:
     copies: tuple[tuple[int, int], ...]
     turned: int
     products: int
+
+    def least(self, device: Device) -> float:
+        """What the same step costs at least, in whatever order its tensors lie: no copies, full speed."""
+        moved = self.bytes - sum(count for count, _ in self.copies)
+        return (self.flops / device.flops + moved / device.bandwidth + device.latency) * self.products
 
     def price(self, device: Device) -> float:
         """Seconds, forward plus backward: one product for the result and one for each operand with a gradient."""
@@ -221,14 +227,55 @@ def _weight(indices: Indices, size: Mapping[str, int]) -> tuple[bool, int]:
 
 
 def best_orders(
+    pairs: Sequence[tuple[int, int]],
+    terms: Sequence[Indices],
+    grads: Sequence[bool],
+    output: Indices,
+    size: Mapping[str, int],
+    device: Device,
+) -> tuple[Step, ...]:
+    """Lay the pairs out, trying each order of the last steps, and keep the cheapest whole.
+
+    Args:
+        pairs: what is contracted, first to last; results are numbered behind the operands.
+        terms: the indices of each operand.
+        grads: whether each wants a gradient.
+        output: the order of the result.
+        size: index -> size.
+        device: to price for.
+    """
+    held, wants, steps = list(terms), list(grads), list[Step]()
+    uses = Counter(i for indices in (*held, output) for i in indices)
+    for k, (a, b) in enumerate(pairs):
+        uses.subtract((*held[a], *held[b]))
+        rest = {i for i in (*held[a], *held[b]) if uses[i]}
+        final = output if k == len(pairs) - 1 else ()
+        step = lay_out((a, b), (held[a], held[b]), (wants[a], wants[b]), rest, final, size)
+        assert step is not None  # "keep" is a form of any step
+        steps.append(step)
+        held.append(step.result)
+        wants.append(wants[a] or wants[b])
+        uses.update(step.result)
+    early = max(len(pairs) - ORDERED_UP_TO, 0)
+    known, wanted = tuple(held[: len(terms) + early]), tuple(wants[: len(terms) + early])
+    least = [step.least(device) for step in steps[early:]]
+    return (*steps[:early], *_best(tuple(pairs[early:]), known, wanted, output, size, device, tuple(least)))
+
+
+# By how much sums of the same prices may differ in rounding, with room.
+ROUNDED = 1 - 1e-9
+
+
+def _best(
     pairs: tuple[tuple[int, int], ...],
     terms: tuple[Indices, ...],
     grads: tuple[bool, ...],
     output: Indices,
     size: Mapping[str, int],
     device: Device,
+    least: tuple[float, ...],
 ) -> tuple[Step, ...]:
-    """Lay the pairs out, trying each order of each small step where that is few, and keep the cheapest whole."""
+    """The cheapest whole over all orders of each step, the first where several are; `least` is what each costs at least."""
     if not pairs:
         return ()
     (a, b), later = pairs[0], pairs[1:]
@@ -236,11 +283,16 @@ def best_orders(
     ahead = {k for pair in later for k in pair if k < made} - {a, b}
     rest = {i for k in ahead for i in terms[k]} | set(output)
     arguments = ((a, b), (terms[a], terms[b]), (grads[a], grads[b]), rest, output if not later else (), size)
-    found: list[tuple[Step, ...]] = []
-    for form in FORMS if len(pairs) <= ORDERED_UP_TO else FORMS[:1]:
+    best, price, seen = tuple[Step, ...](), math.inf, set[Indices]()
+    for form in FORMS:
         step = lay_out(*arguments, form)
-        if step is not None and all(step.result != other[0].result for other in found):
-            found.append(
-                (step, *best_orders(later, (*terms, step.result), (*grads, grads[a] or grads[b]), output, size, device))
-            )
-    return min(found, key=lambda steps: sum(s.price(device) for s in steps))
+        if step is None or step.result in seen:
+            continue
+        seen.add(step.result)
+        if step.price(device) + ROUNDED * sum(least[1:]) >= price:
+            continue
+        behind = _best(later, (*terms, step.result), (*grads, grads[a] or grads[b]), output, size, device, least[1:])
+        found = sum(s.price(device) for s in (step, *behind))
+        if found < price:
+            best, price = (step, *behind), found
+    return best

@@ -45,3 +45,14 @@ NODES_TIMES, NODES_SPARE = 64, 1 << 24
 """Numbers of all nodes: at most so many times the weights' elements, and the spare ones (64 MB in float32)."""
 TABLES_TIMES, TABLES_SPARE = 16, 1 << 12
 """Numbers of all tables of fixed maps: at most so many times the weights' elements and the spare ones."""
+
+# --- what a plan is searched for ------------------------------------------------------------------------------------
+
+OUTER_UP_TO = 8
+"""Operands up to which outer products are searched too: 3**n / 2 meetings of two sets, 3,025 of 8."""
+MAX_MEETINGS = 3500
+"""Meetings of two sets that the exact search looks at, about 20 us each."""
+MAX_ROW = 33
+"""Operands that are searched in rows (n**3 / 6 meetings each) where the exact search has too many; above, greedily."""
+TRIED_TIMES = 64
+"""Pairs of sets that are looked at for each meeting there may be: most share a tensor, or no index."""

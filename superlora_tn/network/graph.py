@@ -65,6 +65,11 @@ class Graph:
         """Trainable numbers."""
         return sum(math.prod(n.shape) for n in self.nodes if n.trainable)
 
+    @cached_property
+    def num_numbers(self) -> int:
+        """Numbers of all nodes, the frozen ones too."""
+        return sum(math.prod(n.shape) for n in self.nodes)
+
     def indices_of(self, node: GraphNode, fixed: bool = False) -> tuple[str, ...]:
         """A node's indices; with `fixed`, without the member's, which are chosen beforehand."""
         member = self.open("member") if fixed else ()

@@ -7,14 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from superlora_tn.declare.bounds import (
+    MAX_SCALE,
+    MAX_SHAPES,
+    MAX_SIDE,
+    MAX_SPLITTING,
+    NODES_SPARE,
+    NODES_TIMES,
+    TABLES_SPARE,
+    TABLES_TIMES,
+)
 from superlora_tn.declare.codec import decode, encode
-from superlora_tn.declare.fold import FlatFold, Fold, Group, PhysicalFold, Shape
+from superlora_tn.declare.fold import FlatFold, FlatGroup, Fold, Group, PhysicalFold, Shape
 from superlora_tn.declare.maps import PROJECTIONS, Projection
-from superlora_tn.declare.parts import PARTS, Kronecker, Part, SpecError, check_flag, check_number, reference_rank
+from superlora_tn.declare.parts import PARTS, Kronecker, Part, SpecError, check_flag, check_number, reference_rank, shown
 from superlora_tn.network.expand import lower_group
 from superlora_tn.network.graph import Graph
 
-MAX_ELEMENTS = 1 << 48
 PER_WEIGHT = PhysicalFold()
 
 
@@ -43,23 +52,26 @@ class AdapterSpec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.network, PARTS):
-            raise SpecError(f"AdapterSpec was given network={self.network!r}; give a part such as CP(8) or Network(...).")
+            raise SpecError(f"AdapterSpec was given network={shown(self.network)}; give a part such as CP(8) or Network(...).")
         if isinstance(self.fold, FlatFold) and self.fold.splits is None:
             parts = len(self.network.parts) if isinstance(self.network, Kronecker) and not self.fold.stacked else 1
             object.__setattr__(self, "fold", replace(self.fold, splits=parts))
         if not isinstance(self.fold, PhysicalFold | FlatFold):
-            raise SpecError(f"AdapterSpec was given fold={self.fold!r}; give PhysicalFold(...) or FlatFold(...).")
+            raise SpecError(f"AdapterSpec was given fold={shown(self.fold)}; give PhysicalFold(...) or FlatFold(...).")
         if self.projection is not None and not isinstance(self.projection, PROJECTIONS):
             raise SpecError(
-                f"AdapterSpec was given projection={self.projection!r}; give Fastfood(...), Shuffle(...), Compose(...) or None."
+                f"AdapterSpec was given projection={shown(self.projection)}; give Fastfood(...), Shuffle(...), Compose(...) "
+                "or None."
             )
         if self.projection is not None and isinstance(self.fold, PhysicalFold):
             raise SpecError("a projection maps a flat vector, but the fold is physical; use FlatFold(...), or no projection.")
         if self.alpha is not None:
-            check_number("AdapterSpec", "alpha", self.alpha)
+            check_number("AdapterSpec", "alpha", self.alpha, MAX_SCALE)
         check_number("AdapterSpec", "dropout", self.dropout)
         if not 0.0 <= self.dropout < 1.0:
-            raise SpecError(f"AdapterSpec was given dropout={self.dropout!r}; a probability from 0 up to, not including, 1.")
+            raise SpecError(
+                f"AdapterSpec was given dropout={shown(self.dropout)}; a probability from 0 up to, not including, 1."
+            )
         check_flag("AdapterSpec", "rslora", self.rslora)
 
     @property
@@ -71,14 +83,38 @@ class AdapterSpec:
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def lay_out(self, shapes: Mapping[str, Shape]) -> tuple[tuple[Group, Graph], ...]:
-        """Groups of the given targets (name -> (out, in)), each with its graph."""
+        """Groups of the given targets (name -> (out, in)), each with its graph.
+
+        Raises:
+            SpecError: it does not fit the targets, or would cost more than `declare.bounds` allows: what it builds is priced
+                here, before anything is.
+        """
         if not shapes:
             raise SpecError("the adapter was given no target; give at least one weight.")
         for name, shape in shapes.items():
-            if len(shape) != 2 or not all(isinstance(s, int) and 1 <= s <= MAX_ELEMENTS for s in shape):
-                raise SpecError(f"target '{name}' has the shape {shape!r}; a weight is (out, in), whole numbers of at least 1.")
-        ratio = self.projection.ratio if self.projection else 1.0
-        return tuple((group, lower_group(self.network, group)) for group in self.fold.lay_out(shapes, ratio))
+            if len(shape) != 2 or not all(isinstance(s, int) and 1 <= s <= MAX_SIDE for s in shape):
+                raise SpecError(
+                    f"target '{name:.80}' has the shape {shown(shape)}; a weight is (out, in), whole numbers of at least 1."
+                )
+        groups = self.fold.lay_out(shapes, self.projection.ratio if self.projection else 1.0)
+        elements = sum(d_out * d_in for d_out, d_in in shapes.values())
+        _check_modes(groups)
+        self._check_tables(groups, elements)
+        laid = tuple((group, lower_group(self.network, group)) for group in groups)
+        _check_nodes([graph for _, graph in laid], elements)
+        return laid
+
+    def _check_tables(self, groups: Sequence[Group], elements: int) -> None:
+        """Refuse fixed maps whose tables are far longer than the weights."""
+        if self.projection is None:
+            return
+        numbers = sum(self.projection.table_numbers(group.length) for group in groups if isinstance(group, FlatGroup))
+        most = TABLES_TIMES * (elements + TABLES_SPARE)
+        if numbers > most:
+            raise SpecError(
+                f"the fixed map needs tables of {numbers:,} numbers for {elements:,} elements of the weights, above {most:,}; "
+                "choose fewer maps, or fewer of B, P and G in them."
+            )
 
     def count(self, shapes: Mapping[str, Shape] | Sequence[Shape]) -> int:
         """Trainable parameters for weights of the given shapes, from the declaration alone.
@@ -103,3 +139,31 @@ class AdapterSpec:
         if set(data) != names:
             raise SpecError(f"a spec has the fields {sorted(names)}; it was given {sorted(map(str, data))}.")
         return cls(**{name: decode(value) for name, value in data.items()})
+
+
+def _check_modes(groups: Sequence[Group]) -> None:
+    """Refuse too many different shapes, and sizes whose divisors would take too long to find."""
+    modes = {group.modes for group in groups}
+    if len(modes) > MAX_SHAPES:
+        raise SpecError(
+            f"the targets have {len(modes):,} different shapes, of which each gets a network of its own; at most "
+            f"{MAX_SHAPES:,} are taken. Adapt them in several parts."
+        )
+    steps = sum(math.isqrt(math.isqrt(mode.size)) for own in modes for mode in own)
+    if steps > MAX_SPLITTING:
+        largest = max(mode.size for own in modes for mode in own)
+        raise SpecError(
+            f"the targets have sizes up to {largest:,}; to find their divisors may take {steps:,} steps, above "
+            f"{MAX_SPLITTING:,}. Adapt fewer weights of that size."
+        )
+
+
+def _check_nodes(graphs: Sequence[Graph], elements: int) -> None:
+    """Refuse nodes that hold far more numbers than the weights they adapt."""
+    numbers, most = sum(graph.num_numbers for graph in graphs), NODES_TIMES * elements + NODES_SPARE
+    if numbers > most:
+        largest = max((node for graph in graphs for node in graph.nodes), key=lambda node: math.prod(node.shape))
+        raise SpecError(
+            f"the network's nodes hold {numbers:,} numbers for {elements:,} elements of the weights, above {most:,}; the "
+            f"largest is '{largest.name}' of shape {shown(largest.shape)}. Choose lower ranks."
+        )
