@@ -22,6 +22,7 @@ from saved import (
     JSON,
     body_of,
     digest,
+    edit_entry,
     edit_json,
     make_first,
     names,
@@ -147,18 +148,28 @@ def _socket(path: Path) -> None:
 @pytest.mark.parametrize("schema", [1, 2])
 @pytest.mark.parametrize("file", [JSON, TENSORS])
 @pytest.mark.parametrize(
-    "make",
-    [_pipe, _socket, Path.mkdir, _link_to("/dev/zero"), _link_to("/dev/tty"), _link_to("/proc/kmsg"), _link_to("itself")],
+    ("make", "words"),
+    [
+        (_pipe, "is a pipe or a device"),
+        (_socket, "cannot be opened"),
+        (Path.mkdir, "is a folder"),
+        (_link_to("/dev/zero"), "is a pipe or a device"),
+        (_link_to("/dev/tty"), ""),  # it cannot be opened where there is no terminal
+        (_link_to("/proc/kmsg"), ""),  # a file, to root, that is empty or waits
+        (_link_to("adapter.json"), ""),
+    ],
     ids=["pipe", "socket", "folder", "zeros", "terminal", "kernel", "circle"],
 )
-def test_a_reader_takes_no_pipe_and_no_device(make: Callable[[Path], None], file: str, schema: int, folder: Path) -> None:
+def test_a_reader_takes_no_pipe_and_no_device(
+    make: Callable[[Path], None], words: str, file: str, schema: int, folder: Path
+) -> None:
     path = tensors_of(folder) if file == TENSORS else folder / JSON
     if schema == 1:
         make_first(folder)
         path = folder / "adapter.safetensors" if file == TENSORS else path
     path.unlink()
-    make(path.with_name("itself") if make is None else path)
-    refuse(folder)
+    make(path)
+    refuse(folder, words)
 
 
 @no_hanging
@@ -172,6 +183,24 @@ def test_a_file_that_is_too_large_is_not_read(folder: Path) -> None:
                 assert error.errno == errno.EFBIG
                 pytest.skip("the file system has no files of this size")
         refuse(folder, f"{path} has 10,995,116,277,760 bytes", "at most")
+
+
+OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
+
+
+@no_hanging
+@pytest.mark.skipif(
+    not OVERCOMMIT.exists() or OVERCOMMIT.read_text().strip() == "1", reason="this system promises memory that it has not"
+)
+def test_a_file_larger_than_memory_raises(folder: Path) -> None:
+    """The declaration lies too, so that no other bound stands in the way: eight terabytes, all holes."""
+    edit_entry(folder, lambda entry: entry.update(spec=sl.lora(1).to_dict(), targets={"layers.0.up": [1 << 40, 1 << 40]}))
+    with open(tensors_of(folder), "r+b") as file:
+        try:
+            file.truncate(8 << 40)
+        except OSError:
+            pytest.skip("the file system has no files of this size")
+    refuse(folder, "has 8,796,093,022,208 bytes, more than this machine has memory")
 
 
 # --- JSON ----------------------------------------------------------------------------------------------------------

@@ -94,6 +94,8 @@ def content(file: BufferedReader, most: int) -> bytes:
         data = file.read(min(size, most) + 1) or b""  # None: a file of /proc that would have to wait
     except OSError as error:
         raise DiskError.of(error, f"{file.name} cannot be read: {error.strerror}.") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{file.name} has {size:,} bytes, more than this machine has memory.") from error
     if max(size, len(data)) > most:
         raise CheckpointError(f"{file.name} has {max(size, len(data)):,} bytes; what it is said to hold has at most {most:,}.")
     return data
