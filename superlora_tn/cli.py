@@ -1,4 +1,4 @@
-"""The command line: ``superlora-tn demo | reproduce | variants | plan | bench | verify | draw``.
+"""The command line: ``superlora-tn demo | reproduce | variants | plan | bench | verify | draw | show | convert``.
 
 What is wrong with a request, and what the library or the system refuses, is one line on stderr and the exit status 2.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from superlora_tn import AttachError, BackendError, CheckpointError, LayerError, PlanError, SpecError, VerifyError, commands
 from superlora_tn.commands import MODES, RANK, VARIANTS, UsageError
 from superlora_tn.contraction.profile import DEVICES
+from superlora_tn.files.command import add_commands
 
 __all__ = ["VARIANTS", "main", "parser"]
 
@@ -102,7 +103,8 @@ def parser(program: str = "superlora-tn") -> argparse.ArgumentParser:
     for made in (listing, plan, drawing):
         made.add_argument("--shape", default="768x768", metavar="OUTxIN", help="of a weight")
         made.add_argument("--weights", type=count, default=24, metavar="N", help="how many such weights")
-    for made in (demo, again, listing, plan, bench, proof, drawing):
+    looking, making = add_commands(add)
+    for made in (demo, again, listing, plan, bench, proof, drawing, looking, making):
         made.add_argument("--json", action="store_true", help="print the result as JSON alone")
     return top
 

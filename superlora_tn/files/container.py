@@ -11,7 +11,8 @@ import io
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from os import PathLike
@@ -65,11 +66,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, it is too large, no JSON, or holds something else.
     """
-    try:
-        with opened(path) as file:
-            data = content(file, SETTINGS.size)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing.") from error
+    with opened_file(path) as file:
+        data = content(file, SETTINGS.size)
     return _object(data, str(path), SETTINGS)
 
 
@@ -90,27 +88,41 @@ def load(path: str | PathLike[str]) -> Container:
         CheckpointError: not such a file, damaged, or out of bounds.
     """
     place = Path(path)
-    try:
-        with opened(place) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_BYTES:
-                raise CheckpointError(f"{place} has {size:,} bytes; adapters up to {MAX_BYTES:,} are read.")
-            head = file.read(9)
-            file.seek(0)
-            if head[:4] == b"GGUF":
-                return _gguf(place, content(file, MAX_BYTES))
-            # A header's length can begin with the same bytes as a pickle, but then a brace follows it.
-            if head[8:] != b"{" and (head[:4] == b"PK\x03\x04" or head[:1] == b"\x80"):
-                return _pickled(place, file)
-            return _safetensors(place, file, size)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{place} is missing; give an adapter's file or folder.") from error
+    with opened_file(place) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
+            raise CheckpointError(f"{place} has {size:,} bytes; adapters up to {MAX_BYTES:,} are read.")
+        head = file.read(9)
+        file.seek(0)
+        if head[:4] == b"GGUF":
+            return _gguf(place, content(file, MAX_BYTES))
+        # A header's length can begin with the same bytes as a pickle, but then a brace follows it.
+        if head[8:] != b"{" and (head[:4] == b"PK\x03\x04" or head[:1] == b"\x80"):
+            return _pickled(place, file)
+        return _safetensors(place, file, size)
 
 
 # --- safetensors ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a safetensors file: bytes from `begin` to `end`, behind the header."""
+
+    begin: int
+    end: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
 def _safetensors(path: Path, file: BufferedReader, size: int) -> Container:
+    places, metadata = _header(path, file, size)
+    found = {name: _numbers(path, name, file, p) for name, p in sorted(places.items(), key=lambda one: one[1].begin)}
+    return Container(path, size, {name: found[name] for name in places}, metadata)
+
+
+def _header(path: Path, file: BufferedReader, size: int) -> tuple[dict[str, Place], dict[str, str]]:
+    """Where the tensors are, and the words beside them; leaves the file at the first tensor."""
     first = file.read(8)
     length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
     if not 2 <= length <= min(HEADER.size, size - 8):
@@ -124,20 +136,54 @@ def _safetensors(path: Path, file: BufferedReader, size: int) -> Container:
         raise CheckpointError(f"{path}: '__metadata__' is not a table of strings.")
     if len(header) > MAX_TENSORS:
         raise CheckpointError(f"{path} names {len(header):,} tensors; at most {MAX_TENSORS:,} are read.")
-    places = sorted((*_entry(path, name, entry), name) for name, entry in header.items())
+    places = {name: _entry(path, name, entry) for name, entry in header.items()}
     end = 0
-    for begin, stop, _, _, name in places:
-        if begin != end:
+    for name, place in sorted(places.items(), key=lambda one: (one[1].begin, one[1].end)):
+        if place.begin != end:
             raise CheckpointError(f"{path}: the bytes of '{name}' do not follow those before it; it is damaged.")
-        end = stop
+        end = place.end
     if size - 8 - length != end:
         raise CheckpointError(f"{path} has {size - 8 - length:,} bytes of tensors, its header says {end:,}; it is cut short.")
-    tensors = {name: _numbers(path, name, file, stop - begin, dtype, shape) for begin, stop, dtype, shape, name in places}
-    return Container(path, size, {name: tensors[name] for name in header}, metadata)
+    return places, metadata
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
-    """(begin, end, dtype, shape) of one tensor, checked."""
+def look(path: Path) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a safetensors file's tensors, however large it is.
+
+    Raises:
+        CheckpointError: it is not such a file.
+    """
+    with opened_file(path) as file:
+        places, _ = _header(path, file, os.fstat(file.fileno()).st_size)
+        return {name: place.shape for name, place in places.items()}
+
+
+def tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file.
+
+    Raises:
+        CheckpointError: it is not such a file, or has no such tensor.
+    """
+    with opened_file(path) as file:
+        places, _ = _header(path, file, os.fstat(file.fileno()).st_size)
+        if name not in places:
+            raise CheckpointError(f"{path} has no tensor '{name}'.")
+        file.seek(places[name].begin, os.SEEK_CUR)
+        return _numbers(path, name, file, places[name])
+
+
+@contextmanager
+def opened_file(path: Path) -> Iterator[BufferedReader]:
+    """`folder.opened`, with words where there is no file."""
+    try:
+        with opened(path) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; give an adapter's file or folder.") from error
+
+
+def _entry(path: Path, name: str, entry: Any) -> Place:
+    """What the header says of one tensor, checked."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), _counts(fields.get("shape")), _counts(fields.get("data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -150,7 +196,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int,
             f"{path}: '{name}' of shape {shape} and dtype {dtype} needs {size:,} bytes, but its header gives it "
             f"{offsets[1] - offsets[0]:,}."
         )
-    return offsets[0], offsets[1], dtype, shape
+    return Place(offsets[0], offsets[1], dtype, shape)
 
 
 def _counts(value: Any) -> tuple[int, ...] | None:
@@ -159,13 +205,13 @@ def _counts(value: Any) -> tuple[int, ...] | None:
     return tuple(value) if good else None
 
 
-def _numbers(path: Path, name: str, file: BufferedReader, size: int, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    if not size:
-        return torch.empty(shape, dtype=DTYPES[dtype])
-    data = bytearray(size)
-    if file.readinto(data) != size:
+def _numbers(path: Path, name: str, file: BufferedReader, place: Place) -> Tensor:
+    if place.begin == place.end:
+        return torch.empty(place.shape, dtype=DTYPES[place.dtype])
+    data = bytearray(place.end - place.begin)
+    if file.readinto(data) != len(data):
         raise CheckpointError(f"{path} ended within '{name}'; it was changed while it was read.")
-    return _narrow(torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape))
+    return _narrow(torch.frombuffer(data, dtype=DTYPES[place.dtype]).reshape(place.shape))
 
 
 def _narrow(tensor: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class Fitted:
         added: parameter's full name -> what is added to it (biases and norms, which are no matrices).
         replaced: parameter's full name -> its new value (PEFT's modules_to_save and biases).
         kernels: target -> the sizes of its kernel, where the file says that it is a convolution.
+        embeddings: target that is an embedding's table -> whether it is held as (in, out), as torch has it.
     """
 
     entries: tuple[Entry, ...]
@@ -38,6 +39,7 @@ class Fitted:
     added: Mapping[str, Tensor] = field(default_factory=dict)
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    embeddings: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def targets(self) -> dict[str, Shape]:
@@ -115,10 +117,8 @@ class Parsed:
         whole = self._complete(placed, shapes)
         made = assemble(whole, placed, shapes, source)
         made = {target: self._with_norms(weight, target, weights) for target, weight in made.items()}
-        entries, tensors = gather(made, source)
-        kernels = {target: weight.kernel for target, weight in made.items() if weight.kernel}
         places = self._places(placed, shapes, parameters)
-        return Fitted(entries, tensors, _moved(self.added, places), _moved(self.replaced, places), kernels)
+        return _fitted(made, _moved(self.added, places), _moved(self.replaced, places), source)
 
     def _complete(self, placed: Mapping[str, tuple[Seat, ...]], shapes: Mapping[str, Shape]) -> dict[str, Weight]:
         """The weights by name, VeRA's A and B drawn or cut to the model's sizes."""
@@ -181,12 +181,18 @@ class Parsed:
                 raise CheckpointError(
                     f"{self.path}: {weight.kind} of '{weight.name}' is only known with the base model; give it."
                 )
+        if len(self.parts) > 1:
+            raise CheckpointError(f"{self.path} adapts the parts {', '.join(map(repr, self.parts))}; choose one.")
         made = {label(w.name).rest: w for w in self.weights}
-        if len(made) < len(self.weights):
-            raise CheckpointError(f"{self.path} adapts several parts {self.parts} with the same names; choose one.")
-        entries, tensors = gather(made, str(self.path))
         added, replaced = ({label(n).rest: t for n, t in own.items()} for own in (self.added, self.replaced))
-        return Fitted(entries, tensors, added, replaced, {n: w.kernel for n, w in made.items() if w.kernel})
+        return _fitted(made, added, replaced, str(self.path))
+
+
+def _fitted(made: Mapping[str, Weight], added: Mapping[str, Tensor], replaced: Mapping[str, Tensor], source: str) -> Fitted:
+    entries, tensors = gather(made, source)
+    kernels = {name: weight.kernel for name, weight in made.items() if weight.kernel}
+    embeddings = {name: weight.turned for name, weight in made.items() if weight.flipped}
+    return Fitted(entries, tensors, added, replaced, kernels, embeddings)
 
 
 def _moved(values: Mapping[str, Tensor], places: Mapping[str, str]) -> dict[str, Tensor]:

@@ -137,7 +137,8 @@ def peft_pair(prefix: str) -> Callable[[Filled, Pair], Written]:
     def write(one: Filled, pair: Pair) -> Written:
         name = f"{prefix}{one.name}"
         if one.flipped:
-            return {f"{name}.lora_embedding_A": pair.down, f"{name}.lora_embedding_B": pair.up}
+            inner, outer = (pair.up.T, pair.down.T) if one.turned else (pair.down, pair.up)
+            return {f"{name}.lora_embedding_A": inner, f"{name}.lora_embedding_B": outer}
         return {
             f"{name}.lora_A.weight": kernelled(pair.down, one.kernel),
             f"{name}.lora_B.weight": pointwise(pair.up, one.kernel),

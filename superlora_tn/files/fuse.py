@@ -302,7 +302,7 @@ def _fitting(weight: Weight, target: str, shape: Shape, source: str) -> Weight:
     if weight.flipped and weight.shape != tuple(shape) == weight.shape[::-1]:
         out, inward = parse_modes(weight.modes)
         magnitude = None if weight.magnitude is None else weight.magnitude.T
-        weight = replace(weight, modes=_written([inward, out]), magnitude=magnitude)
+        weight = replace(weight, modes=_written([inward, out]), magnitude=magnitude, turned=True)
     if weight.shape != tuple(shape):
         raise CheckpointError(
             f"{source}: '{target}' is {tuple(shape)} in this model and {weight.shape} in the file; it is of another model."

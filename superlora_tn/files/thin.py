@@ -45,7 +45,8 @@ class Filled:
         nodes: the values in graph order, the member's own. A flat fold's weight is held as one dense node.
         scale: of dW.
         kernel: the sizes of a convolution's kernel, () for a matrix.
-        flipped: whether it is an embedding's, whose table is (in, out).
+        flipped: whether it is an embedding's.
+        turned: whether an embedding's dW is held as (in, out), as torch has its table.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Filled:
     scale: float
     kernel: tuple[int, ...] = ()
     flipped: bool = False
+    turned: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,7 +111,7 @@ def of_weight(weight: Weight) -> Filled:
     part = replace(weight, shared=frozenset()).spec.network
     graph, values = lower(part, _modes(weight.shape)), weight.tensors()
     nodes = tuple(values[n.name] for n in graph.nodes)
-    return Filled(weight.name, weight.shape, part, graph, nodes, weight.scale, weight.kernel, weight.flipped)
+    return Filled(weight.name, weight.shape, part, graph, nodes, weight.scale, weight.kernel, weight.flipped, weight.turned)
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,6 +36,7 @@ class Weight:
         shared: names of nodes that are one tensor for all weights of a size (VeRA's).
         magnitude: DoRA's norms, (out, 1) or (1, in).
         flipped: whether a model may hold the weight the other way round: an embedding's table is (in, out).
+        turned: whether it is held so.
         open_in: whether in is only known with a model: VeRA's A is cut to it; 0 where the file has no A.
     """
 
@@ -50,6 +51,7 @@ class Weight:
     shared: frozenset[str] = frozenset()
     magnitude: Tensor | None = None
     flipped: bool = False
+    turned: bool = False
     open_in: bool = False
     sizes: Mapping[str, int] = field(init=False)
 

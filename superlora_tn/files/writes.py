@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -88,7 +88,7 @@ def save_as(
     error: float | None = None,
     dtype: torch.dtype | None = None,
     kernels: Mapping[str, tuple[int, ...]] | None = None,
-    embeddings: Collection[str] = (),
+    embeddings: Mapping[str, bool] | None = None,
     prefix: str | None = None,
     beside: Beside | None = None,
     architecture: Architecture | None = None,
@@ -104,7 +104,7 @@ def save_as(
         error: the largest relative error of a weight, in the Frobenius norm; likewise.
         dtype: of the numbers; None keeps them, and makes products float32 at least.
         kernels: target -> the sizes of its kernel, for convolutions.
-        embeddings: targets that are embeddings' tables.
+        embeddings: targets that are embeddings' tables -> whether dW is (in, out), as torch has the table.
         prefix: in front of the names: PEFT's "base_model.model.", diffusers' "transformer", LyCORIS' "lycoris", kohya's
             "lora_unet".
         beside: biases, norms and whole parameters.
@@ -126,7 +126,11 @@ def save_as(
         write_own(path, entries, tensors)
         return Report((place_of(path),), tuple(Row(n, "own", (), 0.0) for e in entries for n in e.targets))
     held = {name: whole(name, tensor, None, FLOATS) for name, tensor in tensors.items()}
-    weights = [replace(one, flipped=one.name in embeddings) for one in filled(entries, held, kernels or {})]
+    tables = embeddings or {}
+    weights = [
+        replace(one, flipped=one.name in tables, turned=tables.get(one.name, False))
+        for one in filled(entries, held, kernels or {})
+    ]
     return save_weights(weights, path, format, wish, prefix, more, architecture or Architecture(), kept=False)
 
 

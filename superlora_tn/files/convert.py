@@ -1,0 +1,113 @@
+"""``superlora-tn convert SOURCE TARGET --to FORMAT``: from any of the formats into any other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from os import PathLike
+
+import torch
+
+from superlora_tn.files.base_model import BaseModel
+from superlora_tn.files.errors import CheckpointError
+from superlora_tn.files.foreign import Fitted, Parsed
+from superlora_tn.files.gguf import Architecture
+from superlora_tn.files.names import label
+from superlora_tn.files.own import Saved
+from superlora_tn.files.plain import Wish
+from superlora_tn.files.read import read
+from superlora_tn.files.thin import of_weight
+from superlora_tn.files.writes import Beside, Format, Report, save_as, save_weights
+
+# How kohya's files call the parts of a pipeline.
+KOHYA = {
+    "unet": "lora_unet",
+    "denoiser": "lora_unet",
+    "transformer": "lora_transformer",
+    "text_encoder": "lora_te1",
+    "text_encoder_2": "lora_te2",
+    "text_encoder_3": "lora_te3",
+}
+
+
+def convert(
+    source: str | PathLike[str],
+    target: str | PathLike[str],
+    to: Format,
+    *,
+    base: BaseModel | None = None,
+    part: str | None = None,
+    rank: int | None = None,
+    error: float | None = None,
+    dtype: torch.dtype | None = None,
+    prefix: str | None = None,
+    architecture: Architecture | None = None,
+) -> Report:
+    """Read an adapter and write it in another format.
+
+    Args:
+        source: an adapter's file or folder, of this library or another.
+        target: where it goes.
+        to: the format, see `writes.save_as`.
+        base: the base model; needed where names have '_' for '.' and the format has dots, and for DoRA and VeRA.
+        part: one part of a pipeline's adapter alone, such as "unet".
+        rank, error, dtype, prefix, architecture: as in `writes.save_as`.
+
+    Raises:
+        CheckpointError: the source is not understood, needs the base model, or the format cannot hold it.
+    """
+    found = read(source)
+    more = {"rank": rank, "error": error, "dtype": dtype, "prefix": prefix, "architecture": architecture}
+    if isinstance(found, Saved):
+        if part is not None:
+            raise CheckpointError(f"{source} is of this library and has no parts; leave part={part!r} out.")
+        beside = Beside(replaced=found.buffers)
+        kernels = base.kernels if base else None
+        return save_as(found.entries, found.tensors, target, to, kernels=kernels, beside=beside, **more)  # type: ignore[arg-type]
+    if part is not None:
+        found = found.only(part)
+    if base is not None:
+        fitted = found.fitted(base.shapes, parameters=base.sizes, weights=base.weight)
+        return _from_fitted(fitted, target, to, more)
+    if to in ("lycoris", "kohya"):
+        return _as_named(found, target, to, Wish(rank, error, dtype), prefix)
+    if to == "diffusers" and prefix is None:
+        prefix = found.parts[0] if found.parts[0] not in ("", "denoiser") else None
+    return _from_fitted(found.plain(), target, to, {**more, "prefix": prefix})
+
+
+def _from_fitted(fitted: Fitted, target: str | PathLike[str], to: Format, more: Mapping[str, object]) -> Report:
+    beside = Beside(fitted.added, fitted.replaced)
+    return save_as(
+        fitted.entries,
+        fitted.tensors,
+        target,
+        to,
+        kernels=fitted.kernels,
+        embeddings=fitted.embeddings,
+        beside=beside,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def _as_named(found: Parsed, target: str | PathLike[str], to: Format, wish: Wish, prefix: str | None) -> Report:
+    """Into kohya's way of writing, which needs no model: dots become '_', and such names stay."""
+    weights = []
+    for weight in found.weights:
+        if weight.open_in or weight.magnitude is not None:
+            raise CheckpointError(f"{found.path}: the update of '{weight.name}' follows from the base model; give it.")
+        weights.append(replace(of_weight(weight), name=_renamed(weight.name, prefix)))
+    added, replaced = ({_moved(n, prefix): t for n, t in own.items()} for own in (found.added, found.replaced))
+    return save_weights(weights, target, to, wish, prefix, Beside(added, replaced), Architecture(), to == "lycoris")
+
+
+def _moved(parameter: str, prefix: str | None) -> str:
+    module, _, kind = parameter.rpartition(".")
+    return f"{_renamed(module, prefix)}.{kind}"
+
+
+def _renamed(name: str, prefix: str | None) -> str:
+    own = label(name)
+    if not own.dotted or prefix is not None or own.part not in KOHYA:
+        return name if not own.dotted else own.rest
+    return f"{KOHYA[own.part]}_{own.rest}".replace(".", "_")
