@@ -117,18 +117,18 @@ def _read(module: nn.Module, name: str) -> Any:
     if stored is None or not blocks:
         return stored
     found = blocks[0].member.adapter.passes.current() if is_eager() else None
-    if found is None:
+    read = [stored, *(t for b in blocks for t in b.member.adapter.tensors())]
+    if found is None or (now := state(read)) is None:
         return _updated(stored, blocks)
     # A module reads its weights several times in a row.
-    nodes = [t for b in blocks for t in b.member.adapter.tensors()]
     scales = [b.member.adapter.scale for b in blocks]
-    key = (state([stored, *nodes]), scales, stored.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    key = (now, scales, stored.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     if found.shown[0] is not module:
         found.shown = (module, {})
     held = found.shown[1].get(name)
     if held is None or held[0] != key:
-        held = found.shown[1][name] = (key, _updated(stored, blocks))
-    return held[1]
+        held = found.shown[1][name] = (key, read, _updated(stored, blocks))
+    return held[2]
 
 
 def _updated(stored: Tensor, blocks: list[Block]) -> Tensor:
@@ -137,6 +137,8 @@ def _updated(stored: Tensor, blocks: list[Block]) -> Tensor:
     rows = list(first.matrix(stored).chunk(first.block[1]))
     for block in blocks:
         k = block.kind.block[0]
-        rows[k] = rows[k] + block.member.current().to(stored.dtype)
+        rows[k] = rows[k] + block.member.current()
+    # Rounded once, as merging does.
+    rows = [row.to(stored.dtype) for row in rows]
     whole = torch.cat(rows) if len(rows) > 1 else rows[0]
     return whole.t() if first.transposed else whole.reshape(stored.shape)

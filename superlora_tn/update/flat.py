@@ -119,15 +119,15 @@ class FlatAdapter(Adapter):
             select = [(first if groups == 1 else slice(first, last), *rows[1:]) for rows in select]
         return _Slab((first, last), tuple(select), run, begin - low * row, stop - begin)
 
-    def _elements(self, slab: _Slab, nodes: Sequence[Tensor]) -> Tensor:
+    def _elements(self, slab: _Slab, nodes: Sequence[Tensor], scale: float) -> Tensor:
         """The elements of a slab, scale included, as a vector."""
         (first, last), inner = slab.groups, self.group.inner
         cut = [tensor[select] for tensor, select in zip(nodes, slab.select, strict=True)]
         if self.map is None:
-            rows = slab.run(*cut, alpha=self.scale).reshape(last - first, -1)
+            rows = slab.run(*cut, alpha=scale).reshape(last - first, -1)
         else:  # dW is rounded to the nodes' dtype once, at the end; a map may be nonlinear, so the scale acts behind it
             wide = slab.run(*(tensor.to(widened(tensor.dtype)) for tensor in cut), alpha=1.0).reshape(last - first, -1)
-            rows = self.map(wide[:, :inner], self.scale, nodes[0].dtype)
+            rows = self.map(wide[:, :inner], scale, nodes[0].dtype)
         if last - first == 1:
             return rows[0, slab.skip : slab.skip + slab.count]
         lengths = [self.group.start(g + 1) - self.group.start(g) for g in range(first, last)]
@@ -136,14 +136,14 @@ class FlatAdapter(Adapter):
             return rows[:, :length].reshape(-1)
         return torch.cat([rows[:longer, :length].reshape(-1), rows[longer:, : length - 1].reshape(-1)])
 
-    def _slice(self, member: Member, nodes: Sequence[Tensor]) -> Tensor:
+    def _slice(self, member: Member, nodes: Sequence[Tensor], scale: float) -> Tensor:
         """dW of a member from its own slabs."""
-        pieces = [self._elements(slab, nodes) for slab in member.place.slabs]
+        pieces = [self._elements(slab, nodes, scale) for slab in member.place.slabs]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(member.shape)
 
     def delta_of(self, member: Member) -> Tensor:
         """dW of a member, scale included, shape (out, in): cut from the groups it lies in."""
-        return self._slice(member, self.tensors())
+        return self._slice(member, self.tensors(), self.scale)
 
     @property
     def shares(self) -> bool:
@@ -152,14 +152,15 @@ class FlatAdapter(Adapter):
 
     def current(self, member: Member) -> Tensor:
         """dW of a member: this pass builds that of all members at once, outside of any it builds its own."""
-        nodes, made = self.tensors(), None
-        if self.shares or ((found := self.passes.current()) is not None and found.whole):
-            made = self.passes.kept((id(self), self.scale), nodes, lambda: self._pieces(nodes))
-        return lasting(lambda own: self._slice(member, own), nodes) if made is None else cast(Tensor, made[member.name])
+        # The scale of now, also where backward builds again: it may be another one then.
+        nodes, scale, made = self.tensors(), self.scale, None
+        if self.shares or (is_eager() and (found := self.passes.current()) is not None and found.whole):
+            made = self.passes.kept((id(self), scale), nodes, lambda: self._pieces(nodes, scale))
+        return lasting(lambda own: self._slice(member, own, scale), nodes) if made is None else cast(Tensor, made[member.name])
 
-    def _pieces(self, nodes: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _pieces(self, nodes: Sequence[Tensor], scale: float) -> dict[str, Tensor]:
         """dW of all members, by name."""
-        flat = lasting(lambda own: self._elements(self._all, own), nodes)
+        flat = lasting(lambda own: self._elements(self._all, own, scale), nodes)
         pieces = torch.split(flat, [math.prod(member.shape) for member in self.members.values()])
         return {name: piece.reshape(self.members[name].shape) for name, piece in zip(self.members, pieces, strict=True)}
 
@@ -169,6 +170,7 @@ class FlatAdapter(Adapter):
         if self.spec.dropout:
             x, base = self.drop(x, training), None
         if self.settings.recompute and is_eager() and torch.is_grad_enabled():
+            base = None if out.is_complex() else base  # programs write to no complex output
             given = None if base is None else out.detach()
             arguments = (self, member, out.dtype, base, given, x, *self.tensors())
             update: Tensor = _Recomputed.apply(*arguments)  # type: ignore[no-untyped-call]
@@ -191,8 +193,8 @@ class _Recomputed(torch.autograd.Function):
         x: Tensor,
         *nodes: Tensor,
     ) -> Tensor:
-        delta = adapter._slice(member, nodes).to(dtype)
-        ctx.adapter, ctx.member, ctx.dtype, ctx.fused = adapter, member, dtype, base is not None
+        delta = adapter._slice(member, nodes, adapter.scale).to(dtype)
+        ctx.adapter, ctx.member, ctx.dtype, ctx.fused, ctx.scale = adapter, member, dtype, base is not None, adapter.scale
         ctx.save_for_backward(x, *nodes, *([] if base is None else [base]))
         if out is None:
             return member.place.multiply(x, delta)  # type: ignore[no-any-return]
@@ -208,12 +210,12 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
             # Views, as a node may depend on another one.
             views = [n.view_as(n) if again else n.detach().requires_grad_(w) for n, w in zip(nodes, wanted, strict=True)]
-            delta = ctx.adapter._slice(ctx.member, views).to(ctx.dtype)
+            delta = ctx.adapter._slice(ctx.member, views, ctx.scale).to(ctx.dtype)
             with torch.set_grad_enabled(again):
-                through = rows @ delta if source else None
+                through = rows @ delta.conj() if source else None  # of real numbers the same tensor
                 if through is not None and ctx.fused:
                     through.addmm_(rows, saved[-1])
-                outer = rows.t() @ x.reshape(-1, x.shape[-1])
+                outer = rows.t() @ x.reshape(-1, x.shape[-1]).conj()
             inputs = [n for n, want in zip(views, wanted, strict=True) if want]
             found = iter(torch.autograd.grad(delta, inputs, outer, create_graph=again) if inputs else ())
         grads = (next(found) if want else None for want in wanted)

@@ -26,13 +26,17 @@ from superlora_tn.update.eager import is_eager
 
 Made = Any  # what a pass keeps: a tensor, or tensors by key
 State = tuple[tuple[int, int, int], ...]
+# In which state of which tensors something was made (they are held: another could get the id of one that is gone), and it.
+Store = dict[Hashable, tuple[tuple[State, tuple[Tensor, ...]], Made]]
 PLAIN = (Tensor, nn.Parameter)
 Rows = tuple[tuple[int, ...], int]  # which rows of a batch are meant, of how many
 
 
-def state(nodes: Sequence[Tensor]) -> State:
-    """Which tensors these are, where they lie, and how often each was written."""
-    return tuple((id(t), t.data_ptr() if type(t) in PLAIN else 0, 0 if t.is_inference() else t._version) for t in nodes)
+def state(nodes: Sequence[Tensor]) -> State | None:
+    """Which tensors these are, where they lie, and how often each was written; None where nothing counts the latter."""
+    if any(t.is_inference() for t in nodes):
+        return None
+    return tuple((id(t), t.data_ptr() if type(t) in PLAIN else 0, t._version) for t in nodes)
 
 
 def _mode() -> tuple[bool, bool]:
@@ -60,7 +64,7 @@ class Pass:
 
     def __init__(self, frame: FrameType | None, whole: bool = False) -> None:
         self.frame, self.hooks, self.whole = frame, saved_tensor_hooks(), whole
-        self.kept: dict[Hashable, tuple[State, Made]] = {}
+        self.kept: Store = {}
         self.carried: dict[Hashable, Any] = {}
         self.shown: tuple[Any, dict[str, Any]] = (None, {})
 
@@ -95,7 +99,8 @@ class Passes:
     def __init__(self) -> None:
         self._stack = _Stack()
         self.ddp = False  # whether the last call came from a DDP module without a static graph
-        self._fixed: dict[Hashable, tuple[State, Made]] | None = None
+        self._fixed: Store | None = None
+        self._fixing, self._lock = 0, threading.Lock()
 
     @property
     def rows(self) -> Rows | None:
@@ -155,21 +160,18 @@ class Passes:
 
     def kept(self, who: Hashable, nodes: Sequence[Tensor], make: Callable[[], Made]) -> Made | None:
         """What `make` gives, made once in this pass and grad mode for these nodes; None outside of any pass."""
-        if not is_eager():
+        if not is_eager() or (now := state(nodes)) is None:
             return None
-        key, fixed = (who, _mode()), self._fixed
-        if fixed is not None and not torch.is_grad_enabled():
-            return self._from(fixed, key, nodes, make)
-        found = self.current()
-        return None if found is None else self._from(found.kept, key, nodes, make)
-
-    @staticmethod
-    def _from(
-        store: dict[Hashable, tuple[State, Made]], key: Hashable, nodes: Sequence[Tensor], make: Callable[[], Made]
-    ) -> Made:
-        now, held = state(nodes), store.get(key)
-        if held is None or held[0] != now:
-            held = store[key] = (now, make())
+        store = self._fixed
+        if store is None or torch.is_grad_enabled():
+            found = self.current()
+            if found is None:
+                return None
+            store = found.kept
+        key = (who, _mode())
+        held = store.get(key)
+        if held is None or held[0][0] != now:
+            held = store[key] = ((now, tuple(nodes)), make())
         return held[1]
 
     @contextmanager
@@ -186,11 +188,15 @@ class Passes:
     @contextmanager
     def fixed(self) -> Iterator[None]:
         """Within this block passes without gradients share what they make with one another."""
-        before, self._fixed = self._fixed, {}
+        with self._lock:  # blocks of several threads, or coroutines, may overlap
+            self._fixing += 1
+            self._fixed = {} if self._fixed is None else self._fixed
         try:
             yield
         finally:
-            self._fixed = before
+            with self._lock:
+                self._fixing -= 1
+                self._fixed = self._fixed if self._fixing else None
 
     def __deepcopy__(self, memo: Any) -> Passes:
         return Passes()
@@ -208,29 +214,50 @@ def _unseen() -> AbstractContextManager[Any]:
 
 
 class _Lasting(torch.autograd.Function):
-    """What `build` makes of the nodes, with a graph of its own that lasts as long as the result's."""
+    """What `build` makes of the nodes, with a graph of its own.
+
+    That graph goes with the first backward pass that does not retain the graph, as a loss may be kept for long after it. A
+    later one, of another loss of the same pass, builds it again.
+    """
 
     @staticmethod
     def forward(ctx: Any, build: Callable[[Sequence[Tensor]], Tensor], *nodes: Tensor) -> Tensor:
-        ctx.build, ctx.nodes = build, nodes
-        wanted = ctx.needs_input_grad[1:]
-        with _unseen(), torch.enable_grad():
-            views = [n.detach().requires_grad_(want) for n, want in zip(nodes, wanted, strict=True)]
-            value = build(views)
-        ctx.views = views
+        ctx.build, ctx.nodes, ctx.state = build, nodes, state(nodes)
+        ctx.views, value = _apart(ctx)
         ctx.edge = torch.autograd.graph.get_gradient_edge(value)
         return value.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        wanted = ctx.needs_input_grad[1:]
-        again = torch.is_grad_enabled()
-        # Views, as a node may depend on another one.
-        views = [n.view_as(n) for n in ctx.nodes] if again else ctx.views
-        made = ctx.build(views) if again else ctx.edge
+        wanted, again = ctx.needs_input_grad[1:], torch.is_grad_enabled()
+        made: Any = ctx.edge
+        if again or made is None:
+            if state(ctx.nodes) != ctx.state:
+                raise RuntimeError(
+                    "the adapter's parameters were modified by an inplace operation (an optimizer's step?) between a call of "
+                    "the model and this backward pass through it; take all gradients first."
+                )
+            views, made = _connected(ctx) if again else _apart(ctx)
+        else:
+            views = ctx.views
         inputs = [v for v, want in zip(views, wanted, strict=True) if want]
         found = iter(torch.autograd.grad(made, inputs, grad, retain_graph=True, create_graph=again))
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.edge = ctx.views = None
         return (None, *(next(found) if want else None for want in wanted))
+
+
+def _apart(ctx: Any) -> tuple[list[Tensor], Tensor]:
+    """Leaves that lie where the nodes do, and what is built of them."""
+    with _unseen(), torch.enable_grad():
+        views = [n.detach().requires_grad_(want) for n, want in zip(ctx.nodes, ctx.needs_input_grad[1:], strict=True)]
+        return views, ctx.build(views)
+
+
+def _connected(ctx: Any) -> tuple[list[Tensor], Tensor]:
+    """Views of the nodes, as one may depend on another, and what is built of them: a gradient that can be differentiated."""
+    views = [n.view_as(n) for n in ctx.nodes]
+    return views, ctx.build(views)
 
 
 def lasting(build: Callable[[Sequence[Tensor]], Tensor], nodes: Sequence[Tensor]) -> Tensor:

@@ -124,6 +124,11 @@ class PhysicalAdapter(Adapter):
         """See `Adapter.delta`."""
         return self._build(*self._nodes(member, self.tensors()), alpha=self.scale)
 
+    def current(self, member: Member) -> Tensor:
+        """See `Adapter.current`; whoever reads a weight several times may take several gradients of what it reads."""
+        scale = self.scale
+        return lasting(lambda own: self._build(*self._nodes(member, list(own)), alpha=scale), self.tensors())
+
     def halves(self, member: Member, rows: int, blocks: int = 1) -> tuple[Tensor, Tensor] | None:
         """See `Adapter.halves`."""
         if self._halves is None or (self.settings.route is None and not self._halves.pays(self.group.shape, rows, blocks)):
@@ -169,11 +174,15 @@ class PhysicalAdapter(Adapter):
         found = self.passes.current() if member.place.has_siblings and not self.spec.dropout else None
         if found is None or not found.in_its_own_graph:
             return run.carry(cast_x, *nodes)
+        now = state([x, *own])
+        if now is None:  # a tensor made in inference mode may be written to and nothing would tell
+            return run.carry(cast_x, *nodes)
         mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        made_in = (run, state([x, *own]), x.requires_grad, cast_x.dtype, mode)
+        made_in = (run, now, x.requires_grad, cast_x.dtype, mode)
         held = found.carried.get(id(self))
-        if held is None or held[0] is not x or held[1] != made_in:
-            held = found.carried[id(self)] = (x, made_in, run.carry(cast_x, *nodes))
+        if held is None or held[0] != made_in:
+            # x and the nodes are held, so that no other tensor gets their numbers.
+            held = found.carried[id(self)] = (made_in, (x, *own), run.carry(cast_x, *nodes))
         return held[2]
 
     def update(self, member: Member, x: Tensor, out: Tensor, base: Tensor | None = None, training: bool = True) -> Tensor:
