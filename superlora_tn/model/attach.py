@@ -26,6 +26,7 @@ from superlora_tn.model.kinds import Held
 from superlora_tn.model.shown import Block, show
 from superlora_tn.model.site import BeginHook, EndHook, UpdateHook, watchers
 from superlora_tn.model.targets import AttachError, Place, Target, Targets, bind, is_sharded, match, near, places
+from superlora_tn.model.trainer import admissions
 from superlora_tn.model.tuned import Tuned, forget_compiled
 from superlora_tn.model.weights import found, freeze, was_trainable, weight_of
 from superlora_tn.network.budget import Budget
@@ -259,6 +260,7 @@ def _hook(model: nn.Module, handle: Tuned) -> None:
             sites.append(UpdateHook(target, member))
             hooks.append(target.layer.register_forward_hook(sites[-1], with_kwargs=True))
     hooks += watchers(model, sites)
+    hooks += admissions(model)
 
 
 def tuned(model: nn.Module, name: str = NAME) -> Tuned:

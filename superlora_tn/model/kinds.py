@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from superlora_tn.declare.fold import Shape
 from superlora_tn.update.base import NOMINAL_TOKENS, Member
-from superlora_tn.update.eager import is_recorded
+from superlora_tn.update.eager import is_eager, is_recorded
 
 
 class LayerError(TypeError):
@@ -48,6 +48,23 @@ class Kind(ABC):
         """The layer's own tensors that hold the weight, by name; None where it is computed from others."""
         parameter = layer._parameters.get("weight")
         return None if parameter is None else {"weight": parameter}
+
+    def keep(self, layer: Any) -> Any:
+        """What `put` needs to give the weight back bit by bit, whatever is written to it meanwhile."""
+        return self.read(layer).detach().clone()
+
+    def put(self, layer: Any, kept: Any) -> None:
+        """Give the weight back as `keep` found it."""
+        self.write(layer, kept)
+
+    def refusal(self, layer: Any) -> str:
+        """Why the weight cannot hold W + dW, to be read behind its name; empty where it can."""
+        return ""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether writing quantises, so that much of a small dW may be lost."""
+        return False
 
     def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
         """The layer's output with the update added.
@@ -138,8 +155,16 @@ class Convolution(Kind):
         return y + more
 
 
+@dataclass(frozen=True)
 class Opaque(Linear):
-    """A linear layer whose weight is quantised, packed or kept elsewhere: only its input and output are used."""
+    """A linear layer whose weight is quantised, packed or kept elsewhere: only its input and output are used.
+
+    Attributes:
+        straight: whether the layer's own forward passes no gradient to its input; then that goes through the weight taken
+            out of its packing.
+    """
+
+    straight: bool = False
 
     def read(self, layer: Any) -> Tensor:
         """The weight taken out of its packing, where that says how.
@@ -152,20 +177,58 @@ class Opaque(Linear):
         if isinstance(weight, Tensor) and tuple(weight.shape) == self.shape(layer):
             if callable(unpack) and (weight.is_quantized or type(weight) not in (Tensor, nn.Parameter)):
                 return unpack()  # type: ignore[no-any-return]
-            if weight.is_floating_point():
-                return weight.to(torch.float32)
+            if weight.dtype in WIDE:
+                return weight
         raise LayerError(f"the weight of a {type(layer).__name__} is quantised or packed, and does not say how to read it.")
 
     def write(self, layer: Any, matrix: Tensor) -> None:
-        """Refused: rounding dW to the few values of such a weight would lose it."""
-        raise LayerError(
-            f"the weight of a {type(layer).__name__} is quantised or packed, and cannot hold W + dW; merge into the "
-            "unquantised base and quantise that, or keep the adapter apart"
+        """Refused: see `refusal`."""
+        raise LayerError(f"the weight of a {type(layer).__name__} {self.refusal(layer)}")
+
+    def refusal(self, layer: Any) -> str:
+        """Nothing is known of how to quantise it again."""
+        return (
+            "is quantised or packed and cannot hold W + dW; merge into the unquantised base and quantise that, or keep the "
+            "adapter apart."
         )
 
     def owners(self, layer: Any) -> dict[str, Tensor] | None:
-        """None of the layer's own can be written."""
-        return {}
+        """The packed parameter, where it is one."""
+        return super().owners(layer) or {}
+
+    def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
+        """As a linear layer; x gets its gradient through W also where the layer's own forward gives none."""
+        if x.is_quantized:
+            raise LayerError(
+                f"'{member.name}' is a {type(layer).__name__} that was called with a quantised tensor (static quantisation), "
+                "and an update is computed from plain numbers; quantise its weights alone, or leave it out."
+            )
+        if torch.is_grad_enabled() and x.requires_grad and (self.straight or not y.requires_grad):
+            y = _through(self, layer, x, y)
+        return super().join(layer, member, x, y, base)
+
+
+def _through(kind: Kind, layer: Any, x: Tensor, y: Tensor) -> Tensor:
+    """y, with the gradient ``grad W`` for x; what y already passes on (to a bias) stays."""
+    if is_eager():
+        found: Tensor = _Through.apply(kind, layer, x, y)  # type: ignore[no-untyped-call]
+        return found
+    z = functional.linear(x, kind.read(layer).to(x.dtype))
+    return y + (z - z.detach()).to(y.dtype)
+
+
+class _Through(torch.autograd.Function):
+    """The identity of y, with a gradient for x; W is read in backward alone."""
+
+    @staticmethod
+    def forward(ctx: Any, kind: Kind, layer: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.kind, ctx.layer, ctx.dtype = kind, layer, x.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        weight = ctx.kind.read(ctx.layer)
+        return None, None, (grad.to(weight.dtype) @ weight).to(ctx.dtype), grad
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from torch.nn.utils.parametrize import is_parametrized
 from superlora_tn.model.kinds import (
     CONVOLUTION,
     LINEAR,
-    OPAQUE,
     TRANSPOSED,
     WIDE,
     Convolution,
@@ -28,6 +27,7 @@ from superlora_tn.model.kinds import (
     LayerError,
     Transposed,
 )
+from superlora_tn.model.packed import packed_kind
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ def is_supported(layer: nn.Module) -> bool:
 
 
 def _has_features(layer: nn.Module) -> bool:
-    return all(isinstance(getattr(layer, n, None), int) for n in ("in_features", "out_features")) and not any(layer.children())
+    """Whether it says in_features and out_features, and is no house of other layers."""
+    says = all(isinstance(getattr(layer, n, None), int) for n in ("in_features", "out_features"))
+    return says and not any(p is not None for child in layer.children() for p in (*child.parameters(), *child.buffers()))
 
 
 def kind_of(layer: nn.Module, at: str | None = None) -> Kind:
@@ -109,8 +111,7 @@ def kind_of(layer: nn.Module, at: str | None = None) -> Kind:
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
         raise LayerError(f"is a {type(layer).__name__} that has no shape yet; run the model once before it is adapted.")
     if found is None or _is_packed(layer, found.kind):
-        _check_opaque(layer)
-        return OPAQUE
+        return _opaque(layer, at)
     held = Held(transposed=isinstance(found.kind, Transposed))
     if at == "weight":
         held.stored(layer)
@@ -141,12 +142,19 @@ def _unpacks(weight: Tensor) -> bool:
     return type(weight).__module__.partition(".")[0] == "torchao"
 
 
-def _check_opaque(layer: nn.Module) -> None:
+def _opaque(layer: nn.Module, at: str | None) -> Kind:
+    """The kind of a layer that is known by its input and output alone."""
     if not _has_features(layer):
         raise LayerError(
             f"is a {type(layer).__name__} whose weight is quantised or packed; that works for linear layers, which say "
             "in_features and out_features. Adapt the unquantised model, or leave it out."
         )
+    if at == "weight":
+        raise LayerError(
+            f"is a {type(layer).__name__} whose weight is quantised or packed, so that reading it cannot give W + dW; adapt it "
+            "at its output, or leave it out."
+        )
+    return packed_kind(layer)
 
 
 def _tried(layer: Any, kind: Kind) -> bool:

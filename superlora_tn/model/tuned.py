@@ -20,7 +20,7 @@ from superlora_tn.model.describe import summary
 from superlora_tn.model.kinds import Held
 from superlora_tn.model.shown import blocks_of, hide
 from superlora_tn.model.targets import AttachError, Target, near
-from superlora_tn.model.weights import Holder, Weight, check_mergeable, drop, thaw, weight_of
+from superlora_tn.model.weights import Holder, Weight, check_mergeable, drop, report_rounding, thaw, weight_of
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Adapter, Member
 from superlora_tn.update.passes import Passes
@@ -214,6 +214,7 @@ class Tuned(nn.Module):
             self._put_back()
             self._switch()
             raise
+        report_rounding(self._weights())
 
     def _check_finite(self, name: str, weight: Weight, delta: Tensor) -> None:
         merged = weight.kind.read(weight.layer)

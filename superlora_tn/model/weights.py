@@ -5,6 +5,7 @@ One `Weight` a weight, found again through its layer, whatever handles there are
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from superlora_tn.model.kinds import Held, Kind, Opaque
+from superlora_tn.model.kinds import Held, Kind
 from superlora_tn.model.targets import AttachError, Target, is_sharded
 from superlora_tn.update.base import Member
 
@@ -26,14 +27,16 @@ class Weight:
     Attributes:
         layer, kind: where it is and how it is read.
         members: the adapters' members on it, by their handles' names.
-        base: its own values, while any of them is merged.
+        base: its own values as its kind keeps them, while any of them is merged.
+        lost: how much of dW's norm was rounded away when it was quantised again.
         merged: the members whose dW is in it now, in order.
     """
 
     def __init__(self, layer: nn.Module, kind: Kind) -> None:
         self.layer, self.kind = layer, kind
         self.members: list[tuple[str, Member]] = []
-        self.base: Tensor | None = None
+        self.base: Any = None
+        self.lost = 0.0
         self.merged: list[Member] = []
         self._print: tuple[Any, ...] = ()
 
@@ -41,10 +44,14 @@ class Weight:
         """Write W + dW, rounded once; W is kept."""
         current = self.kind.read(self.layer).detach()
         if self.base is None:
-            self.base = current.clone()
+            self.base = self.kind.keep(self.layer)
         self.merged.append(member)
         # In the wider of the two types, so that neither is rounded before the sum is.
-        self.kind.write(self.layer, current.to(torch.promote_types(current.dtype, delta.dtype)) + delta)
+        whole = current.to(torch.promote_types(current.dtype, delta.dtype)) + delta
+        self.kind.write(self.layer, whole)
+        if self.kind.rounds:
+            norm = float(delta.norm())
+            self.lost = float((self.kind.read(self.layer).detach() - whole).norm()) / norm if norm else 0.0
 
     def settle(self) -> None:
         """Remember what the weight is now."""
@@ -59,7 +66,7 @@ class Weight:
         """Put the weight's own values back, and then the dW of the members that stay merged."""
         if self.base is None:
             return
-        self.kind.write(self.layer, self.base)
+        self.kind.put(self.layer, self.base)
         staying, self.merged = [m for m in self.merged if m in deltas], []
         if not staying:
             self.base, self._print = None, ()
@@ -144,21 +151,30 @@ def check_mergeable(model: nn.Module, targets: Sequence[Target]) -> None:
 
 def _check_writable(target: Target) -> None:
     """Raise where the weight is not here to be written, before any other weight is."""
-    if isinstance(target.kind, Opaque):
-        raise AttachError(
-            f"the weight of '{target.name}' ({type(target.layer).__name__}) is quantised or packed and cannot hold W + dW; "
-            "merge into the unquantised base and quantise that, or keep the adapter apart."
-        )
     own = target.kind.owners(target.layer) or {}
     if any(tensor.device.type == "meta" for tensor in own.values()):
         raise AttachError(
             f"the weight of '{target.name}' is on the meta device (offloaded, or not loaded yet); load it before merging."
         )
+    if refusal := target.kind.refusal(target.layer):
+        raise AttachError(f"the weight of '{target.name}' ({type(target.layer).__name__}) {refusal}")
     if own and not any(map(is_sharded, own.values())) and tuple(target.kind.read(target.layer).shape) != target.shape:
         raise AttachError(
             f"the weight of '{target.name}' has the shape {tuple(target.kind.read(target.layer).shape)} now, where "
             f"{target.shape} was adapted: it is sharded or flattened. Merge within FSDP's summon_full_params, or on a whole "
             "model."
+        )
+
+
+def report_rounding(weights: Mapping[str, Weight]) -> None:
+    """Warn of what was rounded away where weights were quantised again."""
+    lost = {name: weight.lost for name, weight in weights.items() if weight.kind.rounds}
+    if lost:
+        most = max(lost, key=lambda name: lost[name])
+        warnings.warn(
+            f"merge() quantised {len(lost)} weights again: W + dW was rounded by up to {lost[most]:.2g} of dW's norm (at "
+            f"'{most}'). Keep the adapter apart, or merge into the unquantised base, to lose nothing.",
+            stacklevel=3,
         )
 
 
