@@ -148,8 +148,6 @@ def test_loading_over_an_attached_model_raises(saved: Path) -> None:
     before = snapshot(model)
     with pytest.raises(sl.AttachError, match="'superlora' already"):
         sl.load(model, saved)
-    with pytest.raises(sl.AttachError, match="adapted already"):
-        sl.load(model, saved, name="second")
     assert_untouched(model, before)
 
 
@@ -373,7 +371,7 @@ def test_an_attention_that_would_ignore_the_adapter_raises(tmp_path: Path) -> No
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(DIM, 3)})
     nn.utils.parametrizations.weight_norm(model["attn"].out_proj)
     before = snapshot(model)
-    with pytest.raises((sl.CheckpointError, sl.AttachError), match="MultiheadAttention"):
+    with pytest.raises(sl.CheckpointError, match="is computed from others"):
         sl.load(model, tmp_path)
     assert_untouched(model, before)
 

@@ -122,7 +122,7 @@ def test_a_saver_waits_while_another_commits(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "replace", slow)
     first = threading.Thread(target=save_value, args=(tmp_path, 1.0))
     second = threading.Thread(target=lambda: half_way.wait(LONG) and save_value(tmp_path, 2.0))
-    first.start(), second.start()
+    second.start(), first.start()
     first.join(LONG), second.join(LONG)
     assert value_of(tmp_path) == 2.0
     assert names(tmp_path) == two_files(tmp_path)
