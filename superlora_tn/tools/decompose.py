@@ -1,0 +1,258 @@
+"""Networks from weights: the adapter of any declaration that is nearest to given weight updates, in the Frobenius norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+
+import torch
+from torch import Tensor
+
+from superlora_tn.contraction.plan import table
+from superlora_tn.declare.fold import Shape, split_name
+from superlora_tn.declare.parts import SpecError, check_count
+from superlora_tn.files.own import Entry, tensor_name, write
+from superlora_tn.network.budget import Budget
+from superlora_tn.network.graph import Graph
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.tools.fitting import Fit, Settings, fit
+from superlora_tn.tools.frames import Frame, Load, frame
+from superlora_tn.update.initialise import first_values
+
+
+class FitError(ValueError):
+    """Weights that no network can be fitted to."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a decomposition is.
+
+    Attributes:
+        group, groups: which network of how many is being fitted, from 1.
+        steps: done on it since its last start.
+        error: its relative error now.
+    """
+
+    group: int
+    groups: int
+    steps: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """An adapter made from weights.
+
+    Attributes:
+        spec: the declaration.
+        shapes: the weights, name -> (out, in).
+        tensors: the nodes in graph order, by ``group<k>.<node>`` as files name them, float64.
+        errors: of each weight ``||dW - fit|| / ||dW||``, in the Frobenius norm; a weight of zeros has 0, or infinity where
+            the fit is not zero.
+        error: of all weights together.
+        fits: how each network was found; a flat fold has one for each of its groups.
+    """
+
+    spec: AdapterSpec
+    shapes: Mapping[str, Shape]
+    tensors: Mapping[str, Tensor]
+    errors: Mapping[str, float]
+    error: float
+    fits: tuple[Fit, ...]
+
+    @property
+    def entry(self) -> Entry:
+        """The declaration with its weights, as files have it."""
+        return Entry(self.spec, dict(self.shapes))
+
+    def as_type(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The nodes in another dtype; rounding to float32 adds about 1e-7 to the relative error."""
+        return {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
+
+    def write(self, folder: str | PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+        """Save as an adapter, which `load` attaches to a model.
+
+        Args:
+            folder: made where it does not exist.
+            dtype: of the saved nodes.
+        """
+        write(folder, [self.entry], self.as_type(dtype))
+
+    def deltas(self) -> dict[str, Tensor]:
+        """dW of each weight from the nodes, (out, in), scale included."""
+        return dict(deltas(self.spec, self.shapes, self.tensors))
+
+    def __str__(self) -> str:
+        kinds: dict[str, list[float]] = {}
+        for name, error in self.errors.items():
+            kinds.setdefault(split_name(name)[1], []).append(error)
+        rows: list[tuple[str, ...]] = [("weights", "", "least error", "mean", "largest")]
+        for kind, errors in kinds.items():
+            mean = sum(errors) / len(errors)
+            rows.append((f"{len(errors)}", kind, *(f"{value:.3g}" for value in (min(errors), mean, max(errors)))))
+        found = dict.fromkeys(f.start for f in self.fits)
+        steps = [len(f.errors) - 1 for f in self.fits]
+        return "\n".join(
+            [
+                f"{self.spec.count(self.shapes):,} parameters: {self.spec.network}",
+                *table(rows, "weights error mean largest"),
+                f"in all the relative error is {self.error:.3g}; {len(self.fits)} fits from {', '.join(found)}, "
+                f"{sum(steps)} steps (at most {max(steps)})",
+            ]
+        )
+
+
+def decompose(
+    weights: Mapping[str, Tensor],
+    spec: AdapterSpec | Budget,
+    *,
+    steps: int = 200,
+    tolerance: float = 1e-6,
+    restarts: int = 3,
+    seed: int = 0,
+    start: Mapping[str, Tensor] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Decomposition:
+    """The nodes for which a declaration's dW is nearest to given ones: ``min ||dW - scale F(network)||``.
+
+    Networks without loops come from singular value decompositions and are recovered to rounding where the ranks suffice; all
+    others, and those with a surplus or a map, from alternating least squares and Gauss-Newton steps, the best of several
+    starts. These find a nearest network near a start, which need not be the nearest of all. A weight's frozen nodes stay as
+    `seed` draws them, or as `start` gives them.
+
+    Args:
+        weights: dW by module name, (out, in), any floating dtype; computed with in float64.
+        spec: what to fit, or a budget that buys one.
+        steps: at most so many from one start.
+        tolerance: a fit ends where a step lowers the error by less of itself.
+        restarts: starts by chance, for networks without a closed form.
+        seed: of these, and of frozen nodes: those of ``attach(model, spec, seed=seed)``.
+        start: frozen nodes by ``group<k>.<node>``, of the shape that the declaration gives them.
+        progress: is told how far it is.
+
+    Returns:
+        Nodes and errors.
+
+    Raises:
+        FitError: weights that are no real matrices of finite numbers, or a declaration whose scale is zero.
+        SpecError: the declaration does not fit the weights' shapes.
+    """
+    for name, weight in weights.items():
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise FitError(
+                f"'{name}' was given as {tuple(weight.shape)} of {weight.dtype}; give a matrix (out, in) of real numbers. "
+                "Reshape a convolution's weight to (out, in * kernel)."
+            )
+    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+    settings = Settings(steps, tolerance, restarts)
+    return fit_weights(shapes, weights.__getitem__, spec, settings, seed, start, progress)
+
+
+@torch.no_grad()
+def fit_weights(
+    shapes: Mapping[str, Shape],
+    load: Load,
+    spec: AdapterSpec | Budget,
+    settings: Settings,
+    seed: int = 0,
+    start: Mapping[str, Tensor] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Decomposition:
+    """`decompose` for weights that are loaded when their group's turn comes, and again for its error.
+
+    Args:
+        shapes: the weights, name -> (out, in).
+        load: dW of a weight by name.
+    """
+    _check(settings, start)
+    if isinstance(spec, Budget):
+        spec = spec.choose(shapes).spec
+    if spec.scale == 0:
+        raise FitError(f"the declaration has alpha={spec.alpha}, so its dW is zero whatever its nodes; choose another alpha.")
+    frames = [frame(group, spec, graph) for group, graph in spec.lay_out(shapes)]
+    given = _given(frames, seed, start or {})
+    generator = torch.Generator().manual_seed(seed)
+    tensors, fits = dict[str, Tensor](), list[Fit]()
+    missed, wanted = dict[str, float](), dict[str, float]()
+    total, done = sum(len(f.places) for f in frames), 0
+    read = _reader(load)
+    for k, (own, nodes) in enumerate(zip(frames, given, strict=True)):
+        for number, place in enumerate(own.places):
+            problem, done = own.problem(number, read), done + 1
+            tell = None if progress is None else _teller(progress, done, total)
+            found = fit(problem, place.take(nodes, problem.shapes), settings, generator, tell)
+            place.put(nodes, found.nodes)
+            fits.append(found)
+        tensors |= {tensor_name(k, node): tensor for node, tensor in zip(own.graph.nodes, nodes, strict=True)}
+        for name, delta in own.deltas(nodes).items():
+            weight = read(name)
+            missed[name], wanted[name] = float((weight - delta).norm()), float(weight.norm())
+    errors = {name: _relative(missed[name], wanted[name]) for name in shapes}
+    return Decomposition(
+        spec, dict(shapes), tensors, errors, _relative(math.hypot(*missed.values()), math.hypot(*wanted.values())), tuple(fits)
+    )
+
+
+def deltas(spec: AdapterSpec, shapes: Mapping[str, Shape], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """dW of each weight, group by group, from nodes by ``group<k>.<node>``; float64, scale included."""
+    with torch.no_grad():
+        for k, (group, graph) in enumerate(spec.lay_out(shapes)):
+            nodes = [tensors[tensor_name(k, node)].double() for node in graph.nodes]
+            yield from frame(group, spec, graph).deltas(nodes).items()
+
+
+def _check(settings: Settings, start: Mapping[str, Tensor] | None) -> None:
+    check_count("decompose", "steps", settings.steps, 1 << 20)
+    if isinstance(settings.restarts, bool) or not isinstance(settings.restarts, int) or settings.restarts < 0:
+        raise SpecError(f"decompose was given restarts={settings.restarts!r}; give a whole number of at least 0.")
+    if not isinstance(settings.tolerance, int | float) or not 0 <= settings.tolerance < 1:
+        raise SpecError(f"decompose was given tolerance={settings.tolerance!r}; it is a part of the error, from 0 to below 1.")
+
+
+def _reader(load: Load) -> Load:
+    """Weights in float64 on the CPU, checked."""
+
+    def read(name: str) -> Tensor:
+        weight = load(name).detach().to(device="cpu", dtype=torch.float64)
+        if not bool(torch.isfinite(weight).all()):
+            raise FitError(f"'{name}' has numbers that are not finite; no network is nearest to it.")
+        return weight
+
+    return read
+
+
+def _given(frames: list[Frame], seed: int, start: Mapping[str, Tensor]) -> list[list[Tensor]]:
+    """The first values of all groups' nodes, with frozen ones from `start`."""
+    generator, left, found = torch.Generator().manual_seed(seed), dict(start), []
+    for k, own in enumerate(frames):
+        nodes = [n.double() for n in first_values(own.graph, own.fan_in, generator)]
+        for j, node in enumerate(own.graph.nodes):
+            name = tensor_name(k, node)
+            if name in left:
+                nodes[j] = _started(name, left.pop(name), own.graph, j)
+        found.append(nodes)
+    if left:
+        names = ", ".join(tensor_name(k, n) for k, f in enumerate(frames) for n in f.graph.nodes if not n.trainable)
+        raise FitError(f"start names '{next(iter(left))}', which is no node here; frozen ones are {names or 'none'}.")
+    return found
+
+
+def _started(name: str, value: Tensor, graph: Graph, number: int) -> Tensor:
+    node = graph.nodes[number]
+    if node.trainable:
+        raise FitError(f"start gives '{name}', which is trained; only frozen nodes can be given, as the others are fitted.")
+    if tuple(value.shape) != node.shape:
+        raise FitError(f"start gives '{name}' as {tuple(value.shape)}; the declaration has {node.shape}.")
+    return value.detach().to(device="cpu", dtype=torch.float64).clone()
+
+
+def _teller(progress: Callable[[Progress], None], group: int, groups: int) -> Callable[[int, float], None]:
+    return lambda steps, error: progress(Progress(group, groups, steps, error))
+
+
+def _relative(missed: float, wanted: float) -> float:
+    """A relative error; that of nothing is 0 where nothing was made of it."""
+    return missed / wanted if wanted > 0 else 0.0 if missed == 0 else math.inf

@@ -1,0 +1,106 @@
+"""The fit of one problem: from each start alternating least squares, then Gauss-Newton steps, and the best of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from superlora_tn.tools.als import Fitting, balanced, environments
+from superlora_tn.tools.closed_forms import is_nearest
+from superlora_tn.tools.newton import Newton
+from superlora_tn.tools.problem import Problem
+from superlora_tn.tools.starts import starts
+
+Report = Callable[[int, float], None]
+
+FOUND = 1e-10  # a relative error that no other start need improve
+ROUNDING = 1e-14  # one that no step improves
+SLOW = 1e-2  # where a sweep lowers the error by less of itself, Gauss-Newton steps take over
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long a fit goes on.
+
+    Attributes:
+        steps: sweeps and Gauss-Newton steps from one start.
+        tolerance: it ends where a step lowers the error by less of itself.
+        restarts: starts by chance, for a network without a closed form.
+    """
+
+    steps: int
+    tolerance: float
+    restarts: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The nodes nearest to what was wanted, of those found.
+
+    Attributes:
+        nodes: with one axis an index, balanced.
+        error: the Frobenius norm of what is missing over that of what is wanted.
+        start: where this fit started from.
+        errors: the error at the start and behind each step.
+        tried: how many starts there were.
+    """
+
+    nodes: tuple[Tensor, ...]
+    error: float
+    start: str
+    errors: tuple[float, ...]
+    tried: int
+
+
+def fit(
+    problem: Problem, given: Sequence[Tensor], settings: Settings, generator: torch.Generator, report: Report | None = None
+) -> Fit:
+    """Fit a network.
+
+    Args:
+        problem: what is wanted.
+        given: nodes with one axis an index: the frozen ones, and what stays where nothing is wanted.
+        settings: how long.
+        generator: of the starts by chance.
+        report: is told the number of steps and the error after each.
+    """
+    if not bool(problem.wanted.any()):
+        return Fit(tuple(given), 0.0, "nothing wanted", (0.0,), 1)
+    best: Fit | None = None
+    around, count = environments(problem.equation), 0
+    for name, nodes in starts(problem, given, settings.restarts, generator):
+        count += 1
+        fitting = Fitting(problem, around, nodes)
+        nearest = name == "singular values" and problem.unfolding.isometric and is_nearest(problem.equation)
+        errors = [fitting.error] if nearest else _converge(fitting, settings, report)
+        if best is None or errors[-1] < best.error:
+            best = Fit(tuple(fitting.nodes), errors[-1], name, tuple(errors), count)
+        if best.error < FOUND:
+            break
+    if best is None or best.error > 1:  # through a nonlinear map a start may be worse than nothing
+        return Fit(tuple(given), 1.0, "nothing better than zero", (1.0,), count)
+    nodes = balanced(problem.equation, best.nodes)
+    return Fit(tuple(nodes), best.error, best.start, best.errors, count)
+
+
+def _converge(fitting: Fitting, settings: Settings, report: Report | None) -> list[float]:
+    """Sweeps while they are quick, then Gauss-Newton steps; the errors on the way."""
+    errors, newton = [fitting.error], None
+    for _ in range(settings.steps):
+        errors.append(newton.step() if newton else fitting.sweep())
+        if report:
+            report(len(errors) - 1, errors[-1])
+        gained = (errors[-2] - errors[-1]) / errors[-2] if errors[-2] > 0 else 0.0
+        if errors[-1] < ROUNDING:
+            break
+        if newton is None and gained < SLOW:
+            newton = Newton(fitting)
+            if newton.possible:
+                continue
+            newton = None
+        if gained < settings.tolerance:
+            break
+    return errors
