@@ -90,7 +90,7 @@ def test_variants_lists_each_with_its_count(capsys):
         (["plan", "lora", "--rank", "0"], "rank=0; a rank is a whole number of at least 1"),
         (["plan", "lora", "--shape", "768"], "is not OUTxIN; write for instance 768x768"),
         (["plan", "lora", "--device", "abacus"], "no device profile 'abacus'; choose one of cpu"),
-        (["plan", "lora", "--optimize", "foo"], "there is no optimizer 'foo'; choose 'dp', or another of opt_einsum's"),
+        (["plan", "lora", "--optimize", "foo"], "'foo' is no optimizer; give 'dp', a name of opt_einsum's"),
         (["bench", "lorta"], "lorta has a flat fold and so one route alone"),
         (["bench", "lora", "--widths", "8", "--tokens", "4", "--backend", "abacus"], "there is no backend 'abacus'"),
         (["plan", "loha", "--memory-limit", "10"], "raise the limit, plan for fewer tokens, or take the other route"),
