@@ -43,7 +43,7 @@ def tensor_train(cores: Sequence[Array]) -> Array:
     if len(cores) == 1:
         return cores[0]
     inner = [cores[0][None], *cores[1:-1], cores[-1][..., None]]
-    result = np.empty([c.shape[1] for c in inner])
+    result = np.empty([c.shape[1] for c in inner], dtype=np.result_type(*inner))
     for place in np.ndindex(*result.shape):
         result[place] = reduce(np.matmul, [c[:, i, :] for c, i in zip(inner, place, strict=True)])[0, 0]
     return result
