@@ -321,6 +321,22 @@ def test_parts_of_a_pipeline(tmp_path: Path) -> None:
         found.only("vae")
 
 
+def test_text_encoders_of_comfyui(tmp_path: Path) -> None:
+    tensors = {}
+    for name in ("clip_l.transformer.text_model.encoder.layers.0.mlp.fc1", "t5xxl.transformer.encoder.block.0.layer.1.wo"):
+        tensors |= pair(f"text_encoders.{name}", 4, 6, seed=len(name))
+    found = parsed(write(tmp_path / "x.safetensors", tensors))
+    assert found.parts == ("clip_l", "t5xxl")
+    assert found.fitted({"encoder.layers.0.mlp.fc1": (4, 6)}, part="clip_l").targets
+    assert found.fitted({"encoder.block.0.layer.1.wo": (4, 6)}, part="t5xxl").targets
+
+
+def test_a_factor_of_1x1_beside_a_kernel(tmp_path: Path) -> None:
+    tensors = {"lycoris_c.lokr_w1": random(2, 2, 1, 1), "lycoris_c.lokr_w2": random(3, 2, 3, 3)}
+    (weight,) = parsed(write(tmp_path / "x.safetensors", tensors)).weights
+    assert (weight.shape, weight.kernel) == ((6, 36), (3, 3))
+
+
 @given(st.lists(st.sampled_from(["a", "b", "a_b", "q", "0", "1"]), min_size=1, max_size=4), st.data())
 def test_an_underscored_name_is_found_or_is_ambiguous(words: list[str], data: st.DataObject) -> None:
     """Against all names that are written alike: one is found, several raise, and never is another one taken."""

@@ -51,8 +51,15 @@ class BaseModel:
         Raises:
             CheckpointError: its file is damaged.
         """
-        name = f"{module}.weight"
-        return tensor(self.files[name], name).flatten(1)
+        return self.parameter(f"{module}.weight").flatten(1)
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter by its full name.
+
+        Raises:
+            CheckpointError: its file is damaged.
+        """
+        return tensor(self.files[name], name)
 
 
 def base_model(path: str | PathLike[str]) -> BaseModel:

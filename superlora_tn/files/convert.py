@@ -68,6 +68,9 @@ def convert(
         found = found.only(part)
     if base is not None:
         fitted = found.fitted(base.shapes, parameters=base.sizes, weights=base.weight)
+        if to == "superlora":
+            saved = fitted.saved(base.parameter)
+            fitted = Fitted(saved.entries, saved.tensors, {}, saved.buffers, fitted.kernels, fitted.embeddings)
         return _from_fitted(fitted, target, to, more)
     if to in ("lycoris", "kohya"):
         return _as_named(found, target, to, Wish(rank, error, dtype), prefix)

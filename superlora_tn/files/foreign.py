@@ -14,6 +14,7 @@ from superlora_tn.declare.parts import SpecError
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.fuse import assemble
 from superlora_tn.files.names import Seat, label, seats
+from superlora_tn.files.own import Saved
 from superlora_tn.files.record import Entry, tensor_name
 from superlora_tn.files.weight import Weight
 from superlora_tn.network.spec import AdapterSpec
@@ -45,6 +46,24 @@ class Fitted:
     def targets(self) -> dict[str, Shape]:
         """The adapted weights of all entries, name -> (out, in)."""
         return {name: shape for entry in self.entries for name, shape in entry.targets.items()}
+
+    def saved(self, parameter: Callable[[str], Tensor]) -> Saved:
+        """The same as if this library had saved it: biases and norms as the values they become.
+
+        Args:
+            parameter: gives a parameter of the base by its full name.
+
+        Raises:
+            CheckpointError: a value of another shape than the parameter's.
+        """
+        values = dict(self.replaced)
+        for name, value in (*self.added.items(), *self.replaced.items()):
+            base = parameter(name).detach()
+            if base.shape != value.shape:
+                raise CheckpointError(f"'{name}' is {tuple(base.shape)} in this base and {tuple(value.shape)} in the file.")
+            if name in self.added:
+                values[name] = (base.cpu().double() + value.double()).to(base.dtype)
+        return Saved(self.entries, self.tensors, values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,9 +200,11 @@ class Parsed:
                 raise CheckpointError(
                     f"{self.path}: {weight.kind} of '{weight.name}' is only known with the base model; give it."
                 )
-        if len(self.parts) > 1:
+        if len(self.parts) > 1 and self.origin != "gguf":
             raise CheckpointError(f"{self.path} adapts the parts {', '.join(map(repr, self.parts))}; choose one.")
-        made = {label(w.name).rest: w for w in self.weights}
+        # In GGUF, a name that begins with "transformer." is the model's own.
+        names = {w.name: w.name if self.origin == "gguf" else label(w.name).rest for w in self.weights}
+        made = {names[w.name]: w for w in self.weights}
         added, replaced = ({label(n).rest: t for n, t in own.items()} for own in (self.added, self.replaced))
         return _fitted(made, added, replaced, str(self.path))
 

@@ -8,6 +8,7 @@ alike. Only then other publishers' names and fused projections are tried, throug
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,6 @@ PREFIXES = {
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
     "text_encoder_3.": "text_encoder_3",
-    "text_encoders.": "text_encoders",
     "lora_unet_": "unet",
     "lora_transformer_": "transformer",
     "lora_te_": "text_encoder",
@@ -36,6 +36,8 @@ PREFIXES = {
     "lora_prior_te_": "prior_text_encoder",
     "lycoris_": "",
 }
+# ComfyUI names its text encoders one by one, such as text_encoders.clip_l.transformer.text_model.
+_ENCODER = re.compile(r"text_encoders\.(\w+)\.(?:transformer\.)?(?=.)")
 # Names that a pipeline gives to the part.
 CALLED = {
     "unet": ("unet", "transformer", "denoiser", "model"),
@@ -79,6 +81,8 @@ def label(name: str) -> Label:
     >>> label("lora_te2_text_model_encoder_layers_0_mlp_fc1").part, label("layers.0.q").part
     ('text_encoder_2', '')
     """
+    if found := _ENCODER.match(name):
+        return Label(name, found[0], found[1])
     prefix = next((p for p in PREFIXES if name.startswith(p) and len(name) > len(p)), "")
     return Label(name, prefix, PREFIXES.get(prefix, ""))
 

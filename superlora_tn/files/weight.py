@@ -193,6 +193,8 @@ def build(name: str, fields: Mapping[str, Tensor]) -> Weight:
         if kernel and not (" k" in form.modes and set(kernel) == {1}):
             kernels.add(kernel)
     if len(kernels) > 1:
+        kernels = {k for k in kernels if set(k) != {1}}
+    if len(kernels) > 1:
         raise CheckpointError(f"'{name}': its tensors have kernels of the sizes {' and '.join(map(str, kernels))}.")
     kernel = kernels.pop() if kernels else ()
     modes = form.modes.replace("k", " ".join(_axes(kernel))).replace(" )", ")") if " k" in form.modes else form.modes

@@ -121,9 +121,10 @@ def save_as(
         raise CheckpointError(f"'{format}' is no format; choose one of {', '.join(FORMATS)}.")
     wish, more = Wish(rank, error, dtype), beside or Beside()
     if format == "superlora":
-        if wish.truncates or dtype is not None or more != Beside():
-            raise CheckpointError("this library's own files hold an adapter as it is; leave rank, error, dtype and beside out.")
-        write_own(path, entries, tensors)
+        if wish != Wish():
+            raise CheckpointError("this library's own files hold an adapter as it is; leave rank, error and dtype out.")
+        _refuse(Beside(added=more.added), format)
+        write_own(path, entries, tensors, more.replaced)
         return Report((place_of(path),), tuple(Row(n, "own", (), 0.0) for e in entries for n in e.targets))
     held = {name: whole(name, tensor, None, FLOATS) for name, tensor in tensors.items()}
     tables = embeddings or {}

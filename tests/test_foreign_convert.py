@@ -1,0 +1,361 @@
+"""`convert` between all formats, and `show` on all of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from foreign import Net, close, deltas, fit, inputs, parsed, shapes, shuffle, write
+from safetensors.torch import save_file
+from test_foreign_writes import LAYERS, OUTPUTS, filled_in, made, save
+from torch import nn
+
+import superlora_tn as sl
+from superlora_tn.cli import main
+from superlora_tn.files import own
+from superlora_tn.files.base_model import base_model
+from superlora_tn.files.convert import convert
+from superlora_tn.files.errors import CheckpointError
+from superlora_tn.files.foreign import Fitted
+from superlora_tn.files.show import layer_of, show
+from superlora_tn.files.writes import FORMATS
+
+# One product rounded to float32 on each way; two ways at most.
+WAYS = 2e-6
+
+SPECS = {
+    "lora": sl.lora(3, alpha=5),
+    "loha": sl.loha(2, alpha=3),
+    "lokr": sl.lokr(2, alpha=3),
+    "lotr": sl.lotr(2),
+    "dense": sl.dense(),
+}
+
+
+def base(model: nn.Module, folder: Path) -> Path:
+    """A checkpoint of a model, in two files."""
+    folder.mkdir(exist_ok=True)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    names = sorted(state)
+    save_file({n: state[n] for n in names[::2]}, folder / "model-00001-of-00002.safetensors")
+    save_file({n: state[n] for n in names[1::2]}, folder / "model-00002-of-00002.safetensors")
+    return folder
+
+
+def found(path: Path) -> dict[str, np.ndarray]:
+    """dW of whatever was written."""
+    if (path / "adapter.json").exists():
+        saved = own.read(path)
+        return deltas(Fitted(saved.entries, saved.tensors))
+    return deltas(fit(path, Net()))
+
+
+@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("source", FORMATS)
+@pytest.mark.parametrize("case", SPECS)
+def test_from_any_format_to_any_other(case: str, source: str, target: str, tmp_path: Path) -> None:
+    adapter = made(SPECS[case], LAYERS)
+    save(adapter, tmp_path / "a", source)
+    place = base(Net(), tmp_path / "base")
+    report = convert(tmp_path / "a", tmp_path / "b", target, base=base_model(place))  # type: ignore[arg-type]
+    assert max(report.errors.values()) < WAYS
+    close(found(tmp_path / "b"), deltas(adapter), WAYS)
+
+
+@pytest.mark.parametrize("source", ["peft", "lycoris", "kohya"])
+def test_convolutions_need_their_kernels(source: str, tmp_path: Path) -> None:
+    """From the file where it shows them, else from the base."""
+    adapter = made(sl.lora(3, alpha=5), ["conv_in", "down_blocks.0", "down_blocks.1"])
+    save(adapter, tmp_path / "a", source)
+    place = base(Net(), tmp_path / "base")
+    convert(tmp_path / "a", tmp_path / "b", "peft", base=base_model(place))
+    close(found(tmp_path / "b"), deltas(adapter), WAYS)
+    kernels = {w.name: w.kernel for w in parsed(tmp_path / "b").weights}
+    assert sorted(kernels.values()) == [(1, 1), (3, 3), (3, 3)]
+
+
+NO_MODEL = [
+    *((s, t) for s in ("peft", "diffusers", "gguf") for t in FORMATS),
+    *((s, t) for s in ("lycoris", "kohya") for t in ("lycoris", "kohya")),
+]
+
+
+@pytest.mark.parametrize(("source", "target"), NO_MODEL)
+def test_without_a_model_where_none_is_needed(source: str, target: str, tmp_path: Path) -> None:
+    adapter = made(sl.lokr(2, alpha=3), LAYERS)
+    save(adapter, tmp_path / "a", source)
+    convert(tmp_path / "a", tmp_path / "b", target)  # type: ignore[arg-type]
+    close(found(tmp_path / "b"), deltas(adapter), WAYS)
+
+
+@pytest.mark.parametrize("target", ["superlora", "peft", "diffusers", "gguf"])
+def test_names_that_only_a_model_tells(target: str, tmp_path: Path) -> None:
+    save(made(sl.lora(2), LAYERS), tmp_path / "a", "kohya")
+    with pytest.raises(CheckpointError, match=r"have '_' for '\.', so the modules are known only with the base"):
+        convert(tmp_path / "a", tmp_path / "b", target)  # type: ignore[arg-type]
+    assert not (tmp_path / "b").exists()
+
+
+def test_lycoris_files_keep_every_number(tmp_path: Path) -> None:
+    """Also such sizes as its loader would not make today: w1 the larger factor, as in old files."""
+    tensors = {"lora_unet_a.lokr_w1_a": torch.randn(20, 4), "lora_unet_a.lokr_w1_b": torch.randn(4, 60)}
+    tensors |= {"lora_unet_a.lokr_w2_a": torch.randn(16, 4), "lora_unet_a.lokr_w2_b": torch.randn(4, 48)}
+    tensors["lora_unet_a.alpha"] = torch.tensor(2.0)
+    write(tmp_path / "a.safetensors", tensors)
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "lycoris")
+    first, second = parsed(tmp_path / "a.safetensors").weights[0], parsed(tmp_path / "b.safetensors").weights[0]
+    assert second.scale == first.scale == 0.5
+    assert all(torch.equal(t, second.tensors()[n]) for n, t in first.tensors().items())
+    report = convert(tmp_path / "a.safetensors", tmp_path / "c.safetensors", "kohya")
+    assert report.rows[0].ranks == (16,)
+    close({"a": parsed(tmp_path / "c.safetensors").weights[0].dense().numpy()}, {"a": first.dense().numpy()}, WAYS)
+
+
+def test_parts_of_a_pipeline(tmp_path: Path) -> None:
+    tensors = {}
+    for name in ("unet.attn_1.to_q", "text_encoder.attn_1.to_q"):
+        tensors |= {f"{name}.lora_A.weight": torch.randn(2, 24), f"{name}.lora_B.weight": torch.randn(24, 2)}
+    write(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(CheckpointError, match="adapts the parts 'text_encoder', 'unet'; choose one"):
+        convert(tmp_path / "a.safetensors", tmp_path / "b", "peft")
+    convert(tmp_path / "a.safetensors", tmp_path / "b", "peft", part="unet")
+    (weight,) = parsed(tmp_path / "b").weights
+    assert weight.name == "base_model.model.attn_1.to_q"
+    convert(tmp_path / "a.safetensors", tmp_path / "k", "kohya")
+    assert {w.name for w in parsed(tmp_path / "k").weights} == {"lora_unet_attn_1_to_q", "lora_te1_attn_1_to_q"}
+
+
+def peft_folder(setting: Any, model: nn.Module, folder: Path) -> dict[str, np.ndarray]:
+    """What PEFT saves of a model, and its dW."""
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = peft.get_peft_model(copy.deepcopy(model), setting)
+        shuffle([p for n, p in tuned.named_parameters() if p.requires_grad and "magnitude" not in n])
+        tuned.save_pretrained(str(folder))
+        merged = dict(tuned.double().merge_and_unload().named_modules())
+    layers = {n: m for n, m in model.named_modules() if n in shapes(model)}
+    changed = {n: (merged[n].weight - m.weight.double()).detach().flatten(1).numpy() for n, m in layers.items()}
+    return {n: d for n, d in changed.items() if np.abs(d).max() > 0}
+
+
+@pytest.mark.parametrize("case", ["dora", "vera"])
+def test_what_follows_from_the_base_needs_it(case: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = Net()
+    setting = {
+        "dora": peft.LoraConfig(target_modules=["to_q", "ff.0"], r=3, lora_alpha=6, use_dora=True),
+        "vera": peft.VeraConfig(target_modules=["to_q", "ff.0"], r=4),
+    }[case]
+    wanted = peft_folder(setting, model, tmp_path / "a")
+    with pytest.raises(CheckpointError, match="follows from the base"):
+        convert(tmp_path / "a", tmp_path / "b", "kohya")
+    convert(tmp_path / "a", tmp_path / "b", "kohya", base=base_model(base(model, tmp_path / "base")))
+    # A DoRA's dW is the difference of two weights, so it has the rounding of W and not of dW.
+    close(found(tmp_path / "b"), wanted, 2e-5)
+    if case == "vera":
+        convert(tmp_path / "a", tmp_path / "v", "peft", base=base_model(tmp_path / "base"))
+        close(found(tmp_path / "v"), wanted, WAYS)
+        assert json.loads((tmp_path / "v" / "adapter_config.json").read_text())["peft_type"] == "VERA"
+
+
+def test_adalora_stays_adalora(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    setting = peft.AdaLoraConfig(target_modules=["to_q", "ff.0"], init_r=4, target_r=2, lora_alpha=6, total_step=10)
+    wanted = peft_folder(setting, Net(), tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", "peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = peft.PeftModel.from_pretrained(Net(), str(tmp_path / "b"))
+    assert type(tuned.base_model).__name__ == "AdaLoraModel"
+    close(found(tmp_path / "b"), wanted, WAYS)
+
+
+class Words(nn.Module):
+    """An embedding, a classifier, a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 16)
+        self.body = nn.Linear(16, 16)
+        self.norm = nn.LayerNorm(16)
+        self.classifier = nn.Linear(16, 3)
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_embeddings_and_whole_modules_stay(with_base: bool, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = Words()
+    setting = peft.LoraConfig(target_modules=["words", "body"], modules_to_save=["classifier"], r=4, lora_alpha=8)
+    wanted = peft_folder(setting, model, tmp_path / "a")
+    place = base_model(base(model, tmp_path / "base")) if with_base else None
+    convert(tmp_path / "a", tmp_path / "b", "peft", base=place)
+    tuned = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "b")).double().merge_and_unload()
+    for name, delta in wanted.items():
+        after = tuned.get_submodule(name).weight.detach().numpy()
+        before = model.get_submodule(name).weight.detach().double().numpy()
+        assert np.abs(after - before - delta).max() < WAYS * np.abs(delta).max()
+    with pytest.raises(CheckpointError, match="kohya files hold no such values"):
+        convert(tmp_path / "a", tmp_path / "c", "kohya")
+
+
+def test_norms_and_biases_stay_in_lycoris_files(tmp_path: Path) -> None:
+    tensors = {"lora_unet_body.lora_up.weight": torch.ones(16, 2), "lora_unet_body.lora_down.weight": torch.ones(2, 16)}
+    tensors |= {f"lora_unet_{n}": torch.ones(16) for n in ("body.diff_b", "norm.w_norm", "norm.b_norm")}
+    write(tmp_path / "a.safetensors", tensors)
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "lycoris")
+    first, second = fit(tmp_path / "a.safetensors", Words()), fit(tmp_path / "b.safetensors", Words())
+    assert first.added.keys() == second.added.keys() == {"body.bias", "norm.weight", "norm.bias"}
+    with pytest.raises(CheckpointError, match="peft files hold no such values"):
+        convert(tmp_path / "a.safetensors", tmp_path / "c", "peft", base=base_model(base(Words(), tmp_path / "base")))
+
+
+# --- show -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_show_tells_norms_of_dense_dw(format: str, tmp_path: Path) -> None:
+    adapter = made(sl.lokr(2, alpha=3), LAYERS)
+    save(adapter, tmp_path, format)
+    contents = show(tmp_path)
+    wanted = deltas(adapter)
+    assert len(contents.weights) == len(wanted)
+    norms = sorted(float(np.linalg.norm(d)) for d in wanted.values())
+    largest = sorted(float(np.linalg.norm(d, 2)) for d in wanted.values())
+    assert np.allclose(sorted(w.norm or 0.0 for w in contents.weights), norms, rtol=1e-5)
+    assert np.allclose(sorted(w.largest or 0.0 for w in contents.weights), largest, rtol=1e-5)
+    assert sum(v**2 for v in contents.layers().values()) == pytest.approx(sum(n**2 for n in norms), rel=1e-5)
+    assert "norm of dW, layer by layer:" in str(contents)
+
+
+def test_show_and_convert_as_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = made(sl.loha(2, alpha=3), LAYERS)
+    save(adapter, tmp_path / "a", "lycoris")
+    place = str(base(Net(), tmp_path / "base"))
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "peft", "--base", place, "--rank", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in LAYERS)
+    assert "rank 2" in printed
+    assert main(["show", str(tmp_path / "b"), "--json", "--draw", str(tmp_path / "b.png")]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["origin"] == "peft"
+    assert {w["method"] for w in data["weights"]} == {"lora"}
+    assert (tmp_path / "b.png").stat().st_size > 1000
+    assert main(["show", str(tmp_path / "a")]) == 0
+    assert "loha" in capsys.readouterr().out
+
+
+REFUSED = {
+    "no file": (["show", "{}/nowhere"], "is missing; give an adapter's file or folder"),
+    "no adapter": (["show", "{}/base"], "holds 2 files such as"),
+    "no base": (["convert", "{}/a", "{}/b", "--to", "peft"], "are known only with the base model"),
+    "no part": (["convert", "{}/a", "{}/b", "--to", "kohya", "--part", "vae"], "has no part 'vae'"),
+    "an error out of reach": (
+        ["convert", "{}/a", "{}/b", "--to", "kohya", "--rank", "1", "--error", "1e-6"],
+        "for a relative error of 1e-06, above rank=1",
+    ),
+    "heads without gguf": (["convert", "{}/a", "{}/b", "--to", "kohya", "--heads", "2", "2"], "are for --to gguf"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_is_one_line_and_status_2(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(made(sl.loha(2, alpha=3), LAYERS), tmp_path / "a", "kohya")
+    base(Net(), tmp_path / "base")
+    words, answer = REFUSED[case]
+    assert main([w.format(tmp_path) for w in words]) == 2
+    told = capsys.readouterr().err
+    assert answer in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "b").exists()
+
+
+def test_show_says_what_only_a_model_knows(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    peft_folder(peft.VeraConfig(target_modules=["to_q", "ff.0"], r=4), Net(), tmp_path)
+    contents = show(tmp_path)
+    assert {(w.method, w.norm) for w in contents.weights} == {("vera", None)}
+    assert "vera" in str(contents)
+
+
+def test_layers_by_name() -> None:
+    assert layer_of("text_model.encoder.layers.11.mlp.fc1") == "text_model.encoder.layers.11"
+    assert layer_of("lora_te1_text_model_encoder_layers_11_mlp_fc1") == "lora_te1_text_model_encoder_layers_11"
+    assert layer_of("head") == "head"
+
+
+def test_a_base_is_read_by_its_headers(tmp_path: Path) -> None:
+    model = Net()
+    place = base_model(base(model, tmp_path / "base"))
+    assert place.shapes == shapes(model)
+    assert place.kernels == {"conv_in": (3, 3), "down_blocks.0": (1, 1), "down_blocks.1": (3, 3)}
+    for name in place.shapes:
+        assert torch.equal(place.weight(name), model.get_submodule(name).weight.flatten(1))  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match="holds no safetensors file"):
+        base_model(tmp_path)
+
+
+def test_an_adapter_of_ours_keeps_its_declaration(tmp_path: Path) -> None:
+    """Kohya's file of a LoTR is one of LoRAs, but a copy in this format is the LoTR itself."""
+    adapter = filled_in(made(sl.lotr(2), LAYERS).entries[0])
+    save(adapter, tmp_path / "a", "superlora")
+    convert(tmp_path / "a", tmp_path / "b", "superlora")
+    assert own.read(tmp_path / "b").entries == adapter.entries
+
+
+def test_values_beside_become_this_librarys(tmp_path: Path) -> None:
+    """Biases and norms that are added need the base; whole modules do not."""
+    tensors = {"lora_unet_body.lora_up.weight": torch.ones(16, 2), "lora_unet_body.lora_down.weight": torch.ones(2, 16)}
+    write(tmp_path / "a.safetensors", {**tensors, "lora_unet_norm.w_norm": torch.full((16,), 0.5)})
+    model = Words()
+    place = base_model(base(model, tmp_path / "base"))
+    convert(tmp_path / "a.safetensors", tmp_path / "b", "superlora", base=place)
+    saved = own.read(tmp_path / "b")
+    assert saved.targets == {"body": (16, 16)}
+    assert torch.equal(saved.buffers["norm.weight"], model.norm.weight + 0.5)
+    fitted = fit(tmp_path / "a.safetensors", model)
+    with pytest.raises(CheckpointError, match=r"'norm.weight' is \(3,\) in this base and \(16,\) in the file"):
+        fitted.saved(lambda name: torch.ones(3))
+    peft = pytest.importorskip("peft")
+    setting = peft.LoraConfig(target_modules=["body"], modules_to_save=["classifier"], r=4)
+    peft_folder(setting, model, tmp_path / "p")
+    convert(tmp_path / "p", tmp_path / "q", "superlora")
+    assert own.read(tmp_path / "q").buffers.keys() == {"classifier.weight", "classifier.bias"}
+    convert(tmp_path / "q", tmp_path / "r", "peft")
+    first, second = fit(tmp_path / "p", model), fit(tmp_path / "r", model)
+    assert all(torch.equal(value, second.replaced[name]) for name, value in first.replaced.items())
+
+
+LOADED = {
+    "lora": lambda peft: peft.LoraConfig(r=4, lora_alpha=12, rank_pattern={"to_q": 2}),
+    "loha": lambda peft: peft.LoHaConfig(r=3, alpha=6, use_effective_conv2d=True),
+    "lokr": lambda peft: peft.LoKrConfig(r=2, alpha=5),
+}
+
+
+@pytest.mark.parametrize("case", LOADED)
+def test_pefts_adapter_runs_here(case: str, tmp_path: Path) -> None:
+    """Read, written in this library's format, loaded onto the model: equal outputs, merged and not."""
+    peft = pytest.importorskip("peft")
+    setting = LOADED[case](peft)
+    setting.target_modules = {"to_q", "to_v", "ff.0", "conv_in", "down_blocks.0", "down_blocks.1"}
+    model, x = Net(), inputs()
+    peft_folder(setting, model, tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "a"))
+    convert(tmp_path / "a", tmp_path / "b", "superlora", base=base_model(base(model, tmp_path / "base")))
+    ours = copy.deepcopy(model)
+    tuned = sl.load(ours, tmp_path / "b")
+    with torch.no_grad():
+        wanted = theirs(x)
+        assert (wanted - model(x)).abs().max() > 100 * OUTPUTS
+        torch.testing.assert_close(ours(x), wanted, atol=OUTPUTS, rtol=OUTPUTS)
+        tuned.merge()
+        torch.testing.assert_close(ours(x), wanted, atol=OUTPUTS, rtol=OUTPUTS)
