@@ -19,11 +19,12 @@ from superlora_tn.declare.parts import Network
 from superlora_tn.network import variants
 from superlora_tn.network.budget import Budget
 from superlora_tn.network.graph import Graph
+from superlora_tn.network.relatives import RELATIVES
 from superlora_tn.network.spec import AdapterSpec
 
 VARIANTS: dict[str, Callable[..., AdapterSpec | Budget]] = {
     name: getattr(variants, name) for name in ("dense", "lora", "loha", "lokr", "lotr", "lonkr", "lorta", "superlora", "vera")
-}
+} | RELATIVES
 RANK, MODES = 8, "out in"  # where none are given
 
 

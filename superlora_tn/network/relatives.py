@@ -1,0 +1,223 @@
+"""Relatives of the presets, each a value in index notation: paper, formula, count of trainable numbers, start, reference.
+
+``o`` out, ``i`` in, ``m`` which weight of a shape, ``l`` layer, ``t`` type, ``h`` head, ``r s`` bonds. One node starts at zero,
+named behind each formula; counts are for one group of M weights (out, in).
+"""
+
+from __future__ import annotations
+
+from superlora_tn.declare.fold import PhysicalFold
+from superlora_tn.declare.parts import (
+    CP,
+    Dense,
+    Hadamard,
+    Kronecker,
+    Network,
+    Node,
+    SpecError,
+    TensorTrain,
+    Tucker,
+    check_count,
+)
+from superlora_tn.network.spec import AdapterSpec
+
+MEMBERS = PhysicalFold("member out in")
+FROZEN = {"init": "uniform", "trainable": False}
+
+
+def adalora(rank: int, alpha: float | None = None) -> AdapterSpec:
+    """AdaLoRA's form: ``dW[o i] = P[o r] lam[r] Q[r i]``, lam zero (Zhang et al. 2023; PEFT's AdaLoRA, whose pruning of
+    ranks is training, not a network). Count: r (out + in + 1) a weight.
+    """
+    return AdapterSpec(Network("o i", {"r": rank}, P="o r", lam=Node("r", init="zeros"), Q="r i"), alpha=alpha)
+
+
+def lora_fa(rank: int, alpha: float | None = None) -> AdapterSpec:
+    """LoRA-FA: ``dW[o i] = B[o r] A[r i]``, A frozen, B zero (Zhang et al. 2023, arXiv 2308.03303). Count: r out a weight."""
+    return AdapterSpec(Network("o i", {"r": rank}, B=Node("o r", init="zeros"), A=Node("r i", **FROZEN)), alpha=alpha)
+
+
+def krona(factor: int = -1, alpha: float | None = None) -> AdapterSpec:
+    """KronA: ``dW[(o1 o2) (i1 i2)] = W1[o1 i1] W2[o2 i2]``, W1 zero (Edalati et al. 2022).
+
+    Count: o1 i1 + o2 i2 a weight, sides split by PEFT's rule.
+    """
+    return AdapterSpec(Kronecker(Dense(), Dense(), factor=factor), alpha=alpha)
+
+
+def fact_tt(rank: int, alpha: float | None = None) -> AdapterSpec:
+    """FacT-TT: ``dW[m o i] = U[o r] G[m r s] V[i s]``, V zero (Jie and Deng 2023). Count: r (out + in) + M r^2."""
+    network = Network("m o i", {"r": rank, "s": rank}, U="o r", G="m r s", V=Node("i s", init="zeros"))
+    return AdapterSpec(network, MEMBERS, alpha=alpha)
+
+
+def fact_tk(rank: int, member_rank: int = 4, alpha: float | None = None) -> AdapterSpec:
+    """FacT-TK: ``dW[m o i] = C[k r s] P[m k] U[o r] V[i s]``, V zero, k of size `member_rank` (Jie and Deng 2023).
+
+    Count: r (out + in) + M k + k r^2.
+    """
+    sizes = {"k": member_rank, "r": rank, "s": rank}
+    network = Network("m o i", sizes, C="k r s", P="m k", U="o r", V=Node("i s", init="zeros"))
+    return AdapterSpec(network, MEMBERS, alpha=alpha)
+
+
+def lorta_cp(rank: int, heads: int | None = None, alpha: float | None = None) -> AdapterSpec:
+    """LoRTA of Hounie et al. 2024 (arXiv 2410.04060; not the paper's LoRTA): a CP over layer, type, head, out and in.
+
+    ``dW[l t (h o') i] = L[l r] T[t r] H[h r] B[o' r] A[i r]``, B zero. Count: r (L + T + h + out / h + in).
+    """
+    modes = "layer type out in" if heads is None else "layer type head out in"
+    return AdapterSpec(CP(rank), PhysicalFold(modes, heads), alpha=alpha)
+
+
+def cara(rank: int, heads: int = 1, alpha: float | None = None) -> AdapterSpec:
+    """CaRA: a CP with weights over all attention weights of a model (Veeramacheneni et al. 2025).
+
+    ``dW[m (h o') i] = lam[r] M[m r] H[h r] B[o' r] A[i r]``, B zero. Count: r (1 + M + h + out / h + in).
+    """
+    nodes = {"lam": Node("r", init="ones"), "M": "m r", "H": "h r", "B": Node("o r", init="zeros"), "A": "i r"}
+    return AdapterSpec(Network("m h o i", {"r": rank}, **nodes), PhysicalFold("member head out in", heads), alpha=alpha)
+
+
+def tenslora(
+    rank: int | tuple[int, ...],
+    modes: str = "layer type out in",
+    heads: int | None = None,
+    cp: bool = False,
+    alpha: float | None = None,
+) -> AdapterSpec:
+    """TensLoRA: a Tucker (its core zero) or CP over out, in and any of layer, type and head (Marmoret et al. 2025).
+
+    Count: the product of the ranks + sum of rank times size over the modes; for CP, rank times the sum of sizes.
+    """
+    if cp and isinstance(rank, tuple):
+        raise SpecError(f"tenslora was given the ranks {rank} for a CP, which has one; give one number.")
+    return AdapterSpec(CP(rank) if cp and isinstance(rank, int) else Tucker(rank), PhysicalFold(modes, heads), alpha=alpha)
+
+
+def metatt(rank: int, heads: int | None = None, alpha: float | None = None) -> AdapterSpec:
+    """MetaTT: one tensor train over in, layer, type (4D), head (5D) and out (Lopez-Piqueres et al. 2025), out's core zero.
+
+    Count: r (in + out / h) + r^2 (L + T + h), h left out in 4D.
+    """
+    modes = "in layer type out" if heads is None else "in layer type head out"
+    return AdapterSpec(TensorTrain(rank), PhysicalFold(modes, heads), alpha=alpha)
+
+
+def tt_lora(rank: int, splits: int = 3, alpha: float | None = None) -> AdapterSpec:
+    """TT-LoRA: a tensor train over out and in, each split into `splits` sides (Anjum et al. 2024), the last core zero.
+
+    ``dW[(o1 .. ok) (i1 .. ik)] = G1[o1 b1] G2[b1 o2 b2] .. G2k[b ik]``.
+    """
+    check_count("tt_lora", "splits", splits, 8)
+    sides = [f"{mode}{k + 1}" for mode in "oi" for k in range(splits)]
+    bonds = ["", *(f"b{k + 1}" for k in range(2 * splits - 1)), ""]
+    nodes = {f"G{k + 1}": f"{bonds[k]} {side} {bonds[k + 1]}".strip() for k, side in enumerate(sides)}
+    last = Node(nodes.pop(f"G{2 * splits}"), init="zeros")
+    modes = f"({' '.join(sides[:splits])}) ({' '.join(sides[splits:])})"
+    return AdapterSpec(Network(modes, dict.fromkeys(bonds[1:-1], rank), **nodes, **{f"G{2 * splits}": last}), alpha=alpha)
+
+
+def loretta(rank: int, bond: int = 4, splits: int = 3, alpha: float | None = None) -> AdapterSpec:
+    """LoRETTA_rep: LoRA whose B and A are tensor trains, out and in split into `splits` sides (Yang et al. 2024).
+
+    ``dW = B A``, B[(o1 .. ok) r] and A[r (i1 .. ik)] trains with bonds of size `bond`; B's last core zero.
+    """
+    check_count("loretta", "splits", splits, 8)
+    nodes: dict[str, str | Node] = {}
+    for mode in "oi":
+        bonds = ["", *(f"{mode}b{k + 1}" for k in range(splits - 1)), "r"]
+        for k in range(splits):
+            indices = f"{bonds[k]} {mode}{k + 1} {bonds[k + 1]}".strip()
+            zero = mode == "o" and k == splits - 1
+            nodes[f"{'B' if mode == 'o' else 'A'}{k + 1}"] = Node(indices, init="zeros") if zero else indices
+    sizes = {"r": rank, **{f"{mode}b{k + 1}": bond for mode in "oi" for k in range(splits - 1)}}
+    sides = {mode: " ".join(f"{mode}{k + 1}" for k in range(splits)) for mode in "oi"}
+    return AdapterSpec(Network(f"({sides['o']}) ({sides['i']})", sizes, **nodes), alpha=alpha)
+
+
+def tied_lora(rank: int, alpha: float | None = None) -> AdapterSpec:
+    """Tied-LoRA (TL6): ``dW[m o i] = v[m o] B[o r] u[m r] A[r i]``, B and A shared and trained, v zero (Renduchintala et al.
+    2023). Count: r (out + in) + M (out + r).
+    """
+    nodes = {"v": Node("m o", init="zeros"), "B": "o r", "u": Node("m r", init="ones"), "A": "r i"}
+    return AdapterSpec(Network("m o i", {"r": rank}, **nodes), MEMBERS, alpha=alpha)
+
+
+def share_lora(rank: int, alpha: float | None = None) -> AdapterSpec:
+    """ShareLoRA: ``dW[m o i] = B[m o r] A[r i]``, A shared by the weights of a shape, B zero (Song et al. 2024).
+
+    Count: r (M out + in).
+    """
+    return AdapterSpec(Network("m o i", {"r": rank}, B=Node("m o r", init="zeros"), A="r i"), MEMBERS, alpha=alpha)
+
+
+def compacter(rank: int, terms: int = 4, alpha: float | None = None) -> AdapterSpec:
+    """Compacter's weight form: a sum of Kronecker products, the first factors shared (Karimi Mahabadi et al. 2021).
+
+    ``dW[m (n1 o) (n2 i)] = A[n n1 n2] S[m n o r] T[m n r i]``, n of size `terms` like n1 and n2, S zero.
+    Count: terms^3 + M r (out + in).
+    """
+    nodes = {"A": "n n1 n2", "S": Node("m n o r", init="zeros"), "T": "m n r i"}
+    sizes = {"n": terms, "n1": terms, "n2": terms, "r": rank}
+    return AdapterSpec(Network("m (n1 o) (n2 i)", sizes, **nodes), MEMBERS, alpha=alpha)
+
+
+def gralora(rank: int, blocks: int = 2, alpha: float | None = None) -> AdapterSpec:
+    """GraLoRA: dW in blocks x blocks parts, each a LoRA of its own (Jung et al. 2025; PEFT's GraLoRA without its hybrid part).
+
+    ``dW[(a o) (b i)] = B[a b o r] A[a b r i]``, B zero; r is the rank of a part, PEFT's r / k. Count: r k (out + in) a weight.
+    """
+    nodes = {"B": Node("a b o r", init="zeros"), "A": "a b r i"}
+    return AdapterSpec(Network("(a o) (b i)", {"a": blocks, "b": blocks, "r": rank}, **nodes), alpha=alpha)
+
+
+def miss(rank: int, alpha: float | None = None) -> AdapterSpec:
+    """MiSS: a thin matrix repeated over in: ``dW[o (k r)] = D[o r]``, D zero (Kang and Yin 2025; PEFT's MiSS where in is a
+    multiple of the rank). Count: r out a weight.
+    """
+    nodes = {"D": Node("o r", init="zeros"), "repeat": Node("k", init="ones", trainable=False)}
+    return AdapterSpec(Network("o (k r)", {"r": rank}, **nodes), alpha=alpha)
+
+
+def randlora(rank: int, bases: int = 4, alpha: float | None = None) -> AdapterSpec:
+    """RandLoRA: a sum of scaled random bases, of full rank in all (Albert et al. 2025).
+
+    ``dW[m o i] = B[n o r] lam[m n r] A[r i] gam[m n i]``, B and A frozen and shared, lam zero. Count: M n (r + in).
+    """
+    nodes = {
+        "B": Node("n o r", **FROZEN),
+        "lam": Node("m n r", init="zeros"),
+        "A": Node("r i", **FROZEN),
+        "gam": Node("m n i", init="ones"),
+    }
+    return AdapterSpec(Network("m o i", {"n": bases, "r": rank}, **nodes), MEMBERS, alpha=alpha)
+
+
+def abba(rank: int, second: int | None = None, alpha: float | None = None) -> AdapterSpec:
+    """ABBA's form: the elementwise product of two LoRAs, of ranks that may differ, the second at zero (Singhal et al. 2025,
+    whose start from the weight's SVD is `decompose`'s). Count: (r1 + r2) (out + in) a weight.
+    """
+    return AdapterSpec(Hadamard(CP(rank), CP(rank if second is None else second)), alpha=alpha)
+
+
+RELATIVES = {
+    "adalora": adalora,
+    "lora_fa": lora_fa,
+    "krona": krona,
+    "fact_tt": fact_tt,
+    "fact_tk": fact_tk,
+    "lorta_cp": lorta_cp,
+    "cara": cara,
+    "tenslora": tenslora,
+    "metatt": metatt,
+    "tt_lora": tt_lora,
+    "loretta": loretta,
+    "tied_lora": tied_lora,
+    "share_lora": share_lora,
+    "compacter": compacter,
+    "gralora": gralora,
+    "miss": miss,
+    "randlora": randlora,
+    "abba": abba,
+}
