@@ -17,9 +17,9 @@ CORE, BACKENDS = ROOT / "superlora_tn", ROOT / "backends" / "superlora_tn_backen
 # Folders from the ground up, and in each its rooms from the ground up; what is in none of them stands on top.
 HOUSE = {
     "declare": [["bounds", "divisors"], ["parts"], ["maps", "fold"], ["codec"]],
-    "network": [["graph"], ["expand"], ["spec"], ["budget"], ["variants"]],
+    "network": [["graph"], ["expand"], ["spec"], ["budget"], ["variants", "relatives"]],
     "contraction": [["profile"], ["layout", "exact"], ["search"], ["plan"], ["sharing", "cut"], ["backend"]],
-    "update": [["eager", "initialise"], ["passes", "walsh"], ["fixed_maps"], ["base"], ["physical", "flat"], ["make"]],
+    "update": [["eager", "initialise", "placed"], ["passes", "walsh"], ["fixed_maps"], ["base"], ["physical", "flat"], ["make"]],
     "files": [
         ["errors"],
         ["bounds", "folder", "whole", "dialects"],
@@ -29,7 +29,8 @@ HOUSE = {
         ["fuse", "anatomy"],
         ["foreign", "plain"],
         ["single", "formats"],
-        ["peft", "peft_methods", "gguf"],
+        ["structured", "peft_methods", "gguf"],
+        ["peft"],
         ["read", "writes"],
         ["base_model", "show"],
         ["convert"],

@@ -232,9 +232,9 @@ def _put_on(model: nn.Module, handle: Tuned, name: str) -> None:
     try:
         mine = {id(p) for p in handle.parameters()}
         others = {id(p) for m in model.modules() if isinstance(m, Tuned) for p in m.parameters()}
-        for parameter in model.parameters():
+        for own, parameter in model.named_parameters():
             if id(parameter) not in mine | others:
-                handle._frozen.append((parameter, was_trainable(parameter)))
+                handle._frozen.append((own, parameter, was_trainable(parameter)))
                 freeze(parameter, handle._holder)
         for parameter_name in handle._base.also:
             model.get_parameter(parameter_name).requires_grad_(True)
@@ -311,6 +311,7 @@ def load(
     request = _Request(entries, name, dtype or torch.float32, at, 0, Settings(backend, route), beside)
     handle = _attach(model, request)
     try:
+        handle._realise()
         handle._take(saved, keep_dtype=dtype is not None)
     except BaseException:
         handle.detach()

@@ -8,6 +8,7 @@ kept on the module while it runs, so threads do not meet; copies and pickles car
 from __future__ import annotations
 
 import copyreg
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,6 +22,8 @@ from superlora_tn.update.eager import is_eager
 from superlora_tn.update.passes import state
 
 SLOT = "_superlora_shown"
+# Functions that read a weight to put the same on another device: accelerate's.
+MOVERS = ("set_module_tensor_to_device",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +117,7 @@ def _read(module: nn.Module, name: str) -> Any:
     """What reading a shown parameter of a module gives."""
     stored = module._parameters.get(name)
     blocks = [b for b in module.__dict__[SLOT].get(name, ()) if b.member.active]
-    if stored is None or not blocks:
+    if stored is None or not blocks or (is_eager() and sys._getframe(2).f_code.co_name in MOVERS):
         return stored
     found = blocks[0].member.adapter.passes.current() if is_eager() else None
     read = [stored, *(t for b in blocks for t in b.member.adapter.tensors())]

@@ -21,6 +21,7 @@ from superlora_tn.model.targets import Target
 from superlora_tn.update.base import Member
 from superlora_tn.update.eager import is_eager
 from superlora_tn.update.passes import Passes
+from superlora_tn.update.placed import is_empty
 
 
 class UpdateHook:
@@ -40,11 +41,13 @@ class UpdateHook:
         """Some libraries copy hooks to another module and forget that this one takes keyword arguments."""
         output = rest[-1]
         eager = is_eager()
-        if eager and not self.ran:
-            self.ran = True
         if not self.member.active:
+            self.ran = self.ran or eager
             return output
         x = args[0] if args else self._input(rest[0] if len(rest) > 1 else {})
+        if eager and not self.ran:
+            self._check_real(x)
+            self.ran = True
         if not isinstance(output, Tensor):
             raise LayerError(
                 f"'{self.target.name}' returned a {type(output).__name__}, and an update is added to one tensor; adapt it "
@@ -69,6 +72,13 @@ class UpdateHook:
         index = torch.tensor([row * each + k for row in rows for k in range(each)], device=x.device)
         updated = self.target.kind.join(layer, self.member, x.index_select(0, index), output.index_select(0, index), None)
         return output.index_copy(0, index, updated)
+
+    def _check_real(self, x: Tensor) -> None:
+        if x.device.type != "meta" and is_empty(self.member.adapter.tensors()):
+            raise LayerError(
+                f"the adapter of '{self.target.name}' has no values yet: it was attached on the meta device. Call "
+                "tuned.to_empty(device=...), which gives it its first values, or load a saved one."
+            )
 
     def _input(self, kwargs: dict[str, Any]) -> Tensor:
         """The layer's input among keywords: the one called input, or the only tensor."""
@@ -123,7 +133,8 @@ class WatchHook:
         for key, hook in list(module._forward_hooks.items()):
             if hook is self:
                 del module._forward_hooks[key]
-        if missed := [site.target.name for site in self.sites if not site.ran]:
+        # A layer that is compiled by itself has no eager call to be seen.
+        if missed := [s.target.name for s in self.sites if not s.ran and s.target.layer._compiled_call_impl is None]:
             warnings.warn(
                 f"{', '.join(map(repr, missed))}: not called in a call of {type(module).__name__}, which may read the weight "
                 "without calling the layer; then the adapter has no effect and no gradient there, but merge() would change "
@@ -141,7 +152,7 @@ def watchers(model: nn.Module, sites: Sequence[UpdateHook]) -> list[Any]:
         while name and isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
             name = name.rpartition(".")[0]
         parent = modules[name]
-        if parent is not site.target.layer:
+        if parent is not site.target.layer and type(parent).__name__ != "OptimizedModule":
             around.setdefault(parent, []).append(site)
     return [parent.register_forward_hook(WatchHook(own)) for parent, own in around.items()]
 

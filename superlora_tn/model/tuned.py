@@ -20,13 +20,14 @@ from superlora_tn.model.describe import summary
 from superlora_tn.model.kinds import Held
 from superlora_tn.model.shown import blocks_of, hide
 from superlora_tn.model.targets import AttachError, Target, near
-from superlora_tn.model.weights import Holder, Weight, check_mergeable, drop, report_rounding, thaw, weight_of
+from superlora_tn.model.weights import Holder, Weight, check_mergeable, drop, report_rounding, thaw_all, weight_of
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Adapter, Member
 from superlora_tn.update.passes import Passes
+from superlora_tn.update.placed import Placed, applied, is_empty
 
 
-class Tuned(nn.Module):
+class Tuned(Placed):
     """The handle `attach` returns: the adapters of a model, and what can be done with them.
 
     It is a sub-module of the model (so that the adapters move, save and train with it); deepcopy and pickle of the
@@ -44,6 +45,8 @@ class Tuned(nn.Module):
         super().__init__()
         self.entries = tuple(entries)
         self.adapters = nn.ModuleList(adapters)
+        for placed in (self, *adapters):
+            placed.realise = self._realise
         self.merged = False
         self.seed: int | None = None
         # Unregistered references, in plain containers: the base's keys stay as they were.
@@ -53,7 +56,7 @@ class Tuned(nn.Module):
         self._hooks: list[Any] = []
         self._model: tuple[nn.Module, str] | None = None
         self._holder = Holder()
-        self._frozen: list[tuple[nn.Parameter, bool]] = []
+        self._frozen: list[tuple[str, nn.Parameter, bool]] = []
         self._base = Snapshot()
         self._disabled = 0
         self._enabled = True
@@ -154,11 +157,19 @@ class Tuned(nn.Module):
         for adapter in self._adapters():
             adapter.refill(generator)
 
+    def _is_empty(self) -> bool:
+        return any(is_empty(adapter.tensors()) for adapter in self._adapters())
+
+    def _realise(self) -> None:
+        """First values for nodes without memory, where the processor is."""
+        if self._is_empty():
+            self.to_empty(device="cpu")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `to`, `to_empty` and the like do; nodes that had no memory before start with their first values."""
-        before = any(t.device.type == "meta" for a in self._adapters() for t in a.tensors())
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if before and not any(t.device.type == "meta" for a in self._adapters() for t in a.tensors()):
+        before = self._is_empty()
+        super()._apply(applied(fn), recurse)  # type: ignore[no-untyped-call]
+        if before and not self._is_empty():
             self.reset_parameters()
         return self
 
@@ -300,8 +311,7 @@ class Tuned(nn.Module):
             weight.members = [(n, m) for n, m in weight.members if m is not self._members[own]]
             if not weight.members:
                 drop(target)
-        for parameter, wanted in self._frozen:
-            thaw(parameter, self._holder, wanted)
+        thaw_all(model, self._frozen, self._holder)
         delattr(model, name)
         forget_compiled(model)
         self._hooks, self._frozen, self._model = [], [], None
@@ -383,7 +393,7 @@ class Tuned(nn.Module):
         wrong = next((n for n, b in saved.buffers.items() if shapes.get(n) != tuple(b.shape)), None)
         if wrong is not None:
             raise CheckpointError(f"this base has no '{wrong}' of shape {tuple(saved.buffers[wrong].shape)}, as was saved.")
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             for k, adapter in enumerate(self._adapters()):
                 for node, own in zip(adapter.graph.nodes, adapter.tensors(), strict=True):
                     value = saved.tensors[tensor_name(k, node)]

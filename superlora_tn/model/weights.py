@@ -255,6 +255,16 @@ def thaw(parameter: nn.Parameter, holder: Holder, wanted: bool) -> None:
         delattr(parameter, FROZEN)
 
 
+def thaw_all(model: nn.Module, frozen: Sequence[tuple[str, nn.Parameter, bool]], holder: Holder) -> None:
+    """Let go of parameters by their names in the model, and of those that stand in their place now (accelerate's)."""
+    now = dict(model.named_parameters())
+    for name, parameter, wanted in frozen:
+        thaw(parameter, holder, wanted)
+        other = now.get(name, parameter)
+        if other is not parameter and FROZEN not in other.__dict__ and FROZEN not in parameter.__dict__:
+            other.requires_grad_(parameter.requires_grad)
+
+
 def was_trainable(parameter: nn.Parameter) -> bool:
     """Whether a parameter trained before any handle froze it."""
     record: dict[str, Any] | None = parameter.__dict__.get(FROZEN)

@@ -22,6 +22,7 @@ from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.initialise import first_values
 from superlora_tn.update.passes import Passes
+from superlora_tn.update.placed import Placed
 
 # Plans are made for these numbers of tokens; a call takes the plan of the largest that is not above its own.
 TOKEN_STEPS = (1, 32, 256, 2048, 16384)
@@ -46,7 +47,7 @@ class Settings:
     recompute: bool = False
 
 
-class Adapter(nn.Module, ABC):
+class Adapter(Placed, ABC):
     """The trainable network of one group of weights.
 
     Its parameters and frozen buffers are named ``node_<name>``, in graph order.
@@ -83,12 +84,13 @@ class Adapter(nn.Module, ABC):
     def fill(self, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None) -> None:
         """Make the nodes' tensors with their first values; on the meta device only their shapes."""
         self.profile = DEVICES.get(device.type, CPU)
-        for name, node, value in zip(self._names, self.graph.nodes, self._first(device, generator), strict=True):
-            tensor = value.to(dtype=dtype, device=device)
-            if node.trainable:
-                self.register_parameter(name, nn.Parameter(tensor))
-            else:
-                self.register_buffer(name, tensor)
+        with torch.inference_mode(False):  # what is made in inference mode could never be trained
+            for name, node, value in zip(self._names, self.graph.nodes, self._first(device, generator), strict=True):
+                tensor = value.to(dtype=dtype, device=device)
+                if node.trainable:
+                    self.register_parameter(name, nn.Parameter(tensor))
+                else:
+                    self.register_buffer(name, tensor)
         self.prepare()
 
     def refill(self, generator: torch.Generator | None) -> None:
