@@ -126,6 +126,7 @@ SUFFIXES = [
     *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a", "lokr_w1_b"),
     *("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "diff", "diff_b", "w_norm", "b_norm", "dora_scale", "weight", "bias"),
     *("lora_magnitude_vector", "lora_E", "lora_embedding_A", "lora_embedding_B", "vera_lambda_b", "vera_lambda_d"),
+    *("randlora_lambda", "randlora_gamma", "miss_block", "c3a_kernel", "gralora_A", "gralora_B"),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.uint8, torch.float8_e4m3fn]
 

@@ -73,6 +73,9 @@ LINEAR_ONLY = {
     "vera": lambda: peft.VeraConfig(target_modules=LINEAR, r=6),
     "vera without its projections": lambda: peft.VeraConfig(target_modules=LINEAR, r=6, save_projection=False),
     "gralora": lambda: peft.GraloraConfig(target_modules=LINEAR, r=4, alpha=6, gralora_k=2),
+    "randlora": lambda: peft.RandLoraConfig(target_modules=LINEAR, r=6, randlora_alpha=9),
+    "miss": lambda: peft.MissConfig(target_modules=LINEAR, r=4),
+    "c3a": lambda: peft.C3AConfig(target_modules=LINEAR, block_size=8),
     "dora": lambda: peft.LoraConfig(target_modules=LINEAR, r=4, lora_alpha=12, use_dora=True),
 }
 

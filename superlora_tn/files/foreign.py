@@ -78,7 +78,7 @@ class Parsed:
         added: ``<module>.weight`` or ``<module>.bias``, module named as in the file -> what is added.
         replaced: the same -> what it becomes.
         metadata: strings that stand in the file.
-        projections: makes VeRA's A and B, where the file leaves them to a seed, from the largest (out, in).
+        projections: draws VeRA's A and B, where the file leaves them to a seed, from the largest (out, in).
     """
 
     path: Path
@@ -140,15 +140,21 @@ class Parsed:
         return _fitted(made, _moved(self.added, places), _moved(self.replaced, places), source)
 
     def _complete(self, placed: Mapping[str, tuple[Seat, ...]], shapes: Mapping[str, Shape]) -> dict[str, Weight]:
-        """The weights by name, VeRA's A and B drawn or cut to the model's sizes."""
-        late = {w.name: w for w in self.weights if w.open_in}
+        """The weights by name, those finished that a file alone does not tell."""
+        late = {w.name: w.late for w in self.weights if w.late is not None}
         if not late:
             return {w.name: w for w in self.weights}
-        inputs = {name: shapes[placed[name][0].target][1] for name in late}
+        for name in late:
+            if len(placed[name]) > 1 or not placed[name][0].whole:
+                raise CheckpointError(
+                    f"{self.path}: '{name}' follows from the size of one weight, but this model has it in parts, such as "
+                    f"'{placed[name][0].target}'."
+                )
+        sizes = {name: shapes[placed[name][0].target] for name in late}
         drawn: Mapping[str, Tensor] = {}
         if self.projections is not None:
-            drawn = self.projections((max(w.shape[0] for w in late.values()), max(inputs.values())))
-        return {w.name: _cut_to(w, inputs[w.name], drawn) if w.open_in else w for w in self.weights}
+            drawn = self.projections((max(out for out, _ in sizes.values()), max(inward for _, inward in sizes.values())))
+        return {w.name: w if w.late is None else w.late(w, sizes[w.name], drawn) for w in self.weights}
 
     def _with_norms(self, weight: Weight, target: str, weights: Callable[[str], Tensor] | None) -> Weight:
         if weight.magnitude is None:
@@ -196,7 +202,7 @@ class Parsed:
                     f"{self.path}: names such as '{weight.name}' have '_' for '.', so the modules are known only with the "
                     "base model; give it."
                 )
-            if weight.open_in or weight.magnitude is not None:
+            if weight.late is not None or weight.magnitude is not None:
                 raise CheckpointError(
                     f"{self.path}: {weight.kind} of '{weight.name}' is only known with the base model; give it."
                 )
@@ -218,23 +224,6 @@ def _fitted(made: Mapping[str, Weight], added: Mapping[str, Tensor], replaced: M
 
 def _moved(values: Mapping[str, Tensor], places: Mapping[str, str]) -> dict[str, Tensor]:
     return {places[name]: value for name, value in values.items()}
-
-
-def _cut_to(weight: Weight, size: int, drawn: Mapping[str, Tensor]) -> Weight:
-    nodes = dict(weight.nodes)
-    out = weight.shape[0]
-    if drawn:
-        nodes = {
-            "vera_b": nodes["vera_b"],
-            "vera_B": ("o r", drawn["vera_B"][:out]),
-            "vera_d": nodes["vera_d"],
-            "vera_A": ("r i", drawn["vera_A"]),
-        }
-    indices, inner = nodes["vera_A"]
-    if inner.shape[1] < size:
-        raise CheckpointError(f"'{weight.name}' reads {size} inputs in this model, but VeRA's A has {inner.shape[1]}.")
-    nodes["vera_A"] = (indices, inner[:, :size])
-    return replace(weight, nodes=nodes, open_in=False)
 
 
 def gather(made: Mapping[str, Weight], source: str) -> tuple[tuple[Entry, ...], dict[str, Tensor]]:

@@ -12,6 +12,8 @@ size 1 and are dropped. So one row serves linear layers and convolutions.
 | lokr | w1 (x) w2, each dense or a product; w2 with ``t2`` a Tucker kernel (Yeh et al. 2023) |
 | vera | diag(b) B diag(d) A, B and A shared (Kopiczko et al. 2023) |
 | gralora | a LoRA for each block (m, n): B[m n r o] A[n i m r] (Jung et al. 2025) |
+| randlora | the sum of fixed LoRAs, each with scales: B[o r n] lambda[r n] gamma[n i] A[r i] (Albert et al. 2025) |
+| miss | one block of columns, repeated along in: D[x o] (Kang and Yin 2025) |
 | full | dW itself |
 """
 
@@ -41,6 +43,10 @@ ENDINGS: dict[str, tuple[str, ...]] = {
     "gralora_B": ("gralora_B",),
     "gralora_A_general": ("gralora_A_general.weight",),
     "gralora_B_general": ("gralora_B_general.weight",),
+    "randlora_lambda": ("randlora_lambda",),
+    "randlora_gamma": ("randlora_gamma",),
+    "miss_block": ("miss_block",),
+    "c3a_kernel": ("c3a_kernel",),
     "diff": ("diff",),
     "diff_b": ("diff_b",),
     "w_norm": ("w_norm",),
@@ -66,7 +72,8 @@ FOREIGN = {
 PLAIN = {ending: name for name, endings in ENDINGS.items() for ending in endings}
 _LONGEST = max(ending.count(".") for ending in PLAIN) + 1
 # PEFT puts the adapter's own name in between when a whole model's state is saved: lora_A.default.weight.
-_NAMED = re.compile(r"(.+\.(?:lora_(?:[ABE]|embedding_[AB]|magnitude_vector)|vera_lambda_[bd]))\.([^.]+)(\.weight)?")
+_WRAPPED = r"lora_(?:[ABE]|embedding_[AB]|magnitude_vector)|vera_lambda_[bd]|randlora_(?:lambda|gamma)|miss_block|c3a_kernel"
+_NAMED = re.compile(rf"(.+\.(?:{_WRAPPED}))\.([^.]+)(\.weight)?")
 # diffusers' old attention processors: to_q_lora.down.weight of ...attn1.processor, XLabs: processor.qkv_lora1.down.weight.
 _PROCESSOR = re.compile(r"(.+)\.processor\.(\w+?)_lora(\d?)\.(up|down)\.weight")
 
@@ -123,8 +130,13 @@ FORMS: tuple[Form, ...] = (
     *_lokr(),
     Form("vera", {"vera_b": "o", "vera_B": "o r", "vera_d": "r", "vera_A": "r i"}, frozen=frozenset({"vera_B", "vera_A"})),
     Form("gralora", {"gralora_B": "m n r o", "gralora_A": "n i m r"}, "(m o) (n i)", ()),
+    # What these need besides follows from the model's sizes, see `structured`.
+    Form("randlora", {"randlora_lambda": "r n", "randlora_gamma": "n s"}),
+    Form("miss", {"miss_block": "x o"}, rank=()),
     Form("full", {"diff": "o i"}, rank=()),
 )
+# Methods of PEFT's that only its settings and the model's sizes make whole.
+PARTIAL = ("randlora", "miss", "vera")
 # Tensors that change a weight's network or its scale, and such that adapt something else at the same place.
 ASIDE = ("alpha", "magnitude", "dora_scale", "up_bias", "diff_b", "w_norm", "b_norm")
 

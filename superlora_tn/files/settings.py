@@ -12,7 +12,8 @@ from superlora_tn.files.bounds import shown
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.weight import Weight
 
-METHODS = ("LORA", "LOHA", "LOKR", "VERA", "ADALORA", "GRALORA")
+METHODS = ("LORA", "LOHA", "LOKR", "VERA", "ADALORA", "GRALORA", "RANDLORA", "MISS", "C3A")
+ALPHAS = {"LOHA": "alpha", "LOKR": "alpha", "GRALORA": "alpha", "RANDLORA": "randlora_alpha"}
 # Training, bookkeeping, and which modules are meant (the tensors' names say that too).
 HARMLESS = {
     *("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "parent_library"),
@@ -22,11 +23,13 @@ HARMLESS = {
     *("bias", "init_weights"),
     *("qalora_group_size", "ensure_weight_tying", "lora_bias", "d_initial", "target_r", "tinit", "tfinal", "deltaT"),
     *("beta1", "beta2", "orth_reg_weight", "total_step", "decompose_both", "decompose_factor", "use_effective_conv2d"),
-    *("save_projection", "gralora_k", "ephemeral_gpu_offload", "velora_config"),
+    *("save_projection", "gralora_k", "ephemeral_gpu_offload", "velora_config", "randlora_dropout", "miss_dropout", "mini_r"),
+    *("sparse", "very_sparse", "block_size", "block_size_pattern"),
 }
 TAKEN = {
     *("peft_type", "r", "init_r", "alpha", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
     *("init_lora_weights", "projection_prng_key", "hybrid_r"),
+    "randlora_alpha",
 }
 # Starts that change the base weight too, so that the file alone does not say what the adapted weight is.
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -103,10 +106,12 @@ class Settings:
                 f"{source}: init_lora_weights={start!r} changed the base weights as well; have PEFT save it as a plain LoRA "
                 "(path_initial_model_for_weight_conversion)."
             )
+        if method == "MISS" and config.get("init_weights") in ("bat", "mini"):
+            raise CheckpointError(f"{source}: MiSS with init_weights={config['init_weights']!r} is no block repeated along in.")
         if config.get("hybrid_r"):
             raise CheckpointError(f"{source}: GraLoRA with hybrid_r is a sum of two networks; one weight has one here.")
         rank = _count(config, "init_r" if method == "ADALORA" else "r", source)
-        alpha = _real(config, "alpha" if method in ("LOHA", "LOKR", "GRALORA") else "lora_alpha", source)
+        alpha = _real(config, ALPHAS.get(method, "lora_alpha"), source)
         # AdaLoRA's rank pattern says which triplets are left, and the file holds just these.
         ranks = {} if method == "ADALORA" else _table(config, "rank_pattern", source)
         alphas = _table(config, "alpha_pattern", source)
@@ -127,7 +132,7 @@ class Settings:
             name: of the weight, in the model.
             weight: its ranks stand above the settings'.
         """
-        if self.method == "VERA" or weight.kind == "full":
+        if self.method in ("VERA", "MISS", "C3A") or weight.kind == "full":
             return 1.0
         alpha = self.alphas.get(name, self.alpha) if self.alphas else self.alpha
         rank = self.ranks.get(name, self.rank) if self.ranks else self.rank

@@ -33,7 +33,7 @@ class Shown:
         method: lora, loha, lokr, vera, adalora, gralora, full, or "network" for any other.
         ranks: of its bonds.
         scale: of dW.
-        shape: (out, in) of dW; in is 0 where only a model knows it.
+        shape: (out, in) of dW; 0 where only a model knows it.
         size: numbers that the file holds for it.
         norm: of dW (Frobenius), None where it follows from the base model.
         largest: the largest singular value of dW, likewise.
@@ -155,8 +155,8 @@ def _foreign(found: Parsed, progress: Any) -> Contents:
     shown = []
     for k, weight in enumerate(found.weights):
         dora = weight.magnitude is not None
-        if weight.open_in:
-            shape = (weight.shape[0], 0)
+        if weight.late is not None:
+            shape = weight.shape
             shown.append(Shown(weight.name, weight.kind, weight.ranks, weight.scale, shape, weight.size, None, None, dora))
             continue
         one = _shown(of_weight(weight), k, len(found.weights), progress)

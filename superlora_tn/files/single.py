@@ -20,7 +20,7 @@ from superlora_tn.files.bounds import parse
 from superlora_tn.files.container import SETTINGS, Container
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.foreign import Parsed
-from superlora_tn.files.forms import ASIDE, VALUES, foreign_method, split_key
+from superlora_tn.files.forms import ASIDE, PARTIAL, VALUES, foreign_method, split_key
 from superlora_tn.files.settings import Settings
 from superlora_tn.files.weight import Weight, build, norms_of
 
@@ -172,6 +172,10 @@ def parse_single(container: Container) -> Parsed:
     if collected.values and not _values_are_kept(whose):
         raise CheckpointError(f"{source}: '{next(iter(collected.values))}' is of no method that is known.")
     weights, added = build_all(collected, rule)
+    if partial := next((w for w in weights if w.kind in PARTIAL), None):
+        raise CheckpointError(
+            f"{source}: {partial.kind} of '{partial.name}' needs PEFT's adapter_config.json; give the folder."
+        )
     return Parsed(container.path, whose, container.bytes, weights, added, collected.values, container.metadata)
 
 

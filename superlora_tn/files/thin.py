@@ -21,7 +21,7 @@ from superlora_tn.contraction.cut import halves
 from superlora_tn.contraction.plan import plan_equation, sub_network
 from superlora_tn.contraction.profile import CPU
 from superlora_tn.declare.fold import FlatGroup, Mode, Shape
-from superlora_tn.declare.parts import Dense, Part
+from superlora_tn.declare.parts import Dense, Part, SpecError
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.record import Entry, tensor_name
 from superlora_tn.files.weight import Weight
@@ -107,9 +107,16 @@ def _modes(shape: Shape) -> tuple[Mode, ...]:
 
 
 def of_weight(weight: Weight) -> Filled:
-    """The same of a weight that was read without a model."""
-    part = replace(weight, shared=frozenset()).spec.network
-    graph, values = lower(part, _modes(weight.shape)), weight.tensors()
+    """The same of a weight that was read without a model.
+
+    Raises:
+        CheckpointError: it is no network that can be declared.
+    """
+    try:
+        part = replace(weight, shared=frozenset()).spec.network
+        graph, values = lower(part, _modes(weight.shape)), weight.tensors()
+    except SpecError as error:
+        raise CheckpointError(f"'{weight.name}': {error}") from error
     nodes = tuple(values[n.name] for n in graph.nodes)
     return Filled(weight.name, weight.shape, part, graph, nodes, weight.scale, weight.kernel, weight.flipped, weight.turned)
 

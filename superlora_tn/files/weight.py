@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -37,7 +37,8 @@ class Weight:
         magnitude: DoRA's norms, (out, 1) or (1, in).
         flipped: whether a model may hold the weight the other way round: an embedding's table is (in, out).
         turned: whether it is held so.
-        open_in: whether in is only known with a model: VeRA's A is cut to it; 0 where the file has no A.
+        late: makes the whole weight once a model says its (out, in), which the file does not; until then a size that is not
+            known counts as 0. Takes this, the shape, and what `Parsed.projections` drew.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Weight:
     magnitude: Tensor | None = None
     flipped: bool = False
     turned: bool = False
-    open_in: bool = False
+    late: Callable[[Weight, Shape, Mapping[str, Tensor]], Weight] | None = None
     sizes: Mapping[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
