@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
 import pytest
 import torch
 from hypothesis import given
 from strategies import SHAPES, Case, cases, node_tensors
 from test_equals_dense import VARIANTS
+from torch import nn
 
+import superlora_tn as sl
 from superlora_tn.declare.fold import FlatFold, PhysicalFold
+from superlora_tn.declare.maps import Fastfood
 from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, Network, Node, SpecError
 from superlora_tn.network.spec import AdapterSpec
-from superlora_tn.network.variants import loha, lokr, lonkr, lora, lotr, vera
+from superlora_tn.network.variants import loha, lokr, lonkr, lora, lorta, lotr, vera
 from superlora_tn.update.base import Adapter
+from superlora_tn.update.initialise import first_values
 from superlora_tn.update.make import make_adapter
 
 
@@ -118,6 +125,106 @@ def test_the_first_values_follow_the_generator_alone() -> None:
         adapter = make_adapter(spec, group, graph, generator=torch.Generator().manual_seed(9))
         states.append(node_tensors(adapter))
     assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+
+
+# --- the first values hang on the seed alone ------------------------------------------------------------------------
+
+INITS = ("auto", "uniform", "normal", "orthogonal", "eye", "ones", "zeros")
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float16": lambda: default_dtype(torch.float16),
+    "meta by default": lambda: default_device("meta"),
+    "on meta": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+each_surrounding = pytest.mark.parametrize("surrounding", SURROUNDINGS)
+
+
+def values(seed: int | None = 9) -> dict[str, torch.Tensor]:
+    """First values of a node of each kind."""
+    indices = dict(zip(INITS, ("o a", "a b", "b c", "c d", "d e", "e f", "f i"), strict=True))
+    sizes = dict.fromkeys("abcdef", 3)
+    network = Network("o i", sizes, **{n: Node(i, init=n) for n, i in indices.items()})
+    [(_, graph)] = AdapterSpec(network).lay_out({"w": (5, 7)})
+    generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
+    found = dict(zip((n.name for n in graph.nodes), first_values(graph, 7, generator), strict=True))
+    assert set(found) == set(INITS)
+    return found
+
+
+@pytest.mark.parametrize("seed", [9, None])
+@each_surrounding
+def test_no_default_of_torchs_changes_the_first_values(surrounding: str, seed: int | None) -> None:
+    torch.manual_seed(4)
+    plain = values(seed)
+    torch.manual_seed(4)
+    with SURROUNDINGS[surrounding]():
+        found = values(seed)
+    for name, value in plain.items():
+        assert (value.dtype, value.device.type) == (torch.float32, "cpu") == (found[name].dtype, found[name].device.type)
+        assert torch.equal(value, found[name]), name
+        assert not found[name].is_inference()
+
+
+def test_first_values_of_a_seed_are_these_for_ever() -> None:
+    """Torch's CPU generator in float32; written down once, as a change would change every adapter of a seed."""
+    expected = {
+        "auto": ["0x1.4cb1a6p-2", "-0x1.a6cd14p-2", "-0x1.577756p-5"],
+        "uniform": ["-0x1.0046fep-5", "0x1.493f86p-5", "-0x1.473894p-2"],
+        "normal": ["-0x1.028408p-1", "-0x1.04b72ap-2", "0x1.a73d0cp-7"],
+    }
+    found = values()
+    for name, first in expected.items():
+        wanted = torch.tensor([float.fromhex(v) for v in first])
+        # Whole numbers make the uniform ones; the others take a logarithm and a cosine, whose last bit varies.
+        torch.testing.assert_close(found[name].flatten()[:3], wanted, rtol=2.0**-22 if name == "normal" else 0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
+@each_surrounding
+@pytest.mark.parametrize(
+    "spec", [lora(2), vera(2), lotr(2), lorta(2, projection=Fastfood(0.5, 1))], ids=["lora", "vera", "lotr", "fastfood"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_an_adapter_of_a_seed_is_the_same_in_any_surroundings(surrounding: str, spec: AdapterSpec, dtype: torch.dtype) -> None:
+    models = [
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(torch.complex64 if dtype.is_complex else torch.float32) for _ in "ab"
+    ]
+    plain = sl.attach(models[0], spec, ["0", "1"], seed=3, dtype=dtype)
+    with SURROUNDINGS[surrounding]():
+        other = sl.attach(models[1], spec, ["0", "1"], seed=3, dtype=dtype)
+    for one, two in zip((*plain.parameters(), *plain.buffers()), (*other.parameters(), *other.buffers()), strict=True):
+        assert one.dtype is two.dtype
+        assert one.device == two.device
+        assert torch.equal(one, two)
+    for p in other.parameters():
+        nn.init.ones_(p)
+    models[1](torch.ones(2, 8, dtype=models[1][0].weight.dtype)).abs().sum().backward()
+    assert all(p.grad is not None for p in other.parameters())
 
 
 def test_an_order_one_group_of_the_flat_fold_starts_at_zero() -> None:

@@ -1,4 +1,4 @@
-"""The reference backend: contracts the whole equation at once, with numpy in float64, and ignores the plan's steps."""
+"""The reference backend: contracts the whole equation at once, in numpy and double precision, and ignores the plan's steps."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from superlora_tn.declare.parts import TOKEN
 NAME = "numpy_reference"
 
 
+def _wide(value: Any) -> np.ndarray:
+    """In float64, or complex128 where it is complex."""
+    array = np.asarray(value)
+    return array.astype(np.result_type(array, np.float64), copy=False)
+
+
 def compile(plan: Plan) -> Callable[..., np.ndarray]:
-    """A callable that gives a float64 array; its arguments are those of `superlora_tn.contraction.backend.Backend`."""
+    """A callable that gives an array; its arguments are those of `superlora_tn.contraction.backend.Backend`."""
     number = {name: k for k, (name, _) in enumerate(plan.sizes)}
 
     def shape(indices: tuple[str, ...]) -> tuple[int, ...]:
@@ -23,10 +29,10 @@ def compile(plan: Plan) -> Callable[..., np.ndarray]:
     def run(*arrays: Any, out: Any = None, alpha: float = 1.0, base: Any = None, carried: Any = None) -> np.ndarray:
         operands: list[Any] = []
         for array, indices in zip(arrays, plan.inputs, strict=True):
-            operands += [np.asarray(array, dtype=np.float64).reshape(shape(indices)), [number[i] for i in indices]]
+            operands += [_wide(array).reshape(shape(indices)), [number[i] for i in indices]]
         result: np.ndarray = np.einsum(*operands, [number[i] for i in plan.output])
         flat = [-1 if TOKEN in axis else int(np.prod([plan.size[i] for i in axis], dtype=np.int64)) for axis in plan.result]
         result = alpha * result.reshape(flat)
-        return result if out is None else np.asarray(out, dtype=np.float64) + result
+        return result if out is None else _wide(out) + result
 
     return run

@@ -11,7 +11,6 @@ linear layer (`base`), its gradient for x accumulates into the layer's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import reduce, wraps
 from typing import Any, cast
@@ -28,7 +27,6 @@ from superlora_tn_backends.writer import backward_source, forward_source, run_so
 NAME = "tensorly_torch"
 # An instance of our own: TensorLy's global backend is neither read nor set.
 TL = PyTorchBackend()
-NOTHING = nullcontext()
 COMPLEX = frozenset((torch.complex32, torch.complex64, torch.complex128))
 
 
@@ -89,7 +87,7 @@ class Program:
 
     def carry(self, x: Tensor, *nodes: Tensor) -> Carried:
         """x through the nodes, for several programs that each take it as their first operand; only where `is_eager`."""
-        with _as_given(x):
+        with as_given(x):
             if not _is_fused((x, *nodes)):
                 return Carried(self._plain((x, *nodes), None, 1.0), x)
             if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *nodes)):
@@ -137,19 +135,10 @@ def _apply(function: Any, *arguments: Any) -> Any:
     return function.apply(*arguments)
 
 
-def _as_given(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Compute in the dtypes as they are: the caller has cast, and autocast would cast a second time."""
-    if not torch._C._is_any_autocast_enabled():  # 0.1 us, where the check below takes 0.7
-        return NOTHING
-    kind = tensor.device.type
-    casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if casting else NOTHING
-
-
 def _in_given_dtypes(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     @wraps(backward)
     def run(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        with _as_given(grad):
+        with as_given(grad):
             return backward(ctx, grad)
 
     return run

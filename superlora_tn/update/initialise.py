@@ -43,7 +43,7 @@ def _fill(node: GraphNode, deviation: float, generator: torch.Generator | None) 
         return values.fill_(1.0)
     matrix = values.reshape(math.prod(node.shape[:-1]), node.shape[-1] if node.shape else 1)
     if node.init == "eye":
-        return torch.nn.init.eye_(matrix).reshape(node.shape)
+        return torch.eye(*matrix.shape, out=matrix, device=matrix.device).reshape(node.shape)
     if node.init == "normal":
         return values.normal_(generator=generator).mul_(deviation)
     if node.init == "orthogonal":
