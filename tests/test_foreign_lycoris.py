@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,21 @@ def _some(fitted: Fitted, names: list[str]) -> dict[str, np.ndarray]:
             k += 1
         entries += [Entry(entry.spec, chosen)] if chosen else []
     return deltas(Fitted(tuple(entries), tensors))
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real file lies beside the repository")
+def test_the_real_lokr_fits_the_real_model() -> None:
+    """diffusers' U-Net and transformers' CLIP at their published sizes, on the meta device."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        unet = diffusers.UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+        text = transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12)
+        )
+    found = parsed(REAL)
+    both = nn.ModuleDict({"unet": unet, "text_encoder": text})
+    fitted = found.fitted(shapes(both))
+    assert len(fitted.targets) == 350
+    assert len(found.fitted(shapes(unet), part="unet").targets) == sum(n.startswith("unet.") for n in fitted.targets) == 278
+    assert len(found.fitted(shapes(text), part="text_encoder").targets) == 72
