@@ -234,6 +234,11 @@ TABLE: Table = {
         ),
     },
     "backends/superlora_tn_backends/tensorly_torch.py": {
+        "complex-through-the-fused-lines": (
+            "return is_eager() and COMPLEX.isdisjoint([t.dtype for t in tensors])",
+            "return is_eager()",
+            "test_complex.py::test_every_variant_is_the_oracles_in_both_directions",
+        ),
         "scale-dropped-in-second-derivatives": (
             "program.run(*views, alpha=alpha)",
             "program.run(*views)",
@@ -317,7 +322,24 @@ TABLE: Table = {
             "test_equals_dense.py::test_every_variants_delta_equals_the_oracle",
         ),
     },
+    "superlora_tn/update/eager.py": {
+        "tangents-through-the-fused-lines": (
+            " or forward_ad._current_level >= 0",
+            "",
+            "test_forward_mode.py::test_a_tangent_of_x_alone_passes_while_the_parameters_train",
+        ),
+        "tracing-through-the-fused-lines": (
+            " or _is_tracing() or forward_ad",
+            " or forward_ad",
+            "test_compile.py::test_a_traced_model_is_saved_and_loaded_for_any_batch",
+        ),
+    },
     "superlora_tn/update/initialise.py": {
+        "first-values-of-the-default-dtype": (
+            'torch.empty(node.shape, dtype=torch.float32, device="cpu")',
+            'torch.empty(node.shape, device="cpu")',
+            "test_zero_at_start.py::test_no_default_of_torchs_changes_the_first_values",
+        ),
         "start-nearly-zero": (
             "return values.zero_()",
             "return values.fill_(1e-8)",
