@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from foreign import DATA, close, deltas, parsed, write
+from foreign import DATA, close, deltas, parsed, shapes, write
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import loha, lokr, lora
 from torch import Tensor
 
+from superlora_tn.files.container import Container
 from superlora_tn.files.dialects import atoms, unet
 from superlora_tn.files.errors import CheckpointError
-from superlora_tn.files.names import label
+from superlora_tn.files.names import label, seats
+from superlora_tn.files.single import parse_single
 from superlora_tn.files.weight import Weight
 
 KEYS = DATA / "adapter_keys"
@@ -340,8 +343,6 @@ def test_a_factor_of_1x1_beside_a_kernel(tmp_path: Path) -> None:
 @given(st.lists(st.sampled_from(["a", "b", "a_b", "q", "0", "1"]), min_size=1, max_size=4), st.data())
 def test_an_underscored_name_is_found_or_is_ambiguous(words: list[str], data: st.DataObject) -> None:
     """Against all names that are written alike: one is found, several raise, and never is another one taken."""
-    from superlora_tn.files.names import seats
-
     pool = st.lists(st.sampled_from(["a", "b", "a_b", "q", "0", "1"]), min_size=1, max_size=4).map(".".join)
     targets = data.draw(st.sets(pool, max_size=6)) | {".".join(words)}
     alike = {t for t in targets if t.replace(".", "_") == "_".join(words)}
@@ -437,3 +438,23 @@ def test_names_of_an_adapter_in_the_keys(tmp_path: Path) -> None:
     more = {"x.lora_A.other.weight": random(2, 6), "x.lora_B.other.weight": random(4, 2)}
     with pytest.raises(CheckpointError, match="two ways of writing"):
         fitted(tmp_path, tensors | more, {"x": (4, 6)})
+
+
+FLUX = ["aitoolkit", "kohya", "kohya_with_te1", "xlabs", "diffusers", "diffusers_base_model"]
+
+
+@pytest.mark.skipif(not KEYS.exists(), reason="the published lists lie beside the repository")
+@pytest.mark.parametrize("publisher", FLUX)
+def test_published_adapters_of_flux_fit_the_real_model(publisher: str) -> None:
+    """At the published sizes, on the meta device: six publishers' names and fused projections against diffusers' model."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = diffusers.FluxTransformer2DModel(guidance_embeds=True)
+    published = json.loads((KEYS / f"flux_lora_{publisher}.json").read_text())
+    tensors = {k: torch.empty(s, device="meta") if s else torch.tensor(4.0) for k, s in published.items()}
+    found = parse_single(Container(Path(publisher), 0, tensors, {}))
+    fitted = found.fitted(shapes(model), part=None if len(found.parts) == 1 else "unet")
+    rows = {target: shape[0] for target, shape in fitted.targets.items()}
+    own = found if len(found.parts) == 1 else found.only("unet")
+    assert sum(rows.values()) == sum(w.shape[0] for w in own.weights)
