@@ -281,9 +281,10 @@ def test_gradients_of_each_sample(variant: str) -> None:
         torch.testing.assert_close(ours.sum(0), theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_vmap_over_many_adapters_of_one_base() -> None:
+@each_route
+def test_vmap_over_many_adapters_of_one_base(variant: str) -> None:
     """A fleet of adapters on one base in one call: stacked parameters, one slice a user."""
-    model, tuned = attached("lotr")
+    model, tuned = attached(variant)
     x = noise(2, 3, DIM)
     fleet = []
     for seed in range(3):
@@ -292,6 +293,33 @@ def test_vmap_over_many_adapters_of_one_base() -> None:
     stacked = {name: torch.stack([values[name] for values, _ in fleet]) for name in fleet[0][0]}
     outputs = torch.func.vmap(lambda values: torch.func.functional_call(model, values, (x,)))(stacked)
     torch.testing.assert_close(outputs, torch.stack([y for _, y in fleet]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["lora", "lorta fastfood"])
+def test_vmap_over_models_whose_buffers_are_stacked_too(variant: str) -> None:
+    """As `torch.func.stack_module_state` does: a map's tables then have a batch axis."""
+    models = [attached(variant)[0] for _ in range(3)]
+    for seed, model in enumerate(models):
+        perturb(sl.tuned(model), seed)
+    state = torch.func.stack_module_state(models)
+    x = noise(2, 3, DIM)
+    found = torch.func.vmap(lambda *values: torch.func.functional_call(models[0], values, (x,)))(*state)
+    torch.testing.assert_close(found, torch.stack([model(x) for model in models]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_projection_compiles_in_any_dtype(dtype: torch.dtype) -> None:
+    model, tuned = attached("lorta fastfood", Mlp)
+    model.to(dtype)
+    x = noise(2, 3, DIM).to(dtype)
+    with compiling():
+        y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        found = [y.detach(), *gradients(model, y, tuned)]
+        expected = [model(x).detach(), *gradients(model, model(x), tuned)]
+    for ours, theirs in zip(found, expected, strict=True):
+        # Sums of up to twenty terms through two layers, in their dtype and another order: some ten roundings of the largest.
+        size = float(theirs.abs().max())
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=16 * torch.finfo(dtype).eps * size)
 
 
 @each_route

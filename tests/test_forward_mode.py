@@ -16,6 +16,7 @@ from strategies import EPS, Bound, Case, flat_cases, node_tensors, physical_case
 from test_compile import Mlp
 from test_gradients import TANH
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import superlora_tn as sl
 
@@ -184,6 +185,32 @@ def test_a_gradient_has_the_tangent_of_its_cotangent(variant: str, recompute: bo
 def test_convolutions_have_tangents(variant: str) -> None:
     model, parameters, x = adapted(variant, ConvNet)
     run, values = function(model, list(parameters)), [x, *(p.detach() for p in parameters.values())]
+    ways = [torch.randn_like(v) for v in values]
+    with dual(values, ways) as duals:
+        close(forward_ad.unpack_dual(run(*duals)).tangent, by_reverse_mode(run, values, ways))
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out = nn.MultiheadAttention(DIM, 3, batch_first=True), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # torch's fused attention has no second derivatives, which the reference takes.
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.out(self.mix(x, x, x, need_weights=False)[0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("at", ["auto", "weight"])
+@pytest.mark.parametrize("variant", ["lora", "lotr", "lorta fastfood"])
+def test_weights_that_show_their_update_have_tangents(variant: str, at: str) -> None:
+    model = seeded(0, Attending).double()
+    targets = ["mix.q_proj", "mix.v_proj", "mix.out_proj", "out"]
+    tuned = sl.attach(model, VARIANTS[variant], targets, seed=0, dtype=torch.float64, at=at)
+    perturb(tuned)
+    parameters = {f"superlora.{n}": p for n, p in tuned.named_parameters()}
+    run, x = function(model, list(parameters)), noise(2, 3, DIM, dtype=torch.float64)
+    values = [x, *(p.detach() for p in parameters.values())]
     ways = [torch.randn_like(v) for v in values]
     with dual(values, ways) as duals:
         close(forward_ad.unpack_dual(run(*duals)).tangent, by_reverse_mode(run, values, ways))
