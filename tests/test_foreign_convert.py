@@ -23,8 +23,9 @@ from superlora_tn.files.base_model import base_model
 from superlora_tn.files.convert import convert
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.foreign import Fitted
+from superlora_tn.files.record import Entry
 from superlora_tn.files.show import layer_of, show
-from superlora_tn.files.writes import FORMATS
+from superlora_tn.files.writes import FORMATS, Beside, save_as
 
 # One product rounded to float32 on each way; two ways at most.
 WAYS = 2e-6
@@ -359,3 +360,48 @@ def test_pefts_adapter_runs_here(case: str, tmp_path: Path) -> None:
         torch.testing.assert_close(ours(x), wanted, atol=OUTPUTS, rtol=OUTPUTS)
         tuned.merge()
         torch.testing.assert_close(ours(x), wanted, atol=OUTPUTS, rtol=OUTPUTS)
+
+
+class Normal(nn.Module):
+    """A batch norm, whose running means are buffers, between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, 8) to (n, 3)."""
+        y: torch.Tensor = self.last(self.norm(self.first(x)))
+        return y
+
+
+BESIDE = {
+    "a bias of a target": ["first.bias"],
+    "a bias of another layer": ["last.bias"],
+    "a whole layer": ["last.weight", "last.bias"],
+    "a whole norm": [f"norm.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")],
+    "running means alone": ["norm.running_mean", "norm.running_var"],
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_peft_takes_what_trains_beside(case: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model, x = Normal().eval(), torch.randn(5, 8)
+    state = model.state_dict()
+    values = {n: state[n] + torch.rand(state[n].shape).to(state[n].dtype) for n in BESIDE[case]}
+    adapter = filled_in(Entry(sl.lora(2, alpha=3), {"first": (8, 8)}))
+    beside = Beside(replaced=values, known=tuple(state))
+    save_as(adapter.entries, adapter.tensors, tmp_path, "peft", beside=beside)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path)).eval()
+    ours = copy.deepcopy(model)
+    with torch.no_grad():
+        ours.first.weight += torch.from_numpy(deltas(adapter)["first"]).float()
+        for name, value in values.items():
+            ours.state_dict()[name].copy_(value)
+        torch.testing.assert_close(theirs(x), ours(x), atol=OUTPUTS, rtol=OUTPUTS)
+    again = parsed(tmp_path).fitted({"first": (8, 8)}, parameters=list(state))
+    assert again.replaced.keys() == values.keys()
+    assert all(torch.equal(value, values[name]) for name, value in again.replaced.items())

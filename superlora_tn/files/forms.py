@@ -52,8 +52,8 @@ ENDINGS: dict[str, tuple[str, ...]] = {
     "w_norm": ("w_norm",),
     "b_norm": ("b_norm",),
 }
-# A value that stands for itself: PEFT's modules_to_save and biases, diffusers' norms.
-VALUES = ("weight", "bias")
+# Values that stand for themselves: PEFT's modules_to_save and biases, diffusers' norms, what a batch norm has counted.
+VALUES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 # Endings of methods that are no networks of this library, each with what they do.
 FOREIGN = {
     "oft_blocks": "OFT turns the weight's rows",

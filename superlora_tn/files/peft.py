@@ -32,7 +32,7 @@ def parse_folder(place: Path) -> Parsed:
     settings = Settings.of(config, source)
     tensors, shared = _renamed(container)
     tensors = _pruned(tensors) if settings.method == "ADALORA" else tensors
-    collected = arranged(collect(tensors, str(file)), settings, str(file))
+    collected = arranged(collect(tensors, str(file), settings.modules), settings, str(file))
 
     def rule(name: str, weight: Weight, alpha: float | None) -> float:
         if alpha is not None:

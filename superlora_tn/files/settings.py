@@ -36,6 +36,7 @@ MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _PATTERN = re.compile(r"\^?(?:[\w\-.]|\\[.\-_wd]|\.\*|\.\+|\[0-9\]\+?|\\d\+|\(\?:|[()|])+\$?")
 _PLAIN = re.compile(r"\^?[\w\-.]+\$?")
 MAX_REPEATS, MAX_WILD, MAX_LENGTH = 3, 64, 512
+MAX_MODULES = 10_000
 
 
 class Patterns:
@@ -74,6 +75,7 @@ class Settings:
         rslora: scale by alpha / sqrt(rank).
         ranks, alphas: of weights for which patterns say otherwise.
         seed: of VeRA's A and B.
+        modules: names, or ends of names, of modules that the file holds whole.
     """
 
     method: str
@@ -83,6 +85,7 @@ class Settings:
     ranks: Patterns | None = None
     alphas: Patterns | None = None
     seed: int = 0
+    modules: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, config: Mapping[str, Any], source: str) -> Settings:
@@ -123,6 +126,7 @@ class Settings:
             Patterns({n: _count(ranks, n, source) for n in ranks}, source),
             Patterns({n: _real(alphas, n, source) for n in alphas}, source),
             _seed(config, source),
+            _modules(config, source),
         )
 
     def scale(self, name: str, weight: Weight) -> float:
@@ -162,6 +166,13 @@ def _table(config: Mapping[str, Any], name: str, source: str) -> Mapping[str, An
     if not isinstance(value, dict):
         raise CheckpointError(f"{source}: {name}={shown(value)}; expected a table of names.")
     return value
+
+
+def _modules(config: Mapping[str, Any], source: str) -> frozenset[str]:
+    value = config.get("modules_to_save") or []
+    if not isinstance(value, list) or len(value) > MAX_MODULES or not all(isinstance(v, str) and v for v in value):
+        raise CheckpointError(f"{source}: modules_to_save={shown(value)}; expected a list of up to {MAX_MODULES} names.")
+    return frozenset(value)
 
 
 def _seed(config: Mapping[str, Any], source: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,8 +44,13 @@ class Collected:
     values: Mapping[str, Tensor]
 
 
-def collect(tensors: Mapping[str, Tensor], source: str) -> Collected:
+def collect(tensors: Mapping[str, Tensor], source: str, modules: Collection[str] = ()) -> Collected:
     """Sort a file's tensors; each is taken, or the error names it.
+
+    Args:
+        tensors: by their keys.
+        source: the file, for errors.
+        modules: ends of the names of modules that the file holds whole, with whatever parameters and buffers they have.
 
     Raises:
         CheckpointError: a key of no known method, or two keys for one thing.
@@ -62,13 +67,19 @@ def collect(tensors: Mapping[str, Tensor], source: str) -> Collected:
             raise CheckpointError(f"{source}: '{key}' is there in two ways of writing; it has to be one adapter.")
         if found:
             fields[name][field_] = tensor
-        elif key.rpartition(".")[2] in VALUES and key.rpartition(".")[0]:
+        elif (key.rpartition(".")[2] in VALUES and key.rpartition(".")[0]) or _is_inside(key, modules):
             values[key] = tensor
         else:
             raise CheckpointError(f"{source}: '{key}' is of no method that is known; nothing of the file was taken.")
     if not any(set(own) - set(ASIDE) for own in fields.values()):
         raise CheckpointError(f"{source} holds no adapter, but keys such as '{next(iter(tensors), '(none)')}'.")
     return Collected(fields, values)
+
+
+def _is_inside(key: str, modules: Collection[str]) -> bool:
+    """Whether a module of these names is on the way to a parameter."""
+    words = key.split(".")[:-1]
+    return any(".".join(words[j : k + 1]) in modules for k in range(len(words)) for j in range(k + 1)) if modules else False
 
 
 def number(name: str, tensor: Tensor | None) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -72,10 +72,25 @@ class Report:
 
 @dataclass(frozen=True)
 class Beside:
-    """What an adapter changes besides its matrices: parameters' full names -> what is added, or what they become."""
+    """What an adapter changes besides its matrices.
+
+    Attributes:
+        added: full name of a parameter -> what is added to it.
+        replaced: full name of a parameter or buffer -> what it becomes.
+        known: full names of all of the base's parameters and buffers. They tell which modules are replaced whole, as PEFT's
+            modules_to_save have to be; without them, a module whose weight is replaced counts as whole.
+    """
 
     added: Mapping[str, Tensor] = field(default_factory=dict)
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
+    known: Collection[str] = ()
+
+    def whole_modules(self, targets: Collection[str]) -> list[str]:
+        """Modules of which everything is replaced, and that are no targets."""
+        own = {name.rpartition(".")[0] for name in self.replaced} - set(targets) - {""}
+        if not self.known:
+            return sorted(module for module in own if f"{module}.weight" in self.replaced)
+        return sorted(m for m in own if all(n in self.replaced for n in self.known if n.startswith(f"{m}.")))
 
 
 def save_as(
@@ -154,7 +169,10 @@ def save_weights(
     made = content(weights, format, wish, prefix, beside, architecture, kept)
     words = {ERRORS: json.dumps({row.name: row.error for row in made.rows})}
     if format == "peft":
-        settings = {**made.settings, "modules_to_save": sorted({n.rpartition(".")[0] for n in beside.replaced}) or None}
+        targets = [one.name for one in weights]
+        settings = {**made.settings, "modules_to_save": beside.whole_modules(targets) or None}
+        if "bias" in settings and any(f"{target}.bias" in beside.replaced for target in targets):
+            settings["bias"] = "lora_only"
         text = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
         files = {place / TENSORS[0]: save(_own(made.tensors), {"format": "pt", **words}), place / CONFIG: text}
     else:
@@ -189,7 +207,8 @@ def content(
     if format == "peft":
         own = PREFIX if prefix is None else prefix
         made = peft_own(weights, wish, own) or formats.lora(weights, wish, formats.peft_pair(own))
-        return replace(made, tensors={**made.tensors, **_replaced(beside, own, format)})
+        values = _replaced(beside, own, format, [one.name for one in weights])
+        return replace(made, tensors={**made.tensors, **values})
     if format == "diffusers":
         part = "transformer" if prefix is None else prefix.rstrip(".")
         own = f"{part}." if part else ""
@@ -240,9 +259,14 @@ def _refuse(beside: Beside, format: str) -> None:
         raise CheckpointError(f"'{names[0]}' is no matrix with an update; {format} files hold no such values. Leave it out.")
 
 
-def _replaced(beside: Beside, prefix: str, format: str) -> dict[str, Tensor]:
+def _replaced(beside: Beside, prefix: str, format: str, wrapped: Collection[str] = ()) -> dict[str, Tensor]:
+    """Whole parameters under the prefix; PEFT wraps the layers that it adapts, so their own lie one level deeper."""
     _refuse(Beside(added=beside.added), format)
-    return {f"{prefix}{name}": value for name, value in beside.replaced.items()}
+    made = {}
+    for name, value in beside.replaced.items():
+        module, _, kind = name.rpartition(".")
+        made[f"{prefix}{module}.base_layer.{kind}" if module in wrapped else f"{prefix}{name}"] = value
+    return made
 
 
 def _added(beside: Beside, rename: Callable[[str], str], format: str) -> dict[str, Tensor]:
