@@ -12,6 +12,7 @@ from superlora_tn.declare.fold import FlatFold, PhysicalFold
 from superlora_tn.declare.maps import Compose, Fastfood, Shuffle
 from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, Network, Node, SpecError, TensorTrain, Tucker
 from superlora_tn.files.own import CheckpointError
+from superlora_tn.files.read import read
 from superlora_tn.model.attach import attach, load, tuned
 from superlora_tn.model.kinds import LayerError
 from superlora_tn.model.several import rows, use
@@ -105,6 +106,7 @@ __all__ = [
     "metatt",
     "miss",
     "randlora",
+    "read",
     "rows",
     "share_lora",
     "superlora",

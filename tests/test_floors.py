@@ -43,6 +43,7 @@ HOUSE = {
         ["recognise"],
         ["targets"],
         ["weights", "site"],
+        ["merging"],
         ["tuned"],
         ["beside", "several"],
         ["attach"],

@@ -188,7 +188,7 @@ def test_what_trains_beside_is_saved_loaded_and_put_back(tmp_path: Path) -> None
     tuned = sl.attach(model, sl.lora(2), TARGETS, dtype=torch.float64, also=["head", "*norm.bias"])
     beside = ["layers.0.norm.bias", "layers.1.norm.bias", "head.weight", "head.bias"]
     assert [n for n, p in model.named_parameters() if p.requires_grad and "superlora" not in n] == beside
-    assert "of them the base's own" in str(tuned)
+    assert "of the base's own" in str(tuned)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for _ in range(2):
         optimizer.zero_grad()

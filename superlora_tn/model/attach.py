@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from superlora_tn.contraction.backend import DEFAULT
 from superlora_tn.contraction.plan import Route
 from superlora_tn.contraction.search import Optimizer
 from superlora_tn.declare.parts import SpecError
-from superlora_tn.files.own import CheckpointError, Entry, Saved, read
+from superlora_tn.files.own import CheckpointError, Entry, Saved
+from superlora_tn.files.read import read
 from superlora_tn.model.beside import also_trained
 from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.kinds import Held
+from superlora_tn.model.merging import forget_compiled
 from superlora_tn.model.shown import Block, show
 from superlora_tn.model.site import BeginHook, EndHook, UpdateHook, watchers
 from superlora_tn.model.targets import AttachError, Place, Target, Targets, bind, is_sharded, match, near, places
 from superlora_tn.model.trainer import admissions
-from superlora_tn.model.tuned import Tuned, forget_compiled
+from superlora_tn.model.tuned import Tuned
 from superlora_tn.model.weights import found, freeze, was_trainable, weight_of
 from superlora_tn.network.budget import Budget
 from superlora_tn.network.spec import AdapterSpec
@@ -291,19 +294,21 @@ def load(
     at: At | None = None,
     route: Route | None = None,
     backend: str = DEFAULT,
+    part: str | None = None,
 ) -> Tuned:
     """Attach a saved adapter, strictly: whatever does not fit raises and leaves the model as it was.
 
     Args:
         model: the base the adapter was trained on.
-        folder: what `save` wrote.
+        folder: what `save` wrote, or a folder or file of PEFT, LyCORIS, kohya, diffusers or others (see `docs/files.md`).
         name, at, route, backend: as in `attach`.
         dtype: of the parameters; None keeps the saved ones.
+        part: of a file for several models (a pipeline's U-Net and text encoders), the one to take, such as ``"unet"``.
 
     Raises:
         CheckpointError: files missing, damaged, of a newer schema, or of another base.
     """
-    saved = read(folder)
+    saved = _read(model, folder, part, at)
     _check_base(model, folder, saved, at)
     entries = tuple((entry.spec, tuple(entry.targets)) for entry in saved.entries)
     # Any seed: the values are overwritten, and drawing them must not move the user's generator.
@@ -317,6 +322,26 @@ def load(
         handle.detach()
         raise
     return handle
+
+
+def _read(model: nn.Module, path: str | PathLike[str], part: str | None, at: At | None) -> Saved:
+    """An adapter of this library or another, fitted to the model's names and shapes."""
+    found = read(path)
+    if isinstance(found, Saved):
+        return found
+    known = places(model)
+    targets: dict[str, Target] = {}
+    for name, place in known.items():
+        if place.is_supported and not place.tied:
+            with suppress(AttachError):
+                targets[name] = bind(name, place, at)
+    shapes = {name: target.shape for name, target in targets.items()}
+    parameters = [name for name, _ in model.named_parameters()]
+
+    def weights(name: str) -> Tensor:
+        return targets[name].kind.read(targets[name].layer).detach()
+
+    return found.fitted(shapes, parameters=parameters, weights=weights, part=part).saved(model.get_parameter)
 
 
 def _check_base(model: nn.Module, folder: str | PathLike[str], saved: Saved, at: At | None) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from superlora_tn.contraction.plan import choose, table
 from superlora_tn.declare.fold import FlatGroup, split_name
 from superlora_tn.update.base import Adapter
@@ -41,3 +43,11 @@ def _describe(adapter: Adapter) -> tuple[str, str, str, str, str]:
         route,
         f"{price * 1e3:.2f} ms",
     )
+
+
+def share_of(model: nn.Module, trained: int, also: Sequence[str]) -> str:
+    """How much of the model trains, and what of it is the base's own: for behind the number of the adapter's parameters."""
+    beside = sum(p.numel() for n, p in model.named_parameters() if n in also)
+    whole = sum(p.numel() for p in model.parameters())
+    share = f", {(trained + beside) / max(whole, 1):.2%} of the model"
+    return share + (f" with {beside:,} of the base's own ({', '.join(also[:3])})" if beside else "")

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from superlora_tn.contraction.plan import RouteChoice, choose
-from superlora_tn.contraction.profile import CPU, DEVICES
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import check_number
-from superlora_tn.files.own import CheckpointError, Entry, Saved, read, tensor_name, write
+from superlora_tn.files.own import CheckpointError, Entry, Saved, read, tensor_name
+from superlora_tn.files.writes import Beside, Format, Report, save_as
 from superlora_tn.model.buffers import Snapshot
-from superlora_tn.model.describe import summary
-from superlora_tn.model.kinds import Held
-from superlora_tn.model.shown import blocks_of, hide
+from superlora_tn.model.describe import share_of, summary
+from superlora_tn.model.kinds import Convolution, Held
+from superlora_tn.model.merging import check_finite, check_unchanged, forget_compiled, leave, put_back
 from superlora_tn.model.targets import AttachError, Target, near
-from superlora_tn.model.weights import Holder, Weight, check_mergeable, drop, report_rounding, thaw_all, weight_of
+from superlora_tn.model.weights import Holder, Weight, check_mergeable, report_rounding, thaw_all, weight_of
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Adapter, Member
 from superlora_tn.update.passes import Passes
@@ -143,8 +143,7 @@ class Tuned(Placed):
             AttachError: no such target.
         """
         adapter = self._member(target).adapter
-        device = adapter.tensors()[0].device.type
-        return choose(adapter.graph, self.targets[target], tokens, DEVICES.get(device, CPU), adapter.settings.optimize)
+        return choose(adapter.graph, self.targets[target], tokens, adapter.profile, adapter.settings.optimize)
 
     def reset_parameters(self, seed: int | None = None) -> None:
         """Give all nodes their first values again (dW is zero), for instance after `to_empty`.
@@ -216,7 +215,7 @@ class Tuned(Placed):
                 for name, weight in self._weights().items():
                     delta = self.delta(name)
                     weight.add(self._members[name], delta)
-                    self._check_finite(name, weight, delta)
+                    check_finite(name, weight, delta)
                     weight.settle()
             self.merged = True
             self._switch()
@@ -227,22 +226,9 @@ class Tuned(Placed):
             raise
         report_rounding(self._weights())
 
-    def _check_finite(self, name: str, weight: Weight, delta: Tensor) -> None:
-        merged = weight.kind.read(weight.layer)
-        if not torch.isfinite(merged).all():
-            what = "the merged weight" if torch.isfinite(delta).all() else "dW"
-            raise AttachError(
-                f"{what} of '{name}' holds NaN or infinity; nothing was merged. Look at the training"
-                + (f", or merge into a wider dtype than {merged.dtype}." if what != "dW" else ".")
-            )
-
     def _put_back(self) -> None:
         """Take this handle's dW out of all weights that hold it."""
-        with torch.no_grad():
-            for name, weight in self._weights().items():
-                if weight.base is not None and (self._members[name] in weight.merged or not weight.merged):
-                    others = [m for m in weight.merged if m is not self._members[name]]
-                    weight.restore({m: _built(m) for m in others})
+        put_back(self._weights(), self._members)
 
     def unmerge(self, force: bool = False) -> None:
         """Put the weights' own bytes back and switch the adapters on.
@@ -255,12 +241,8 @@ class Tuned(Placed):
         """
         if not self.merged:
             raise AttachError("the adapter is not merged, so there is nothing to unmerge.")
-        changed = next((name for name, weight in self._weights().items() if weight.is_changed), None)
-        if changed is not None and not force:
-            raise AttachError(
-                f"the weight of '{changed}' was changed while dW was merged into it (another base loaded, or trained?); "
-                "unmerging would throw that away. unmerge(force=True) does, and bake() keeps the weights as they are now."
-            )
+        if not force:
+            check_unchanged(self._weights())
         self._put_back()
         self.merged = False
         self._switch()
@@ -303,14 +285,7 @@ class Tuned(Placed):
         model, name = self._model
         for hook in self._hooks:
             hook.remove()
-        for own, target in self._targets.items():
-            for block in blocks_of(target.layer):
-                if block.member is self._members[own]:
-                    hide(target.layer, block)
-            weight = weight_of(target)
-            weight.members = [(n, m) for n, m in weight.members if m is not self._members[own]]
-            if not weight.members:
-                drop(target)
+        leave(self._targets, self._members)
         thaw_all(model, self._frozen, self._holder)
         delattr(model, name)
         forget_compiled(model)
@@ -348,7 +323,7 @@ class Tuned(Placed):
         with self._passes.fixed():
             yield
 
-    def save(self, folder: str | PathLike[str]) -> None:
+    def save(self, folder: str | PathLike[str], format: Format = "superlora", **options: Any) -> Report:
         """Write the adapter's two files; whatever interrupts it, a loadable adapter remains.
 
         What trains beside it (`attach(also=)`) is written with it, and so are buffers of the base that training changed
@@ -356,17 +331,27 @@ class Tuned(Placed):
         Sharded nodes (FSDP2) are gathered, so all processes have to call it.
 
         Args:
-            folder: made where it does not exist.
+            folder: made where it does not exist; for formats of one file, that file.
+            format: ``"superlora"``, or another library's: ``"peft"``, ``"lycoris"``, ``"kohya"``, ``"diffusers"``,
+                ``"gguf"``: by its own method where it has it, else as plain LoRA.
+            options: `rank`, `error`, `dtype`, `prefix` and others of `files.writes.save_as`.
+
+        Returns:
+            The files, and for other formats what became of each weight, with its relative error; print it.
 
         Raises:
-            CheckpointError: nodes that are not whole here, or a folder that cannot be written.
+            CheckpointError: nodes that are not whole here, something that the format cannot hold, or a folder that cannot be
+                written.
         """
         tensors = {
             tensor_name(k, node): tensor.detach()
             for k, adapter in enumerate(self._adapters())
             for node, tensor in zip(adapter.graph.nodes, adapter.tensors(), strict=True)
         }
-        write(folder, self.entries, tensors, self._base.to_save())
+        layers: dict[str, Any] = {n: t.layer for n, t in self._targets.items() if isinstance(t.kind, Convolution)}
+        kernels = {name: tuple(layer.kernel_size) for name, layer in layers.items()}
+        beside = Beside(replaced=self._base.to_save())
+        return save_as(self.entries, tensors, folder, format, kernels=kernels, beside=beside, **options)
 
     def replace(self, folder: str | PathLike[str]) -> None:
         """Take the values of a saved adapter of the same declaration and targets, in place: nothing is compiled again.
@@ -402,33 +387,13 @@ class Tuned(Placed):
                     own.copy_(value)
         self._base.put(saved.buffers)
 
-    def _share(self) -> str:
-        """How much of the model trains, and what beside the adapter."""
-        if self._model is None:
-            return ""
-        beside = sum(p.numel() for n, p in self._model[0].named_parameters() if n in self._base.also)
-        whole = sum(p.numel() for p in self._model[0].parameters())
-        share = f", {(self.num_parameters + beside) / max(whole, 1):.2%} of the model"
-        return share + (f", {beside:,} of them the base's own ({', '.join(self._base.also[:3])})" if beside else "")
-
     def __str__(self) -> str:
+        share = "" if self._model is None else share_of(self._model[0], self.num_parameters, self._base.also)
         scales = ", ".join(f"{scale:g}" for scale in dict.fromkeys(entry.spec.scale for entry in self.entries))
-        head = f"{len(self._targets)} weights, {self.num_parameters:,} trainable parameters{self._share()}, scale {scales}"
+        head = f"{len(self._targets)} weights, {self.num_parameters:,} trainable parameters{share}, scale {scales}"
         state = "merged" if self.merged else "detached" if self._model is None else "attached"
         held = self.held
         at = [f"{len(held)} adapted where the weight is read ({held[0]}{', ...' if len(held) > 1 else ''})"] if held else []
         return "\n".join([f"{head}, {state}", *summary(list(self._adapters())), *at])
 
     __repr__ = __str__
-
-
-def _built(member: Member) -> Tensor:
-    """dW of another handle's member, as its own merge builds it, bit for bit."""
-    with member.adapter.passes.opened():
-        return member.current()
-
-
-def forget_compiled(model: nn.Module) -> None:
-    """Where a part of the model was compiled, compile anew at its next call: Dynamo does not look for hooks that changed."""
-    if any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in model.modules()):
-        torch._dynamo.reset()

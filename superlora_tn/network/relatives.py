@@ -22,7 +22,11 @@ from superlora_tn.declare.parts import (
 from superlora_tn.network.spec import AdapterSpec
 
 MEMBERS = PhysicalFold("member out in")
-FROZEN = {"init": "uniform", "trainable": False}
+
+
+def frozen(indices: str) -> Node:
+    """A node of fixed random numbers."""
+    return Node(indices, init="uniform", trainable=False)
 
 
 def adalora(rank: int, alpha: float | None = None) -> AdapterSpec:
@@ -34,7 +38,7 @@ def adalora(rank: int, alpha: float | None = None) -> AdapterSpec:
 
 def lora_fa(rank: int, alpha: float | None = None) -> AdapterSpec:
     """LoRA-FA: ``dW[o i] = B[o r] A[r i]``, A frozen, B zero (Zhang et al. 2023, arXiv 2308.03303). Count: r out a weight."""
-    return AdapterSpec(Network("o i", {"r": rank}, B=Node("o r", init="zeros"), A=Node("r i", **FROZEN)), alpha=alpha)
+    return AdapterSpec(Network("o i", {"r": rank}, B=Node("o r", init="zeros"), A=frozen("r i")), alpha=alpha)
 
 
 def krona(factor: int = -1, alpha: float | None = None) -> AdapterSpec:
@@ -75,7 +79,13 @@ def cara(rank: int, heads: int = 1, alpha: float | None = None) -> AdapterSpec:
 
     ``dW[m (h o') i] = lam[r] M[m r] H[h r] B[o' r] A[i r]``, B zero. Count: r (1 + M + h + out / h + in).
     """
-    nodes = {"lam": Node("r", init="ones"), "M": "m r", "H": "h r", "B": Node("o r", init="zeros"), "A": "i r"}
+    nodes: dict[str, str | Node] = {
+        "lam": Node("r", init="ones"),
+        "M": "m r",
+        "H": "h r",
+        "B": Node("o r", init="zeros"),
+        "A": "i r",
+    }
     return AdapterSpec(Network("m h o i", {"r": rank}, **nodes), PhysicalFold("member head out in", heads), alpha=alpha)
 
 
@@ -140,7 +150,7 @@ def tied_lora(rank: int, alpha: float | None = None) -> AdapterSpec:
     """Tied-LoRA (TL6): ``dW[m o i] = v[m o] B[o r] u[m r] A[r i]``, B and A shared and trained, v zero (Renduchintala et al.
     2023). Count: r (out + in) + M (out + r).
     """
-    nodes = {"v": Node("m o", init="zeros"), "B": "o r", "u": Node("m r", init="ones"), "A": "r i"}
+    nodes: dict[str, str | Node] = {"v": Node("m o", init="zeros"), "B": "o r", "u": Node("m r", init="ones"), "A": "r i"}
     return AdapterSpec(Network("m o i", {"r": rank}, **nodes), MEMBERS, alpha=alpha)
 
 
@@ -158,7 +168,7 @@ def compacter(rank: int, terms: int = 4, alpha: float | None = None) -> AdapterS
     ``dW[m (n1 o) (n2 i)] = A[n n1 n2] S[m n o r] T[m n r i]``, n of size `terms` like n1 and n2, S zero.
     Count: terms^3 + M r (out + in).
     """
-    nodes = {"A": "n n1 n2", "S": Node("m n o r", init="zeros"), "T": "m n r i"}
+    nodes: dict[str, str | Node] = {"A": "n n1 n2", "S": Node("m n o r", init="zeros"), "T": "m n r i"}
     sizes = {"n": terms, "n1": terms, "n2": terms, "r": rank}
     return AdapterSpec(Network("m (n1 o) (n2 i)", sizes, **nodes), MEMBERS, alpha=alpha)
 
@@ -168,7 +178,7 @@ def gralora(rank: int, blocks: int = 2, alpha: float | None = None) -> AdapterSp
 
     ``dW[(a o) (b i)] = B[a b o r] A[a b r i]``, B zero; r is the rank of a part, PEFT's r / k. Count: r k (out + in) a weight.
     """
-    nodes = {"B": Node("a b o r", init="zeros"), "A": "a b r i"}
+    nodes: dict[str, str | Node] = {"B": Node("a b o r", init="zeros"), "A": "a b r i"}
     return AdapterSpec(Network("(a o) (b i)", {"a": blocks, "b": blocks, "r": rank}, **nodes), alpha=alpha)
 
 
@@ -186,9 +196,9 @@ def randlora(rank: int, bases: int = 4, alpha: float | None = None) -> AdapterSp
     ``dW[m o i] = B[n o r] lam[m n r] A[r i] gam[m n i]``, B and A frozen and shared, lam zero. Count: M n (r + in).
     """
     nodes = {
-        "B": Node("n o r", **FROZEN),
+        "B": frozen("n o r"),
         "lam": Node("m n r", init="zeros"),
-        "A": Node("r i", **FROZEN),
+        "A": frozen("r i"),
         "gam": Node("m n i", init="ones"),
     }
     return AdapterSpec(Network("m o i", {"n": bases, "r": rank}, **nodes), MEMBERS, alpha=alpha)

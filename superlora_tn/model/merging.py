@@ -1,0 +1,69 @@
+"""What a handle does to the weights that it adapts, all of them together: put back, check, leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from superlora_tn.model.shown import blocks_of, hide
+from superlora_tn.model.targets import AttachError, Target
+from superlora_tn.model.weights import Weight, drop, weight_of
+from superlora_tn.update.base import Member
+
+Members = Mapping[str, Member]
+
+
+def put_back(weights: Mapping[str, Weight], members: Members) -> None:
+    """Take a handle's dW out of all weights that hold it; other handles' stays."""
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if weight.base is not None and (members[name] in weight.merged or not weight.merged):
+                weight.restore({m: _built(m) for m in weight.merged if m is not members[name]})
+
+
+def _built(member: Member) -> Tensor:
+    """dW of another handle's member, as its own merge builds it, bit for bit."""
+    with member.adapter.passes.opened():
+        return member.current()
+
+
+def check_finite(name: str, weight: Weight, delta: Tensor) -> None:
+    """Raise where a merged weight is not finite, and say whether dW is to blame."""
+    merged = weight.kind.read(weight.layer)
+    if not torch.isfinite(merged).all():
+        what = "the merged weight" if torch.isfinite(delta).all() else "dW"
+        raise AttachError(
+            f"{what} of '{name}' holds NaN or infinity; nothing was merged. Look at the training"
+            + (f", or merge into a wider dtype than {merged.dtype}." if what != "dW" else ".")
+        )
+
+
+def check_unchanged(weights: Mapping[str, Weight]) -> None:
+    """Raise where somebody wrote to a weight while it was merged."""
+    changed = next((name for name, weight in weights.items() if weight.is_changed), None)
+    if changed is not None:
+        raise AttachError(
+            f"the weight of '{changed}' was changed while dW was merged into it (another base loaded, or trained?); "
+            "unmerging would throw that away. unmerge(force=True) does, and bake() keeps the weights as they are now."
+        )
+
+
+def leave(targets: Mapping[str, Target], members: Members) -> None:
+    """Take a handle's members off its weights, and what shows their dW."""
+    for name, target in targets.items():
+        for side in target.sides:
+            for block in blocks_of(side.layer):
+                if block.member is members[name]:
+                    hide(side.layer, block)
+        weight = weight_of(target)
+        weight.members = [(n, m) for n, m in weight.members if m is not members[name]]
+        if not weight.members:
+            drop(target)
+
+
+def forget_compiled(model: nn.Module) -> None:
+    """Where a part of the model was compiled, compile anew at its next call: Dynamo does not look for hooks that changed."""
+    if any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in model.modules()):
+        torch._dynamo.reset()

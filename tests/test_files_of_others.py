@@ -1,0 +1,54 @@
+"""sl.load takes the files of other libraries and tuned.save writes them: outputs equal PEFT's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import TARGETS, Tiny, assert_untouched, noise, perturb, seeded, snapshot
+
+import superlora_tn as sl
+
+X = noise(2, 3, 12)
+
+
+@pytest.mark.parametrize("method", ["LoraConfig", "LoKrConfig", "LoHaConfig"])
+def test_a_folder_of_pefts_loads_and_computes_what_peft_does(method: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    options = {"target_modules": TARGETS, "init_weights": False, "r": 2}
+    if method == "LoraConfig":
+        options["init_lora_weights"] = options.pop("init_weights")
+    wrapped = peft.get_peft_model(seeded(0, Tiny), getattr(peft, method)(**options)).eval()
+    wrapped.save_pretrained(tmp_path)
+    model = seeded(0, Tiny)
+    tuned = sl.load(model, tmp_path)
+    # float32 sums of at most 20 terms, in another order.
+    torch.testing.assert_close(model(X), wrapped(X), rtol=1e-4, atol=1e-5)
+    tuned.merge()
+    torch.testing.assert_close(model(X), wrapped(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spec", [sl.lora(2, alpha=3), sl.lokr(1, alpha=2), sl.loha(2), sl.lotr(2)], ids=["lora", "lokr", "loha", "lotr"]
+)
+def test_what_is_written_for_peft_peft_reads(spec: sl.AdapterSpec, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = seeded(0, Tiny)
+    tuned = sl.attach(model, spec, TARGETS, seed=0)
+    perturb(tuned)
+    report = tuned.save(tmp_path, format="peft")
+    assert set(report.errors) == set(tuned.targets)
+    assert max(report.errors.values()) < 1e-5  # exact methods, or ranks that suffice, in float32
+    wrapped = peft.PeftModel.from_pretrained(seeded(0, Tiny), tmp_path).eval()
+    torch.testing.assert_close(wrapped(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+def test_a_foreign_file_that_does_not_fit_leaves_the_model(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(seeded(0, Tiny), peft.LoraConfig(target_modules=["up"], r=2)).save_pretrained(tmp_path)
+    other = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    before = snapshot(other)
+    with pytest.raises(sl.CheckpointError):
+        sl.load(other, tmp_path)
+    assert_untouched(other, before)
