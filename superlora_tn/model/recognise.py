@@ -28,6 +28,7 @@ from superlora_tn.model.kinds import (
     Transposed,
 )
 from superlora_tn.model.packed import packed_kind
+from superlora_tn.update.passes import saved_tensor_hooks
 
 
 @dataclass(frozen=True)
@@ -203,10 +204,10 @@ def _sample(layer: Any, kind: Kind, weight: Tensor) -> Tensor:
 def adopt(layer: Any, hook: object, x: Tensor, y: Tensor) -> Tensor | None:
     """W, where y is proven to be nobody else's ``x W^T + b``, so that it may be written to and its graph left behind.
 
-    That is: torch's own `nn.Linear.forward` ran, on the instance and on the class; no other hook has seen x or y; W and b
-    are real, whole, local and frozen; and nothing was cast in between.
+    That is: torch's own `nn.Linear.forward` ran, on the instance and on the class; no other hook has seen x or y, nor has a
+    checkpointed region that keeps outputs; W and b are real, whole, local and frozen; and nothing was cast in between.
     """
-    if type(layer) is not nn.Linear or not is_plain(layer):
+    if type(layer) is not nn.Linear or not is_plain(layer) or functional.linear is not _LINEAR or _keeps_outputs():
         return None
     hooks = layer._forward_hooks
     if len(hooks) > 1 and next(iter(hooks.values())) is not hook:
@@ -219,6 +220,15 @@ def adopt(layer: Any, hook: object, x: Tensor, y: Tensor) -> Tensor | None:
     whole = untrained and (bias is None or (type(bias) is nn.Parameter and not bias.requires_grad))
     alike = whole and type(x) is Tensor and type(y) is Tensor and x.dtype == y.dtype == weight.dtype
     return weight if alike and y.is_contiguous() and not y.is_complex() else None
+
+
+# nn.Linear.forward looks it up at each call, and some libraries put their own in its place.
+_LINEAR = torch._C._nn.linear
+
+
+def _keeps_outputs() -> bool:
+    """Whether selective checkpointing may have kept y: by a dispatch mode, within its region's hooks on saved tensors."""
+    return torch._C._len_torch_dispatch_stack() > 0 and saved_tensor_hooks() is not None
 
 
 def _global_hooks() -> bool:

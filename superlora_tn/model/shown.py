@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from superlora_tn.model.kinds import Held, LayerError
 from superlora_tn.update.base import Member
 from superlora_tn.update.eager import is_eager
-from superlora_tn.update.passes import state
+from superlora_tn.update.passes import state, unseen
 
 SLOT = "_superlora_shown"
 # Functions that read a weight to put the same on another device: accelerate's.
@@ -122,7 +123,8 @@ def _read(module: nn.Module, name: str) -> Any:
     found = blocks[0].member.adapter.passes.current() if is_eager() else None
     read = [stored, *(t for b in blocks for t in b.member.adapter.tensors())]
     if found is None or (now := state(read)) is None:
-        return _updated(stored, blocks)
+        with unseen() if is_eager() else nullcontext():
+            return _updated(stored, blocks)
     # A module reads its weights several times in a row.
     scales = [b.member.adapter.scale for b in blocks]
     key = (now, scales, stored.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
@@ -130,7 +132,8 @@ def _read(module: nn.Module, name: str) -> Any:
         found.shown = (module, {})
     held = found.shown[1].get(name)
     if held is None or held[0] != key:
-        held = found.shown[1][name] = (key, read, _updated(stored, blocks))
+        with unseen():
+            held = found.shown[1][name] = (key, read, _updated(stored, blocks))
     return held[2]
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from superlora_tn.update.eager import is_eager
 
@@ -81,7 +82,7 @@ class Pass:
     @property
     def in_its_own_graph(self) -> bool:
         """Whether tensors saved now are kept as those at the pass's beginning: not within a checkpointed region of it."""
-        return bool(saved_tensor_hooks() == self.hooks)
+        return self.frame is not None and bool(saved_tensor_hooks() == self.hooks)
 
 
 class _Stack(threading.local):
@@ -171,7 +172,8 @@ class Passes:
         key = (who, _mode())
         held = store.get(key)
         if held is None or held[0][0] != now:
-            held = store[key] = ((now, tuple(nodes)), make())
+            with unseen():
+                held = store[key] = ((now, tuple(nodes)), make())
         return held[1]
 
     @contextmanager
@@ -205,12 +207,25 @@ class Passes:
         return (Passes, ())
 
 
-def _unseen() -> AbstractContextManager[Any]:
-    """Within it, hooks on saved tensors (of a checkpointed region, say) see nothing."""
-    if saved_tensor_hooks() is None:
-        return nullcontext()
+def unseen() -> AbstractContextManager[Any]:
+    """Within it, a checkpointed region sees neither the tensors that are saved nor the operations that run.
+
+    What is shared may be made in a region the first time and not when the region runs again, or the other way round.
+    """
+    return _NOTHING if saved_tensor_hooks() is None else _unseen()
+
+
+_NOTHING = nullcontext()
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
     # Detached, as a tensor that is its own operation's saved result would keep itself alive.
-    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda tensor: tensor)
+    kept = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda tensor: tensor)
+    # Selective checkpointing counts operations by a dispatch mode.
+    modes = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NOTHING
+    with kept, modes:
+        yield
 
 
 class _Lasting(torch.autograd.Function):
@@ -249,7 +264,7 @@ class _Lasting(torch.autograd.Function):
 
 def _apart(ctx: Any) -> tuple[list[Tensor], Tensor]:
     """Leaves that lie where the nodes do, and what is built of them."""
-    with _unseen(), torch.enable_grad():
+    with unseen(), torch.enable_grad():
         views = [n.detach().requires_grad_(want) for n, want in zip(ctx.nodes, ctx.needs_input_grad[1:], strict=True)]
         return views, ctx.build(views)
 
@@ -267,7 +282,10 @@ def lasting(build: Callable[[Sequence[Tensor]], Tensor], nodes: Sequence[Tensor]
         build: a differentiable function of the nodes alone.
         nodes: its operands.
     """
-    if not is_eager() or not torch.is_grad_enabled() or not any(n.requires_grad for n in nodes):
+    if not is_eager():
         return build(nodes)
+    if not torch.is_grad_enabled() or not any(n.requires_grad for n in nodes):
+        with unseen():
+            return build(nodes)
     result: Tensor = _Lasting.apply(build, *nodes)  # type: ignore[no-untyped-call]
     return result
