@@ -272,7 +272,7 @@ def test_a_spec_that_does_not_fit_the_shapes_changes_nothing() -> None:
     model = seeded(0, Tiny)
     before = snapshot(model)
     with pytest.raises(sl.SpecError, match="rank=13"):
-        sl.attach(model, sl.lora(13), TARGETS)
+        sl.attach(model, sl.AdapterSpec(sl.CP(13)), TARGETS)  # a preset would cap it
     with pytest.raises(sl.SpecError, match="no apply route"):
         sl.attach(model, sl.lorta(2), TARGETS, route="apply")
     with pytest.raises(sl.AttachError, match="AdapterSpec"):
@@ -283,8 +283,11 @@ def test_a_spec_that_does_not_fit_the_shapes_changes_nothing() -> None:
 def test_adapting_a_target_twice_raises() -> None:
     model, _ = attached(sl.lora(2))
     before = snapshot(model)
-    with pytest.raises(sl.AttachError, match=r"'layers\.0\.up' is adapted already; detach\(\)"):
-        sl.attach(model, sl.lora(2), ["up"], name="second")
+    part = nn.ModuleDict({"block": model.layers[0]})
+    with pytest.raises(sl.AttachError, match=r"'block\.up' is adapted already under the name 'superlora'; detach\(\)"):
+        sl.attach(part, sl.lora(2), ["up"])
+    assert_untouched(model, before)
+    sl.attach(part, sl.lora(2), ["up"], name="second").detach()
     assert_untouched(model, before)
 
 
@@ -329,9 +332,10 @@ def test_two_handles_on_disjoint_targets() -> None:
 
 
 def test_printing_shows_groups_members_modes_ranks_parameters_route_and_cost() -> None:
-    _, tuned = attached(sl.lotr(2, alpha=4))
+    model, tuned = attached(sl.lotr(2, alpha=4))
     head, titles, *rows = str(tuned).splitlines()
-    assert head == f"8 weights, {tuned.num_parameters:,} trainable parameters, scale 2, attached"
+    share = tuned.num_parameters / sum(p.numel() for p in model.parameters())
+    assert head == f"8 weights, {tuned.num_parameters:,} trainable parameters, {share:.2%} of the model, scale 2, attached"
     assert all(w in titles for w in ("groups", "weights", "modes", "ranks", "parameters", "route", "price"))
     assert len(rows) == 3
     assert "4 (attn.q_proj, attn.v_proj)" in rows[0]
