@@ -122,8 +122,8 @@ class Parsed:
 
         Args:
             shapes: of all weights of the model that can be adapted, (out, in), by module name.
-            parameters: full names of all parameters and buffers of the model; needed where the file holds biases, norms or whole
-                modules.
+            parameters: full names of all parameters and buffers of the model; needed where the file holds biases, norms or
+                whole modules.
             weights: gives the base weight (out, in) of a target; needed for DoRA.
             part: take the weights of one part of the file alone, see `only`.
 
