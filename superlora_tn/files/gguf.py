@@ -80,7 +80,8 @@ def _names(architecture: Architecture, names: Sequence[str]) -> Callable[[str], 
     try:
         import gguf
     except ImportError as error:
-        raise CheckpointError(f"names of the architecture '{architecture.name}' need the package gguf ({error}).") from error
+        words = f"names of the architecture '{architecture.name}' need the package gguf: pip install 'superlora_tn[gguf]'"
+        raise CheckpointError(f"{words} ({error}).") from error
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     if architecture.name not in known:
         raise CheckpointError(f"'{architecture.name}' is no architecture of GGUF, such as llama, qwen2 or gemma2.")
