@@ -19,7 +19,15 @@ HOUSE = {
     "declare": [["bounds", "divisors"], ["parts"], ["maps", "fold"], ["codec"]],
     "network": [["graph"], ["expand"], ["spec"], ["budget"], ["variants", "relatives"]],
     "contraction": [["profile"], ["layout", "exact"], ["search"], ["plan"], ["sharing", "cut"], ["backend"]],
-    "update": [["eager", "initialise", "placed"], ["passes", "walsh"], ["fixed_maps"], ["base"], ["physical", "flat"], ["make"]],
+    "update": [
+        ["eager", "initialise", "placed"],
+        ["passes", "walsh"],
+        ["fixed_maps"],
+        ["base"],
+        ["lookup"],
+        ["physical", "flat"],
+        ["make"],
+    ],
     "files": [
         ["errors"],
         ["bounds", "folder", "whole", "dialects"],
@@ -38,7 +46,7 @@ HOUSE = {
     ],
     "model": [
         ["kinds", "buffers", "describe", "trainer"],
-        ["tried", "shown"],
+        ["tried", "shown", "tables"],
         ["packed"],
         ["recognise"],
         ["targets"],

@@ -137,7 +137,7 @@ def lay_out(
     """
     big = int(_weight(orders[0], size) < _weight(orders[1], size)) ^ ("swap" in form)
     left, right = orders[big], orders[1 - big]
-    if TOKEN in right:
+    if TOKEN in right and TOKEN not in left:
         return None
     batch = tuple(i for i in left if i in right and i in rest)
     contracted = tuple(i for i in left if i in right and i not in rest)

@@ -167,7 +167,8 @@ def _attach(model: nn.Module, request: _Request) -> Tuned:
         layers = {target.name: target for target in targets}
         for group, graph in spec.lay_out({target.name: target.shape for target in targets}):
             device = _device(layers[next(iter(group.members))])
-            adapters.append(make_adapter(spec, group, graph, request.dtype, device, generator, request.settings, passes))
+            rest = (request.dtype, device, generator, request.settings, passes, layers[next(iter(group.members))].kind.inputs)
+            adapters.append(make_adapter(spec, group, graph, *rest))
     entries = [Entry(spec, {target.name: target.shape for target in targets}) for spec, targets in bound]
     handle = Tuned(entries, adapters, [target for _, targets in bound for target in targets], passes)
     handle.seed, handle._base = seed, Snapshot(model, (Tuned, Adapter), request.also)
@@ -251,17 +252,21 @@ def _put_on(model: nn.Module, handle: Tuned, name: str) -> None:
 def _hook(model: nn.Module, handle: Tuned) -> None:
     """Register the hooks of an adapter, and the weights that it shows."""
     hooks, sites = handle._hooks, list[UpdateHook]()
-    if any(a.shares for a in handle._adapters()) or any(isinstance(t.kind, Held) for t in handle._targets.values()):
+    held = any(isinstance(side.kind, Held) for target in handle._targets.values() for side in target.sides)
+    if held or any(adapter.shares for adapter in handle._adapters()):
         hooks.append(model.register_forward_pre_hook(BeginHook(handle._passes)))
         hooks.append(model.register_forward_hook(EndHook(handle._passes), always_call=True))
     for target in handle._targets.values():
         member = handle._members[target.name]
         weight_of(target).members.append((handle._model[1] if handle._model else NAME, member))
-        if isinstance(target.kind, Held):
-            show(target.layer, Block(target.kind, member))
-        else:
-            sites.append(UpdateHook(target, member))
-            hooks.append(target.layer.register_forward_hook(sites[-1], with_kwargs=True))
+        for side in target.sides:
+            if isinstance(side.kind, Held):
+                show(side.layer, Block(side.kind, member))
+            else:
+                if side.kind.looks_up is not None:
+                    member.adapter.look_up(side.kind.looks_up)
+                sites.append(UpdateHook(side, member))
+                hooks.append(side.layer.register_forward_hook(sites[-1], with_kwargs=True))
     hooks += watchers(model, sites)
     hooks += admissions(model)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from superlora_tn.declare.fold import Shape
-from superlora_tn.update.base import NOMINAL_TOKENS, Member
+from superlora_tn.update.base import NOMINAL_TOKENS, Member, Side
 from superlora_tn.update.eager import is_eager, is_recorded
 
 
@@ -64,6 +64,21 @@ class Kind(ABC):
     @property
     def rounds(self) -> bool:
         """Whether writing quantises, so that much of a small dW may be lost."""
+        return False
+
+    @property
+    def inputs(self) -> int | None:
+        """How many numbers of the layer's input are not zero at once; None means all."""
+        return None
+
+    @property
+    def looks_up(self) -> Side | None:
+        """On which side of dW `join` looks rows up, where it does."""
+        return None
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether `join` takes for x all that the layer was called with, as (arguments, keywords)."""
         return False
 
     def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:

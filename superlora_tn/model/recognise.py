@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from superlora_tn.model.kinds import (
     Transposed,
 )
 from superlora_tn.model.packed import packed_kind
+from superlora_tn.model.tables import BAG, PACKED_TABLE, TABLE, Table, is_linear
 from superlora_tn.update.passes import saved_tensor_hooks
 
 
@@ -56,6 +57,8 @@ def register(layer: type[nn.Module], kind: Kind, *methods: str) -> None:
 register(nn.Linear, LINEAR)
 for _convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
     register(_convolution, CONVOLUTION, "_conv_forward")
+register(nn.Embedding, TABLE)
+register(nn.EmbeddingBag, BAG)
 
 
 def _register_imported() -> None:
@@ -112,14 +115,46 @@ def kind_of(layer: nn.Module, at: str | None = None) -> Kind:
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
         raise LayerError(f"is a {type(layer).__name__} that has no shape yet; run the model once before it is adapted.")
     if found is None or _is_packed(layer, found.kind):
-        return _opaque(layer, at)
-    held = Held(transposed=isinstance(found.kind, Transposed))
-    if at == "weight":
+        return _opaque(layer, at, None if found is None else found.kind)
+    held = Held(transposed=isinstance(found.kind, Transposed | Table))
+    if at == "weight" or not is_linear(layer):
         held.stored(layer)
         return held
-    if at == "output" or is_plain(layer) or "_hf_hook" in layer.__dict__:  # accelerate's hooks move weights in and out
+    if is_plain(layer) or "_hf_hook" in layer.__dict__:  # accelerate's hooks move weights in and out
+        return found.kind
+    if type(found.kind) is Table:
+        return _scaled_table(layer, found.kind) or (found.kind if at == "output" else held)
+    if at == "output":
         return found.kind
     return found.kind if _tried(layer, found.kind) else held
+
+
+def _scaled_table(layer: Any, kind: Table) -> Table | None:
+    """The kind of an embedding with a forward of its own that looks rows up and multiplies them by one number; else None."""
+    weight = kind.read(layer).t()
+    if weight.device.type == "meta" or not len(weight):
+        return None
+    x = torch.arange(min(len(weight), 16), device=weight.device)
+    with torch.no_grad():
+        try:
+            found = layer.forward(x)
+        except Exception:  # other arguments, say
+            return None
+        rows = functional.embedding(x, weight)
+    if not isinstance(found, Tensor) or found.shape != rows.shape or found.dtype != rows.dtype:
+        return None
+    wide, rows = found.double(), rows.double()
+    square = float(rows.square().sum())
+    if not square:
+        return None
+    factor = float((wide * rows).sum()) / square
+    loose = 1e-5 if found.dtype in (torch.float32, torch.float64) else 3e-2
+    if not torch.allclose(wide, factor * rows, rtol=loose, atol=loose * float(wide.abs().max())):
+        return None
+    # In half precision the quotient is off by a rounding, so what the layer says of itself goes first.
+    said = getattr(layer, "embed_scale", None)
+    said = float(said) if isinstance(said, float | int) or (isinstance(said, Tensor) and said.numel() == 1) else factor
+    return replace(kind, factor=said if math.isclose(said, factor, rel_tol=3e-2) else factor)
 
 
 def _is_packed(layer: nn.Module, kind: Kind) -> bool:
@@ -143,19 +178,19 @@ def _unpacks(weight: Tensor) -> bool:
     return type(weight).__module__.partition(".")[0] == "torchao"
 
 
-def _opaque(layer: nn.Module, at: str | None) -> Kind:
+def _opaque(layer: nn.Module, at: str | None, plain: Kind | None) -> Kind:
     """The kind of a layer that is known by its input and output alone."""
-    if not _has_features(layer):
+    if not _has_features(layer) and type(plain) is not Table:
         raise LayerError(
-            f"is a {type(layer).__name__} whose weight is quantised or packed; that works for linear layers, which say "
-            "in_features and out_features. Adapt the unquantised model, or leave it out."
+            f"is a {type(layer).__name__} whose weight is quantised or packed; that works for embeddings and linear layers, "
+            "which say in_features and out_features. Adapt the unquantised model, or leave it out."
         )
     if at == "weight":
         raise LayerError(
             f"is a {type(layer).__name__} whose weight is quantised or packed, so that reading it cannot give W + dW; adapt it "
             "at its output, or leave it out."
         )
-    return packed_kind(layer)
+    return PACKED_TABLE if type(plain) is Table else packed_kind(layer)
 
 
 def _tried(layer: Any, kind: Kind) -> bool:

@@ -44,7 +44,8 @@ class UpdateHook:
         if not self.member.active:
             self.ran = self.ran or eager
             return output
-        x = args[0] if args else self._input(rest[0] if len(rest) > 1 else {})
+        kwargs = rest[0] if len(rest) > 1 else {}
+        x = args[0] if args else self._input(kwargs)
         if eager and not self.ran:
             self._check_real(x)
             self.ran = True
@@ -55,9 +56,13 @@ class UpdateHook:
             )
         rows = self.member.adapter.passes.rows if eager else None
         if rows is not None:
+            if self.target.kind.takes_all:
+                raise LayerError(f"the rows of a batch cannot be told in what '{self.target.name}' is called with (bags).")
             return self._on_rows(layer, x, output, *rows)
         base = adopt(layer, self, x, output) if eager else None
-        return self.target.kind.join(layer, self.member, x, output, base)
+        kind = self.target.kind
+        given: Any = (args, kwargs) if kind.takes_all else x
+        return kind.join(layer, self.member, given, output, base)
 
     def _on_rows(self, layer: nn.Module, x: Tensor, output: Tensor, rows: tuple[int, ...], count: int) -> Tensor:
         """The output with the update added to some rows of the batch."""

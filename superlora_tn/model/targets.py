@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 from torch import nn
@@ -13,11 +14,13 @@ from torch import nn
 from superlora_tn.declare.fold import Shape
 from superlora_tn.model.kinds import Held, Kind, LayerError
 from superlora_tn.model.recognise import is_supported, kind_of, supported
+from superlora_tn.model.tables import Table
 from superlora_tn.update.base import Adapter
 
 Targets = str | Sequence[str]
 PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
 HEADS = ("score", "classifier")
+MOST_TIED = 6
 # Modules that read a layer's weight without calling the layer: the names of those layers, by the module's full class name.
 READERS: Mapping[str, tuple[str, ...]] = {
     "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
@@ -45,6 +48,7 @@ class Target:
         home: the name of the module that holds the weight.
         layer: that module.
         kind: how its weight is read, written and updated.
+        tied: other layers that use the same parameter, adapted with it.
         shape: (out, in).
     """
 
@@ -52,11 +56,17 @@ class Target:
     home: str
     layer: nn.Module
     kind: Kind
+    tied: tuple[Target, ...] = ()
     shape: Shape = field(init=False)
 
     def __post_init__(self) -> None:
         d_out, d_in = self.kind.shape(self.layer)
         object.__setattr__(self, "shape", (int(d_out), int(d_in)))
+
+    @property
+    def sides(self) -> tuple[Target, ...]:
+        """All layers that use the weight, this one first."""
+        return (self, *self.tied)
 
 
 def near(given: str, names: Sequence[str] | Mapping[str, Any]) -> str:
@@ -76,6 +86,7 @@ class Place:
         part: the projection, of `PARTS`; empty for a module.
         parent: the module in which it is.
         under_fsdp: whether FSDP2 shards it.
+        tied: further modules whose weight is the same parameter, meant together with this one.
     """
 
     module: nn.Module
@@ -83,6 +94,7 @@ class Place:
     part: str = ""
     parent: nn.Module | None = None
     under_fsdp: bool = False
+    tied: tuple[Place, ...] = ()
 
     @property
     def is_supported(self) -> bool:
@@ -111,7 +123,27 @@ def places(model: nn.Module) -> dict[str, Place]:
             for part in PARTS:
                 held, home = (module.out_proj, f"{name}.out_proj") if part == "out_proj" else (module, name)
                 found[f"{name}.{part}".lstrip(".")] = Place(held, home.lstrip("."), part, module, under_fsdp)
+    for names in _tied(found):
+        for count in range(2, len(names) + 1):
+            found |= {"+".join(some): _joined([found[name] for name in some]) for some in combinations(names, count)}
     return found
+
+
+def _tied(found: Mapping[str, Place]) -> list[list[str]]:
+    """Names of embeddings and linear layers whose weight is one parameter; no more than `MOST_TIED` of each."""
+    users: dict[int, list[str]] = {}
+    for name, place in found.items():
+        weight = place.module._parameters.get("weight")
+        if weight is not None and not place.part and not place.tied and isinstance(place.module, nn.Linear | nn.Embedding):
+            users.setdefault(id(weight), []).append(name)
+    tied = [names[:MOST_TIED] for names in users.values() if len(names) > 1]
+    return [names for names in tied if any(isinstance(found[name].module, nn.Embedding) for name in names)]
+
+
+def _joined(some: Sequence[Place]) -> Place:
+    """The place of modules that use one parameter: that of a linear layer among them, whose (out, in) is the parameter's."""
+    first, *others = sorted(some, key=lambda place: isinstance(place.module, nn.Embedding))
+    return replace(first, tied=tuple(others))
 
 
 def match(model: nn.Module, targets: Targets, exclude: Targets = (), only_layers: Sequence[int] | None = None) -> list[str]:
@@ -134,7 +166,7 @@ def match(model: nn.Module, targets: Targets, exclude: Targets = (), only_layers
     known_places = places(model)
     adaptable = [name for name, place in known_places.items() if place.is_supported]
     out = set(_named(model, exclude, known_places, adaptable)) if exclude else set()
-    found = [n for n in _named(model, targets, known_places, adaptable) if n not in out]
+    found = _together([n for n in _named(model, targets, known_places, adaptable) if n not in out], known_places)
     if only_layers is not None:
         found = [n for n in found if (number := re.search(r"\.(\d+)\.", f".{n}.")) and int(number[1]) in only_layers]
     if not found:
@@ -144,10 +176,20 @@ def match(model: nn.Module, targets: Targets, exclude: Targets = (), only_layers
     return found
 
 
+def _together(names: list[str], known: Mapping[str, Place]) -> list[str]:
+    """The names, those that use one parameter joined by ``+``: an embedding and the output layer that is tied to it."""
+    for tied in _tied(known):
+        some = [name for name in tied if name in names]
+        if len(some) > 1 and any(isinstance(known[name].module, nn.Embedding) for name in some):
+            first = names.index(some[0])
+            names = ["+".join(some) if k == first else name for k, name in enumerate(names) if k == first or name not in some]
+    return names
+
+
 def _named(model: nn.Module, targets: Targets, found: Mapping[str, Place], adaptable: list[str]) -> list[str]:
     if targets == "all-linear":
         outputs = _output_layers(model)
-        return [n for n in adaptable if found[n].is_linear and found[n].module not in outputs]
+        return [n for n in adaptable if found[n].is_linear and found[n].module not in outputs and not found[n].tied]
     if isinstance(targets, str):
         try:
             pattern = re.compile(targets)
@@ -155,13 +197,13 @@ def _named(model: nn.Module, targets: Targets, found: Mapping[str, Place], adapt
             raise AttachError(
                 f"targets={targets!r} is not a regular expression ({error}); a list matches by ending."
             ) from error
-        matched = [n for n in found if pattern.fullmatch(n)]
+        matched = [n for n in found if pattern.fullmatch(n) and not found[n].tied]
         if not matched:
             raise AttachError(f"targets={targets!r} matches no module's whole name; {near(targets, adaptable)}.")
         return matched
     wanted = set[str]()
     for entry in targets:
-        own = [n for n in found if n == entry or n.endswith(f".{entry}")]
+        own = [n for n in found if n == entry or (n.endswith(f".{entry}") and ("+" in entry or not found[n].tied))]
         if not own:
             raise AttachError(f"the target '{entry}' matches no module; {near(entry, adaptable)}.")
         wanted |= set(own)
@@ -201,11 +243,21 @@ def bind(name: str, place: Place, at: str | None = None) -> Target:
             kind: Kind = _projection(place)
         else:
             kind = kind_of(place.module, at or _reads_weights(name, place))
-        target = Target(name, place.home, place.module, kind)
+        tied = tuple(Target(name, other.home, other.module, _turned(kind_of(other.module, at), place)) for other in place.tied)
+        target = Target(name, place.home, place.module, kind, tied)
         _check_whole(target, place)
     except LayerError as error:
         raise AttachError(f"'{name}' {error}") from error
     return target
+
+
+def _turned(kind: Kind, place: Place) -> Kind:
+    """The kind of an embedding whose table is the weight (num, dim) of a linear layer that it is tied to."""
+    if isinstance(place.module, nn.Embedding):
+        return kind
+    if isinstance(kind, Table):
+        return replace(kind, side="out")
+    return replace(kind, transposed=False) if isinstance(kind, Held) else kind
 
 
 def _projection(place: Place) -> Held:

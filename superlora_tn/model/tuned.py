@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.describe import share_of, summary
 from superlora_tn.model.kinds import Convolution, Held
 from superlora_tn.model.merging import check_finite, check_unchanged, forget_compiled, leave, put_back
+from superlora_tn.model.tables import Table
 from superlora_tn.model.targets import AttachError, Target, near
 from superlora_tn.model.weights import Holder, Weight, check_mergeable, report_rounding, thaw_all, weight_of
 from superlora_tn.network.spec import AdapterSpec
@@ -348,10 +349,10 @@ class Tuned(Placed):
             for k, adapter in enumerate(self._adapters())
             for node, tensor in zip(adapter.graph.nodes, adapter.tensors(), strict=True)
         }
-        layers: dict[str, Any] = {n: t.layer for n, t in self._targets.items() if isinstance(t.kind, Convolution)}
-        kernels = {name: tuple(layer.kernel_size) for name, layer in layers.items()}
-        beside = Beside(replaced=self._base.to_save())
-        return save_as(self.entries, tensors, folder, format, kernels=kernels, beside=beside, **options)
+        kernels = {n: cast(Any, t.layer).kernel_size for n, t in self._targets.items() if isinstance(t.kind, Convolution)}
+        tables = {name: False for name, target in self._targets.items() if isinstance(target.kind, Table)}
+        more: Any = {"kernels": kernels, "embeddings": tables, "beside": Beside(replaced=self._base.to_save()), **options}
+        return save_as(self.entries, tensors, folder, format, **more)
 
     def replace(self, folder: str | PathLike[str]) -> None:
         """Take the values of a saved adapter of the same declaration and targets, in place: nothing is compiled again.

@@ -127,9 +127,10 @@ def check_mergeable(model: nn.Module, targets: Sequence[Target]) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     regions = _Regions(modules)
     for target in targets:
-        if modules.get(target.home, model) is not target.layer:
+        moved = next((side.home for side in target.sides if modules.get(side.home, model) is not side.layer), None)
+        if moved is not None:
             raise AttachError(
-                f"the module '{target.home}' is another one now than the adapter was attached to (tokens added, a layer "
+                f"the module '{moved}' is another one now than the adapter was attached to (tokens added, a layer "
                 "replaced?); detach() and attach to the model as it is."
             )
         _check_writable(target)
@@ -144,7 +145,7 @@ def check_mergeable(model: nn.Module, targets: Sequence[Target]) -> None:
                     f"the weight of '{target.name}' is sharded over processes; what is written to it would be lost at the next "
                     "gathering. Save the adapter, load it on a whole model, and merge there."
                 )
-            shared = regions.others(tensor, f"{target.home}.{name}".lstrip("."))
+            shared = regions.others(tensor, {f"{side.home}.{name}".lstrip(".") for side in target.sides})
             if shared:
                 raise AttachError(f"the weight of '{target.name}' is shared with '{shared}', which merging would change too.")
 
@@ -197,14 +198,14 @@ class _Regions:
         self._taken.sort(key=lambda one: (str(one[0]), one[1]))
         self._longest = max((end - start for _, start, end, _ in self._taken), default=0)
 
-    def others(self, tensor: Tensor, own: str) -> str | None:
+    def others(self, tensor: Tensor, own: set[str]) -> str | None:
         """The name of another parameter that shares bytes with this one."""
         for key, start, end in _region(tensor):
             first = bisect_left(self._taken, (str(key), start - self._longest), key=lambda one: (str(one[0]), one[1]))
             for other, begin, stop, name in self._taken[first:]:
                 if str(other) != str(key) or begin >= end:
                     break
-                if stop > start and name != own:
+                if stop > start and name not in own:
                     return name
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from superlora_tn.update.placed import Placed
 TOKEN_STEPS = (1, 32, 256, 2048, 16384)
 NOMINAL_TOKENS = 1024
 Run = Callable[..., Tensor]
+Side = Literal["out", "in"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ class Adapter(Placed, ABC):
         active: False switches the adapter off (it is disabled, or merged).
         members: the group's weights, each bound to its place in the network.
         passes: what the layers of one call of the model share; all adapters of a handle have the same.
+        inputs: how many numbers of x are not zero at once, by which first values are scaled; None means all.
     """
+
+    inputs: int | None = None
 
     def __init__(self, spec: AdapterSpec, group: Group, graph: Graph, settings: Settings, passes: Passes | None = None) -> None:
         super().__init__()
@@ -102,7 +106,7 @@ class Adapter(Placed, ABC):
     def _first(self, device: torch.device, generator: torch.Generator | None) -> Sequence[Tensor]:
         if device.type == "meta":
             return [torch.empty(node.shape, device="meta") for node in self.graph.nodes]
-        return first_values(self.graph, self.fan_in, generator)
+        return first_values(self.graph, self.inputs or self.fan_in, generator)
 
     @property
     @abstractmethod
@@ -155,6 +159,21 @@ class Adapter(Placed, ABC):
         None where `rows` rows of x, in so many blocks of inputs, go faster through dW itself.
         """
         return None
+
+    def look_up(self, side: Side) -> None:
+        """Prepare for `lookup` on a side."""
+
+    def lookup(self, member: Member, numbers: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
+        """Rows (side out) or columns (side in) of dW, scale included, in a dtype.
+
+        Args:
+            member: which weight.
+            numbers: (tokens,), which rows or columns.
+            side: what they count.
+            dtype: of the result, (tokens, in) or (tokens, out).
+        """
+        delta = self.current(member)
+        return functional.embedding(numbers, delta if side == "out" else delta.t()).to(dtype)
 
     @property
     def shares(self) -> bool:
@@ -209,6 +228,10 @@ class Member:
     def update(self, x: Tensor, out: Tensor, base: Tensor | None = None, training: bool = True) -> Tensor:
         """``out + x dW^T``, see `Adapter.update`."""
         return self.adapter.update(self, x, out, base, training)
+
+    def lookup(self, numbers: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
+        """Rows or columns of dW, see `Adapter.lookup`."""
+        return self.adapter.lookup(self, numbers, side, dtype)
 
     def drop(self, x: Tensor, training: bool) -> Tensor:
         """Dropout of x, see `Adapter.drop`."""

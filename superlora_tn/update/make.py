@@ -24,6 +24,7 @@ def make_adapter(
     generator: torch.Generator | None = None,
     settings: Settings = DEFAULTS,
     passes: Passes | None = None,
+    inputs: int | None = None,
 ) -> Adapter:
     """The adapter of one group, filled with its first values.
 
@@ -34,8 +35,10 @@ def make_adapter(
         generator: source of the first values.
         settings: backend, route, optimizer, recompute.
         passes: of the handle it belongs to.
+        inputs: how many numbers of x are not zero at once, where it is few of them.
     """
     kind = FlatAdapter if isinstance(group, FlatGroup) else PhysicalAdapter
     adapter = kind(spec, group, graph, settings, passes)
+    adapter.inputs = inputs
     adapter.fill(dtype, device or torch.device("cpu"), generator)
     return adapter

@@ -19,8 +19,9 @@ from superlora_tn.contraction.search import Optimizer
 from superlora_tn.contraction.sharing import Scheme, scheme
 from superlora_tn.declare.fold import PhysicalGroup, Shape
 from superlora_tn.network.graph import Graph
-from superlora_tn.update.base import NOMINAL_TOKENS, TOKEN_STEPS, Adapter, Member, Run
+from superlora_tn.update.base import NOMINAL_TOKENS, TOKEN_STEPS, Adapter, Member, Run, Side
 from superlora_tn.update.eager import is_eager, is_recorded
+from superlora_tn.update.lookup import Lookup, lookup
 from superlora_tn.update.passes import lasting, state
 
 
@@ -77,6 +78,10 @@ class PhysicalAdapter(Adapter):
 
     group: PhysicalGroup
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._lookups: dict[Side, Lookup | None] = {}
+
     def prepare(self) -> None:
         """See `Adapter.prepare`."""
         settings, backend, route = (self.profile, self.settings.optimize), self.settings.backend, self.settings.route
@@ -95,6 +100,8 @@ class PhysicalAdapter(Adapter):
             member.shape = self.group.shape
             # Weights that are named side by side read the same x, as far as names tell.
             member.place = self._place(positions, blocks[name.rpartition(".")[0]] > 1)
+        for side in self._lookups:
+            self.look_up(side)
 
     def _place(self, positions: tuple[int, ...], has_siblings: bool) -> _Place:
         values = self.graph.member_values(positions)
@@ -139,6 +146,19 @@ class PhysicalAdapter(Adapter):
             for (own, run), alpha in zip(self._half_runs, (self.scale, 1.0), strict=True)
         )
         return outer, inner
+
+    def look_up(self, side: Side) -> None:
+        """See `Adapter.look_up`."""
+        optimize, backend = self.settings.optimize, self.settings.backend
+        found = None if self.settings.route == "delta" else lookup(self.graph, side, self.profile, optimize, backend)
+        self._lookups[side] = found
+
+    def lookup(self, member: Member, numbers: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
+        """See `Adapter.lookup`."""
+        found = self._lookups.get(side)
+        if found is None:
+            return super().lookup(member, numbers, side, dtype)
+        return found(numbers, self._nodes(member, self.tensors()), dtype, self.scale)
 
     @property
     def shares(self) -> bool:

@@ -1,0 +1,139 @@
+"""Embeddings: tables (num, dim) of which a call reads some rows.
+
+A table is the weight of a linear layer that gets a row of zeros and one 1: as a matrix (out, in) it is (dim, num), the table
+transposed, as PEFT has it. An update looks its rows up in the nodes and never builds the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from superlora_tn.declare.fold import Shape
+from superlora_tn.model.kinds import OPAQUE, Kind, LayerError
+from superlora_tn.update.base import Member, Side
+
+
+@dataclass(frozen=True)
+class Table(Kind):
+    """``y = table[x]``.
+
+    Attributes:
+        side: which side of the matrix the rows of the table are on; ``"out"`` where the table is the weight (num, dim) of an
+            output layer that is tied to it.
+        factor: what the layer multiplies its rows by (as some models do by the root of dim).
+    """
+
+    side: Side = "in"
+    factor: float = 1.0
+
+    @property
+    def inputs(self) -> int | None:
+        """One: a row is looked up by a single number."""
+        return 1 if self.side == "in" else None
+
+    @property
+    def looks_up(self) -> Side | None:
+        """On its side."""
+        return self.side
+
+    def shape(self, layer: Any) -> Shape:
+        """(dim, num), or (num, dim) of a tied one."""
+        num, dim = layer.num_embeddings, layer.embedding_dim
+        return (dim, num) if self.side == "in" else (num, dim)
+
+    def read(self, layer: Any) -> Tensor:
+        """A view."""
+        weight: Tensor = layer.weight
+        return weight.t() if self.side == "in" else weight
+
+    def write(self, layer: Any, matrix: Tensor) -> None:
+        """Turned as the table is."""
+        layer.weight.copy_(matrix.t() if self.side == "in" else matrix)
+
+    def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
+        """y (..., dim) + dW's rows of x (...), with gradients weighted as the table's own would be."""
+        if x.numel() == 0:
+            return y
+        rows = member.lookup(x.reshape(-1), self.side, y.dtype)
+        return torch.add(y, _weighted(layer, member, x.reshape(-1), rows).reshape(y.shape), alpha=self.factor)
+
+
+def _weighted(layer: Any, member: Member, x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of dW (tokens, dim) with the gradients of a lookup: none from padding, less from frequent rows where asked for."""
+    if member.adapter.spec.dropout and layer.training:
+        rows = rows * member.drop(torch.ones_like(rows[:, :1]), True)
+    weights = None
+    if layer.padding_idx is not None:
+        weights = (x != layer.padding_idx)[:, None].to(rows.dtype)
+    if layer.scale_grad_by_freq:
+        often: Tensor = torch.bincount(x, minlength=1)[x][:, None].to(rows.dtype)
+        weights = 1 / often if weights is None else weights / often
+    if weights is None or not torch.is_grad_enabled():
+        return rows
+    part: Tensor = rows * weights
+    return part + (rows - part).detach()
+
+
+@dataclass(frozen=True)
+class PackedTable(Table):
+    """A table that is quantised or packed: rows of dW are added to what the layer gives."""
+
+    def read(self, layer: Any) -> Tensor:
+        """Refused."""
+        raise LayerError(f"the weight of a {type(layer).__name__} is quantised or packed, and does not say how to read it.")
+
+    def refusal(self, layer: Any) -> str:
+        """As of linear layers of unknown packing."""
+        return OPAQUE.refusal(layer)
+
+
+@dataclass(frozen=True)
+class Bag(Table):
+    """An `nn.EmbeddingBag` that sums or averages the rows of each bag."""
+
+    @property
+    def takes_all(self) -> bool:
+        """Where a bag begins, and the weights of its entries, are further arguments."""
+        return True
+
+    def join(self, layer: Any, member: Member, x: Any, y: Tensor, base: Tensor | None) -> Tensor:
+        """y (bags, dim) + the bags of dW's rows; x is all that the layer was called with."""
+        given, offsets, weights = _arguments(*x[0], **x[1])
+        if given.numel() == 0:
+            return y
+        flat = given.reshape(-1)
+        rows = _weighted(layer, member, flat, member.lookup(flat, self.side, y.dtype))
+        count, places = len(flat), torch.arange(len(flat), device=flat.device)
+        if layer.padding_idx is not None:
+            places = torch.where(flat == layer.padding_idx, count, places)
+            rows = torch.cat([rows, torch.zeros_like(rows[:1])])
+        more = functional.embedding_bag(
+            places.reshape(given.shape),
+            rows,
+            None if offsets is None else offsets.to(places.dtype),
+            mode=layer.mode,
+            per_sample_weights=None if weights is None else weights.to(rows.dtype),
+            include_last_offset=layer.include_last_offset,
+            padding_idx=None if layer.padding_idx is None else count,
+        )
+        return y + more
+
+
+def _arguments(
+    input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """An EmbeddingBag's arguments by the names that it gives them."""
+    return input, offsets, per_sample_weights
+
+
+TABLE, PACKED_TABLE, BAG = Table(), PackedTable(), Bag()
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether what it gives is linear in the table: not where it scales rows of the table itself, or takes the largest."""
+    return getattr(layer, "max_norm", None) is None and getattr(layer, "mode", "sum") != "max"
