@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 import re
@@ -653,3 +654,22 @@ def test_tensorlys_tests_of_the_decompositions_pass() -> None:
     passed, equations_planned, _ = own_tests(*[f"decomposition/tests/test_{name}.py" for name in names])
     assert passed >= 180  # 201
     assert equations_planned >= 100  # 116
+
+
+def test_blocks_of_coroutines_that_interleave_restore_what_was_there() -> None:
+    async def task(pauses: int, seen: list[str]) -> None:
+        with planned():
+            for _ in range(pauses):
+                await asyncio.sleep(0)
+            seen.append(tl.get_backend())
+            with planned():
+                await asyncio.sleep(0)
+
+    async def main() -> list[str]:
+        seen: list[str] = []
+        await asyncio.gather(*(task(pauses, seen) for pauses in (3, 1, 4, 2)))
+        return seen
+
+    before = tl.get_backend()
+    assert asyncio.run(main()) == [tenalg.BACKEND_NAME] * 4
+    assert tl.get_backend() == before

@@ -46,21 +46,45 @@ _lock = threading.Lock()
 def planned(optimize: Optimizer = "dp") -> Iterator[None]:
     """Run TensorLy on the planner in this thread, on PyTorch tensors, until the block is left.
 
-    Other threads keep their backends; leaving restores this thread's own, or that it had none. `optimize`: see `make_plan`.
+    Other threads keep their backends; leaving restores this thread's own, or that it had none, also where the blocks of
+    several coroutines are left in another order than they were entered. `optimize`: see `make_plan`.
     """
     with _lock:  # so that TensorLy's idiom `set_backend(get_backend())` works inside
         for manager, _ in _KINDS:
             if BACKEND_NAME not in manager.available_backend_names:
                 manager.available_backend_names.append(BACKEND_NAME)
-    before = [dict(_own(manager)) for manager, _ in _KINDS]
+    blocks, mine = _open.blocks, _Block([dict(_own(manager)) for manager, _ in _KINDS])
+    blocks.append(mine)
     try:
         for (_, switch), ours in zip(_KINDS, (PlannedBackend(optimize), PlannedTenalgBackend()), strict=True):
             switch(ours, local_threadsafe=True)
         yield
     finally:
-        for (manager, _), settings in zip(_KINDS, before, strict=True):
-            _own(manager).clear()
-            _own(manager).update(settings)
+        place = next(k for k, block in enumerate(blocks) if block is mine)
+        if place + 1 < len(blocks):  # a block that was entered later is open still: a coroutine's
+            blocks[place + 1].before = mine.before
+        else:
+            for (manager, _), settings in zip(_KINDS, mine.before, strict=True):
+                _own(manager).clear()
+                _own(manager).update(settings)
+        del blocks[place]
+
+
+class _Block:
+    """An open `planned` block, and what the thread's settings were before it."""
+
+    def __init__(self, before: list[dict[str, Any]]) -> None:
+        self.before = before
+
+
+class _Open(threading.local):
+    """The open blocks of a thread, in the order in which they were entered; coroutines leave them in another."""
+
+    def __init__(self) -> None:
+        self.blocks: list[_Block] = []
+
+
+_open = _Open()
 
 
 def _own(manager: Any) -> dict[str, Any]:

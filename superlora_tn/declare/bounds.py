@@ -14,7 +14,9 @@ MAX_PARTS = 64
 MAX_DEPTH = 16
 """Levels of products in products."""
 MAX_NODES = 256
-"""Nodes of a `Network`, and parts of a whole declaration that are not products."""
+"""Nodes of a `Network`."""
+MAX_LEAVES = 1024
+"""Parts of a whole declaration that are not products."""
 MAX_AXES = 64
 """Indices of one node: torch has no tensor of more axes."""
 MAX_PLACES = 4096

@@ -106,14 +106,11 @@ class Compose:
         if not 2 <= len(maps) <= 16 or not all(isinstance(m, Shuffle | Fastfood) for m in maps):
             raise SpecError(f"Compose was given {shown(maps)}; give 2 to 16 maps, each Fastfood(...) or Shuffle(...).")
         object.__setattr__(self, "maps", maps)
-        if not self.ratio > 0.0:
-            ratios = " x ".join(f"{m.ratio:g}" for m in maps)
-            raise SpecError(f"Compose was given maps whose ratios multiply to 0 ({ratios}); choose larger ratios.")
 
     @property
     def ratio(self) -> float:
-        """The product of the maps' ratios."""
-        return math.prod(m.ratio for m in self.maps)
+        """The product of the maps' ratios; what no float holds is the smallest one, as a network has an element at least."""
+        return max(math.prod(m.ratio for m in self.maps), math.ulp(0.0))
 
     @property
     def linear(self) -> bool:

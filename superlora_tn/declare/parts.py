@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from superlora_tn.declare.bounds import MAX_AXES, MAX_DEPTH, MAX_NODES, MAX_PARTS, MAX_PLACES, MAX_RANK
+from superlora_tn.declare.bounds import MAX_AXES, MAX_DEPTH, MAX_LEAVES, MAX_NODES, MAX_PARTS, MAX_PLACES, MAX_RANK
 
 INITS = ("auto", "zeros", "ones", "eye", "normal", "uniform", "orthogonal")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -211,12 +211,12 @@ def _check_parts(owner: str, parts: tuple[object, ...]) -> None:
             raise SpecError(f"{owner} was given {shown(part)}; a part is one of {names}.")
     if len(parts) > MAX_PARTS:
         raise SpecError(f"{owner} was given {len(parts)} parts; at most {MAX_PARTS} are taken.")
-    # Each part was counted when it was made, so this walks over no more than MAX_PARTS times MAX_NODES.
+    # Each part was counted when it was made, so this walks over no more than MAX_PARTS times MAX_LEAVES.
     levels, leaves = zip(*map(_extent, parts), strict=True)
     if 1 + max(levels) > MAX_DEPTH:
         raise SpecError(f"{owner} nests deeper than {MAX_DEPTH} levels; write it flatter.")
-    if sum(leaves) > MAX_NODES:
-        raise SpecError(f"{owner} holds {sum(leaves):,} parts in its parts; at most {MAX_NODES} are taken. Declare fewer.")
+    if sum(leaves) > MAX_LEAVES:
+        raise SpecError(f"{owner} holds {sum(leaves):,} parts in its parts; at most {MAX_LEAVES} are taken. Declare fewer.")
 
 
 def _extent(part: object) -> tuple[int, int]:
