@@ -190,7 +190,7 @@ def test_a_save_over_the_first_schema_leaves_the_second(folder: Path) -> None:
 
 
 def test_a_missing_folder_or_json_raises(folder: Path) -> None:
-    refuse(folder / "nowhere", "adapter.json is missing", "safetensors")
+    refuse(folder / "nowhere", "nowhere is missing", "adapter's file or folder")
     (folder / JSON).unlink()
     refuse(folder, "adapter.json is missing")
     (folder / JSON).mkdir()

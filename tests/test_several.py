@@ -236,3 +236,11 @@ def test_baking_keeps_what_trained_beside() -> None:
     torch.testing.assert_close(plain(X.float()), want, rtol=1e-4, atol=1e-4)
     assert not [m for m in plain.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert set(plain.state_dict()) == set(Tiny().state_dict())
+
+
+def test_a_complex_adapter_on_a_real_weight_is_refused() -> None:
+    model = seeded(0, Tiny)
+    before = snapshot(model)
+    with pytest.raises(sl.AttachError, match=r"dtype=torch.complex64 is complex, and the weight of 'layers.0.attn.q_proj' is real"):
+        sl.attach(model, sl.lora(2), TARGETS, dtype=torch.complex64)
+    assert_untouched(model, before)

@@ -56,6 +56,8 @@ def _folder(place: Path) -> Parsed | Saved:
         found = sorted(p for p in place.iterdir() if p.suffix in ENDINGS)
     except OSError as error:
         raise CheckpointError(f"{place} cannot be listed: {error.strerror}.") from error
+    if any(TENSORS.fullmatch(file.name) for file in found):
+        return own.read(place)  # which says what is missing
     if len(found) == 1 and found[0].name not in peft.TENSORS:
         return replace(parse_single(load(found[0])), path=place)
     if any((place / name).exists() for name in peft.TENSORS):

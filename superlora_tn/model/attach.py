@@ -160,6 +160,7 @@ def _attach(model: nn.Module, request: _Request) -> Tuned:
     bound = [(spec, [bind(n, known[n], request.at) for n in names]) for spec, names in request.entries]
     for spec, targets in bound:
         _check_targets(spec, targets, known, request.name)
+        _check_dtype(targets, request.dtype)
     passes, seed = Passes(), _agreed(request.seed)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     adapters: list[Adapter] = []
@@ -203,6 +204,14 @@ def _check_targets(spec: AdapterSpec, targets: Sequence[Target], known: Mapping[
                 stacklevel=4,
             )
             return
+
+
+def _check_dtype(targets: Sequence[Target], dtype: torch.dtype) -> None:
+    """Raise for a complex adapter on a real weight, which would lose imaginary parts."""
+    for target in targets if dtype.is_complex else ():
+        own = (target.kind.owners(target.layer) or {}).values()
+        if not any(tensor.is_complex() for tensor in own):
+            raise AttachError(f"dtype={dtype} is complex, and the weight of '{target.name}' is real; give a real dtype.")
 
 
 def _agreed(seed: int | None) -> int | None:
@@ -318,7 +327,8 @@ def load(
     entries = tuple((entry.spec, tuple(entry.targets)) for entry in saved.entries)
     # Any seed: the values are overwritten, and drawing them must not move the user's generator.
     beside = tuple(n for n, _ in model.named_parameters() if n in saved.buffers)
-    request = _Request(entries, name, dtype or torch.float32, at, 0, Settings(backend, route), beside)
+    kept = next(iter(saved.tensors.values())).dtype
+    request = _Request(entries, name, dtype or kept, at, 0, Settings(backend, route), beside)
     handle = _attach(model, request)
     try:
         handle._realise()
@@ -341,12 +351,12 @@ def _read(model: nn.Module, path: str | PathLike[str], part: str | None, at: At 
             with suppress(AttachError):
                 targets[name] = bind(name, place, at)
     shapes = {name: target.shape for name, target in targets.items()}
-    parameters = [name for name, _ in model.named_parameters()]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
     def weights(name: str) -> Tensor:
         return targets[name].kind.read(targets[name].layer).detach()
 
-    return found.fitted(shapes, parameters=parameters, weights=weights, part=part).saved(model.get_parameter)
+    return found.fitted(shapes, parameters=tensors, weights=weights, part=part).saved(tensors.__getitem__)
 
 
 def _check_base(model: nn.Module, folder: str | PathLike[str], saved: Saved, at: At | None) -> None:

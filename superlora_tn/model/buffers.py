@@ -31,6 +31,8 @@ class Snapshot:
         self._copies: dict[str, Tensor] = {}
         self._written: dict[str, int] = {}
         self.also = tuple(also)
+        # Full names of all of the base's parameters and buffers.
+        self.known = () if model is None else _names(model, leave)
         for name, module, own in _held(model, leave, set(also)) if model is not None else ():
             tensor = _tensor(module, own)
             assert tensor is not None
@@ -76,6 +78,11 @@ class Snapshot:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what is kept."""
         return {name: tuple(copy.shape) for name, copy in self._copies.items()}
+
+
+def _names(model: nn.Module, leave: tuple[type[nn.Module], ...]) -> tuple[str, ...]:
+    modules = [(home, module) for home, module in model.named_modules() if not isinstance(module, leave)]
+    return tuple(f"{home}.{own}".lstrip(".") for home, m in modules for own in (*m._parameters, *m._buffers))
 
 
 def _tensor(module: nn.Module, own: str) -> Tensor | None:

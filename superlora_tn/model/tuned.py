@@ -344,14 +344,13 @@ class Tuned(Placed):
             CheckpointError: nodes that are not whole here, something that the format cannot hold, or a folder that cannot be
                 written.
         """
-        tensors = {
-            tensor_name(k, node): tensor.detach()
-            for k, adapter in enumerate(self._adapters())
-            for node, tensor in zip(adapter.graph.nodes, adapter.tensors(), strict=True)
-        }
+        adapters = enumerate(self._adapters())
+        pairs = ((k, pair) for k, a in adapters for pair in zip(a.graph.nodes, a.tensors(), strict=True))
+        tensors = {tensor_name(k, node): tensor.detach() for k, (node, tensor) in pairs}
         kernels = {n: cast(Any, t.layer).kernel_size for n, t in self._targets.items() if isinstance(t.kind, Convolution)}
         tables = {name: False for name, target in self._targets.items() if isinstance(target.kind, Table)}
-        more: Any = {"kernels": kernels, "embeddings": tables, "beside": Beside(replaced=self._base.to_save()), **options}
+        beside = Beside(replaced=self._base.to_save(), known=self._base.known)
+        more: Any = {"kernels": kernels, "embeddings": tables, "beside": beside, **options}
         return save_as(self.entries, tensors, folder, format, **more)
 
     def replace(self, folder: str | PathLike[str]) -> None:
