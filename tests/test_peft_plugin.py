@@ -14,6 +14,7 @@ import pytest
 import torch
 from models import DIM, TARGETS, ConvNet, Tiny, noise, seeded
 from optional import library
+from packaging.version import Version
 from torch import Tensor, nn
 
 import superlora_tn as sl
@@ -60,6 +61,7 @@ def llama() -> tuple[nn.Module, list[str], tuple[Any, ...]]:
 
 BASES: dict[str, Callable[[], tuple[nn.Module, list[str], tuple[Any, ...]]]] = {"tiny": tiny, "llama": llama}
 both = pytest.mark.parametrize("base", BASES)
+RELEASE = Version(peft.__version__)
 each = pytest.mark.parametrize("name", SPECS)
 
 
@@ -181,7 +183,8 @@ def test_two_adapters_of_names_that_contain_one_another(name: str, tmp_path: Pat
     model.set_adapter("style")
     model.save_pretrained(tmp_path)
     keys = {f: set(peft.utils.load_peft_weights(str(tmp_path / f))) for f in ("style", "style2")}
-    assert not any("style" in key for found in keys.values() for key in found)
+    if Version("0.20") <= RELEASE:  # before, PEFT saves keys of names that contain the adapter's
+        assert not any("style" in key for found in keys.values() for key in found)
     again = peft.PeftModel.from_pretrained(tiny()[0], tmp_path / "style", adapter_name="one")
     again.load_adapter(tmp_path / "style2", adapter_name="two")
     torch.testing.assert_close(out(again, given), first, rtol=0, atol=0)
@@ -278,6 +281,7 @@ def test_config_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     assert Config(spec="lora", settings={"rank": 4, "alpha": 8}).adapter_spec == SPECS["lora"]
 
 
+@pytest.mark.skipif(Version("0.21") > RELEASE, reason="PEFT asks a method about a file's keys from 0.21 on")
 def test_a_file_that_does_not_fit_raises(tmp_path: Path) -> None:
     safetensors = library("safetensors.torch")
     model, targets, _ = tiny()
@@ -302,6 +306,7 @@ def test_a_failed_injection_leaves_the_model_as_it_was() -> None:
     assert out(model, given).isfinite().all()
 
 
+@pytest.mark.skipif(Version("0.21") > RELEASE, reason="PEFT finds layers at the top of a model from 0.21 on")
 def test_selection_as_peft_does_it() -> None:
     model, _, _ = tiny()
     found = peft.get_peft_model(
@@ -368,3 +373,24 @@ def test_an_attention_that_reads_its_weights_is_refused() -> None:
     model = nn.Sequential(nn.MultiheadAttention(8, 2))
     with pytest.raises(sl.AttachError, match=r"superlora_tn\.attach"):
         peft.get_peft_model(model, Config(spec=sl.lora(2), target_modules=["0.out_proj"]))
+
+
+@each
+def test_an_adapter_becomes_plain_lora_of_enough_rank(name: str) -> None:
+    model, targets, given = tiny()
+    model = peft.get_peft_model(model, config(name, targets, init_weights=False))
+    adapted = out(model, given).detach()
+    converted, values = peft.convert_to_lora(model, rank=DIM)  # no target has a higher rank
+    plain = peft.get_peft_model(tiny()[0], converted)
+    peft.set_peft_model_state_dict(plain, values)
+    torch.testing.assert_close(out(plain, given), adapted, rtol=1e-4, atol=1e-4)  # a float32 SVD lies between
+
+
+def test_a_weight_that_changed_while_merged_is_not_thrown_away() -> None:
+    model, targets, _ = tiny()
+    model = peft.get_peft_model(model, config("lora", targets, init_weights=False))
+    model.merge_adapter()
+    with torch.no_grad():
+        model.base_model.model.layers[0].up.base_layer.weight.add_(1.0)
+    with pytest.raises(ValueError, match="changed while adapters were merged"):
+        model.unmerge_adapter()
