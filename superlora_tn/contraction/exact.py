@@ -147,7 +147,7 @@ def leaves(tree: Tree) -> list[int]:
 
 
 def cheapest(group: frozenset[int], met: Sequence[Meeting], prices: Prices) -> Tree:
-    """The tree over all tensors of a group whose meetings cost the least together; the first of them where several do.
+    """The tree over all tensors of a group whose meetings cost the least together; the first where several do.
 
     Args:
         group: the tensors.

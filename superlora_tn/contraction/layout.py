@@ -262,10 +262,6 @@ def best_orders(
     return (*steps[:early], *_best(tuple(pairs[early:]), known, wanted, output, size, device, tuple(least)))
 
 
-# By how much sums of the same prices may differ in rounding, with room.
-ROUNDED = 1 - 1e-9
-
-
 def _best(
     pairs: tuple[tuple[int, int], ...],
     terms: tuple[Indices, ...],
@@ -289,7 +285,8 @@ def _best(
         if step is None or step.result in seen:
             continue
         seen.add(step.result)
-        if step.price(device) + ROUNDED * sum(least[1:]) >= price:
+        # Summed in the order of the whole, so that it is no more than the whole in rounding either.
+        if sum((step.price(device), *least[1:])) >= price:
             continue
         behind = _best(later, (*terms, step.result), (*grads, grads[a] or grads[b]), output, size, device, least[1:])
         found = sum(s.price(device) for s in (step, *behind))

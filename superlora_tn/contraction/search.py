@@ -110,7 +110,7 @@ def _search(task: Task, optimize: Optimizer) -> Pairs:
         return greedy
     rows = _rows(task, leaves(_tree(greedy, count)))
     found = [cheapest(frozenset(row), runs(row), _Prices(task)) for row in rows]
-    paths = [sequence(one, count) for one in (*(() if tree is None else (tree,)), *found)]
+    paths = [sequence(one, count) for one in (tree, *found) if one is not None]
     return min(paths, key=lambda pairs: _total(task, pairs))
 
 
