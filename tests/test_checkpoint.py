@@ -190,11 +190,16 @@ def test_a_save_over_the_first_schema_leaves_the_second(folder: Path) -> None:
 
 
 def test_a_missing_folder_or_json_raises(folder: Path) -> None:
-    refuse(folder / "nowhere", "nowhere is missing", "adapter's file or folder")
+    def refused(place: Path, words: str) -> None:
+        refuse(place, str(place))
+        with pytest.raises(sl.CheckpointError, match=words):
+            read(place)
+
+    refused(folder / "nowhere", r"adapter\.json is missing; .*safetensors that it names")
     (folder / JSON).unlink()
-    refuse(folder, "adapter.json is missing")
+    refused(folder, r"adapter\.json is missing")
     (folder / JSON).mkdir()
-    refuse(folder, "adapter.json is a folder")
+    refused(folder, r"adapter\.json is a folder")
 
 
 @pytest.mark.parametrize("given", [None, 3, b"bytes", "null\0byte"])

@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def test_threads_save_and_read_in_one_folder(values: list[float], tmp_path: Path
     def read_on() -> None:
         while not done.is_set():
             assert value_of(tmp_path) in values
+            time.sleep(0.001)  # or readers hold the interpreter for most of the time
 
     savers, barrier = 4, threading.Barrier(4)
     turns = [[values[(k + n) % len(values)] for n in range(SAVES)] for k in range(savers)]
@@ -63,11 +65,12 @@ def test_threads_save_and_read_in_one_folder(values: list[float], tmp_path: Path
     for thread in [*threads, *readers]:
         thread.start()
     for thread in threads:
-        thread.join(LONG)
+        thread.join()  # its barrier ends it where another does not come
     done.set()
     for thread in readers:
         thread.join(LONG)
     assert not errors
+    assert not any(thread.is_alive() for thread in readers)
     assert names(tmp_path) == two_files(tmp_path)
 
 
@@ -101,7 +104,7 @@ def test_without_locks_savers_remove_nothing_young(tmp_path: Path, monkeypatch: 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(LONG)
+        thread.join()
     assert len(names(tmp_path)) == 4  # the JSON and the tensors of all three
     make_old(tmp_path)
     save_value(tmp_path, 4.0)
