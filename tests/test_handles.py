@@ -1,0 +1,185 @@
+"""Handles and the weights that they share: all or nothing, whatever breaks an operation off, and every bit back."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import noise, same_state
+from torch import Tensor, nn
+
+import superlora_tn as sl
+from superlora_tn.model.kinds import Linear
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(6, 6) for _ in range(3)])
+
+
+def adapted(model: nn.Module, spec: sl.AdapterSpec, targets: list[str], **options: object) -> sl.Tuned:
+    tuned = sl.attach(model, spec, targets, seed=0, **options)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for k, parameter in enumerate(tuned.parameters()):
+            parameter.copy_(noise(*parameter.shape, seed=k))
+    return tuned
+
+
+X = noise(2, 6)
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32 sums of six products, in another order
+
+
+@pytest.mark.parametrize("name", ["merge", "unmerge", "detach", "bake"])
+@pytest.mark.parametrize("spec", [sl.lora(2), sl.lorta(2)], ids=["lora", "lorta"])
+def test_an_interrupt_at_any_write_can_be_repaired(spec: sl.AdapterSpec, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = net().state_dict()
+    for at in itertools.count():
+        model = net()
+        tuned = adapted(model, spec, ["0", "1", "2"])
+        want = model(X).detach()
+        if name in ("unmerge", "detach"):
+            tuned.merge()
+        writes, write = itertools.count(), Linear.write
+
+        def interrupted(self: Linear, layer: nn.Module, matrix: Tensor, at: int = at) -> None:
+            if next(writes) == at:  # noqa: B023
+                raise KeyboardInterrupt
+            write(self, layer, matrix)  # noqa: B023
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Linear, "write", interrupted)
+            try:
+                getattr(tuned, name)()
+                done = True
+            except KeyboardInterrupt:
+                done = False
+        if done:
+            assert at >= 3
+            return
+        if name in ("merge", "bake"):
+            torch.testing.assert_close(model(X), want, **CLOSE)
+            assert not tuned.merged
+        if tuned.merged:
+            tuned.unmerge()
+        tuned.detach()
+        assert same_state(base, model.state_dict())
+
+
+def test_a_state_dict_that_is_taken_while_merged_never_counts_twice() -> None:
+    one, two = net(), net()
+    tuned, _ = adapted(one, sl.lora(2), ["0"]), adapted(two, sl.lora(2), ["0"])
+    want = one(X)
+    tuned.merge()
+    assert set(one.state_dict()) == set(net().state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        two.load_state_dict(one.state_dict())
+    plain = net()
+    plain.load_state_dict(one.state_dict())
+    torch.testing.assert_close(plain(X), want, **CLOSE)
+
+
+def test_a_weight_changed_while_merged_is_not_thrown_away() -> None:
+    model = net()
+    tuned = adapted(model, sl.lora(2), ["0", "1"])
+    tuned.merge()
+    with torch.no_grad():
+        model[1].weight.data.add_(1.0)
+    new = model[1].weight.clone()
+    for leave in (tuned.unmerge, tuned.detach):
+        with pytest.raises(sl.AttachError, match="the weight of '1' was changed while dW was merged into it"):
+            leave()
+        assert torch.equal(model[1].weight, new)
+    tuned.unmerge(force=True)
+    assert same_state(net().state_dict(), {k: v for k, v in model.state_dict().items() if "superlora" not in k})
+
+
+def test_merging_within_disabled_counts_dw_once() -> None:
+    model = net()
+    tuned = adapted(model, sl.lora(2), ["0"])
+    want = model(X).detach()
+    with tuned.disabled():
+        tuned.merge()
+    torch.testing.assert_close(model(X), want, **CLOSE)
+    tuned.unmerge()
+    assert torch.equal(model(X), want)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="".join)
+def test_detaching_in_any_order_gives_requires_grad_back_at_the_end_alone(order: tuple[str, ...]) -> None:
+    inner = net()
+    model = nn.ModuleDict({"inner": inner, "head": nn.Linear(6, 2)})
+    model["head"].bias.requires_grad_(False)
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    handles = {
+        "a": sl.attach(inner, sl.lora(1), ["0"], name="a"),
+        "b": sl.attach(model, sl.lora(1), ["head"], name="b"),
+        "c": sl.attach(inner[1:2], sl.lora(1), ["1"], name="c"),
+    }
+    for name in order[:2]:
+        handles[name].detach()
+    left = [n for n, p in handles[order[2]]._model[0].named_parameters() if p.requires_grad and f"{order[2]}." not in n]  # type: ignore[index]
+    assert not left
+    handles[order[2]].detach()
+    assert before == {n: p.requires_grad for n, p in model.named_parameters()}
+
+
+def tied() -> nn.Module:
+    model = net()
+    model[1].weight = model[0].weight
+    return model
+
+
+def replaced(model: nn.Module) -> None:
+    model[0] = nn.Linear(6, 6)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("make", "after", "words"),
+    [
+        (tied, None, "is shared with '1.weight'"),
+        (net, replaced, "the module '0' is another one now"),
+        (net, lambda m: nn.utils.parametrizations.weight_norm(m[0]), "computed from others"),
+    ],
+    ids=["tied", "replaced", "computed"],
+)
+def test_what_cannot_hold_dw_is_refused_by_name(
+    make: Callable[[], nn.Module], after: Callable[[nn.Module], object] | None, words: str
+) -> None:
+    model = make()
+    tuned = adapted(model, sl.lora(2), ["0", "2"])
+    if after is not None:
+        after(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(sl.AttachError, match=words):
+        tuned.merge()
+    assert same_state(before, model.state_dict())
+    assert not tuned.merged
+
+
+def test_views_of_one_storage_that_do_not_overlap_merge() -> None:
+    model = net()
+    nn.utils.vector_to_parameters(torch.randn(126), model.parameters())
+    adapted(model, sl.lora(2), ["0", "1"]).merge()
+
+
+def test_copies_of_a_merged_model_unmerge_by_themselves() -> None:
+    model = net()
+    tuned = adapted(model, sl.lora(2), ["0"])
+    tuned.merge()
+    twin = copy.deepcopy(model)
+    sl.tuned(twin).detach()
+    assert same_state(net().state_dict(), twin.state_dict())
+    assert tuned.merged
+
+
+@pytest.mark.parametrize(
+    ("base", "dtype"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float32), (torch.bfloat16, torch.float16)]
+)
+def test_an_adapter_of_zero_changes_no_bit_of_a_wider_base(base: torch.dtype, dtype: torch.dtype) -> None:
+    model = net().to(base)
+    before = copy.deepcopy(model.state_dict())
+    sl.attach(model, sl.lora(2), ["0"], dtype=dtype).merge()
+    assert torch.equal(model[0].weight, before["0.weight"])
