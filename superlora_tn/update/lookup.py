@@ -97,9 +97,7 @@ def lookup(graph: Graph, side: Side, device: Device, optimize: Optimizer, backen
     return Lookup(cuts, tuple(runs))
 
 
-def _cut(
-    node: GraphNode, wanted: Sequence[str], strides: dict[str, int], graph: Graph
-) -> tuple[GraphNode, _Cut | None]:
+def _cut(node: GraphNode, wanted: Sequence[str], strides: dict[str, int], graph: Graph) -> tuple[GraphNode, _Cut | None]:
     """A node with one token axis in front for its axes on a side, and how these are cut.
 
     Axes of members are gone before, so that the axes of what is left are counted without them.
