@@ -11,6 +11,7 @@ from superlora_tn.contraction.search import PlanError
 from superlora_tn.declare.fold import FlatFold, PhysicalFold
 from superlora_tn.declare.maps import Compose, Fastfood, Shuffle
 from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, Network, Node, SpecError, TensorTrain, Tucker
+from superlora_tn.declare.rows import Rows
 from superlora_tn.files.own import CheckpointError
 from superlora_tn.files.read import read
 from superlora_tn.model.attach import attach, load, tuned
@@ -68,6 +69,7 @@ __all__ = [
     "Node",
     "PhysicalFold",
     "PlanError",
+    "Rows",
     "Shuffle",
     "SpecError",
     "TensorTrain",

@@ -16,7 +16,7 @@ ROOT = Path(superlora_tn.__file__).parents[1]
 CORE, BACKENDS = ROOT / "superlora_tn", ROOT / "backends" / "superlora_tn_backends"
 # Folders from the ground up, and in each its rooms from the ground up; what is in none of them stands on top.
 HOUSE = {
-    "declare": [["bounds", "divisors"], ["parts"], ["maps", "fold"], ["codec"]],
+    "declare": [["bounds", "cache", "divisors"], ["parts"], ["maps", "fold", "rows"], ["codec"]],
     "network": [["graph"], ["expand"], ["spec"], ["budget"], ["variants", "relatives"]],
     "contraction": [["profile"], ["layout", "exact"], ["search"], ["plan"], ["sharing", "cut"], ["backend"]],
     "update": [
@@ -45,10 +45,12 @@ HOUSE = {
         ["command"],
     ],
     "model": [
-        ["kinds", "buffers", "describe", "trainer"],
+        ["spans", "blocks", "buffers", "describe", "trainer"],
+        ["kinds"],
         ["tried", "shown", "tables"],
         ["packed"],
         ["recognise"],
+        ["places"],
         ["targets"],
         ["weights", "site"],
         ["merging"],

@@ -18,6 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from superlora_tn.declare.fold import Shape
+from superlora_tn.declare.rows import Span
 from superlora_tn.files.errors import CheckpointError, DiskError
 from superlora_tn.files.folder import JSON, commit, content, opened, place_of
 from superlora_tn.files.record import (
@@ -75,6 +76,11 @@ class Saved:
     def targets(self) -> dict[str, Shape]:
         """The adapted weights of all entries, name -> (out, in)."""
         return {name: shape for entry in self.entries for name, shape in entry.targets.items()}
+
+    @property
+    def rows(self) -> dict[str, Span]:
+        """Which rows of their layers those targets are that are blocks."""
+        return {name: span for entry in self.entries for name, span in entry.rows.items()}
 
 
 class _Overtaken(CheckpointError):

@@ -10,11 +10,12 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import SpecError
+from superlora_tn.declare.rows import Span
 from superlora_tn.files.bounds import Bounds, parse, shown
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.network.graph import GraphNode
@@ -35,10 +36,15 @@ MAX_EXTENT = 1 << 48
 
 @dataclass(frozen=True)
 class Entry:
-    """One declaration and the weights it adapts, name -> (out, in)."""
+    """One declaration and the weights it adapts, name -> (out, in).
+
+    Attributes:
+        rows: of targets that are blocks of a layer, which rows they are.
+    """
 
     spec: AdapterSpec
     targets: Mapping[str, Shape]
+    rows: Mapping[str, Span] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def written(source: str, entries: Sequence[Entry], buffers: Mapping[str, tuple[i
     body: dict[str, Any] = {
         "format": FORMAT,
         "schema": SCHEMA,
-        "entries": [{"spec": e.spec.to_dict(), "targets": {n: list(s) for n, s in e.targets.items()}} for e in entries],
+        "entries": [_written(entry) for entry in entries],
         "buffers": {name: list(shape) for name, shape in buffers.items()},
         "tensors": file_name(sha256),
         "tensors_sha256": sha256,
@@ -106,6 +112,11 @@ def written(source: str, entries: Sequence[Entry], buffers: Mapping[str, tuple[i
     text = re.sub(r"\[\n +(\d+),\n +(\d+)\n +\]", r"[\1, \2]", lines).encode()
     entries_of(record_of(source, text))
     return text
+
+
+def _written(entry: Entry) -> dict[str, Any]:
+    body: dict[str, Any] = {"spec": entry.spec.to_dict(), "targets": {n: list(s) for n, s in entry.targets.items()}}
+    return body | ({"rows": {name: str(span) for name, span in entry.rows.items()}} if entry.rows else {})
 
 
 def record_of(source: str, text: bytes) -> Record:
@@ -152,10 +163,14 @@ def entries_of(record: Record) -> tuple[Entry, ...]:
         CheckpointError: with what was found and what was expected.
     """
     given = record.entries
-    if not isinstance(given, list) or not all(isinstance(one, dict) and set(one) == {"spec", "targets"} for one in given):
+    fields = ({"spec", "targets"}, {"spec", "targets", "rows"})
+    if not isinstance(given, list) or not all(isinstance(one, dict) and set(one) in fields for one in given):
         raise CheckpointError(f"{record.source} has entries={shown(given)}; expected a list of dicts of spec and targets.")
     try:
-        return tuple(Entry(AdapterSpec.from_dict(one["spec"]), _targets(one["targets"])) for one in given)
+        return tuple(
+            Entry(AdapterSpec.from_dict(one["spec"]), _targets(one["targets"]), _rows(one.get("rows", {}), one["targets"]))
+            for one in given
+        )
     except (SpecError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"{record.source}: {_cut(error)}") from error
 
@@ -207,6 +222,12 @@ def _targets(data: Any) -> dict[str, Shape]:
     if not all(isinstance(shape, list) and len(shape) == 2 and _are_sizes(shape, 1) for shape in data.values()):
         raise SpecError(f"targets must give [out, in] for each name, whole numbers from 1 to {MAX_EXTENT:,}.")
     return {name: (shape[0], shape[1]) for name, shape in data.items()}
+
+
+def _rows(data: Any, targets: Any) -> dict[str, Span]:
+    if not isinstance(data, dict) or not set(data) <= set(targets):
+        raise SpecError("rows must be a dict of some of the targets -> 'start:stop/period'.")
+    return {name: Span.from_text(text) for name, text in data.items()}
 
 
 def _are_sizes(numbers: Sequence[Any], least: int) -> bool:

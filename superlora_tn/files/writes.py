@@ -141,6 +141,12 @@ def save_as(
         _refuse(Beside(added=more.added), format)
         write_own(path, entries, tensors, more.replaced)
         return Report((place_of(path),), tuple(Row(n, "own", (), 0.0) for e in entries for n in e.targets))
+    odd = next((name for entry in entries for name in entry.targets if name in entry.rows or "+" in name), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"'{odd}' is a block of a layer's rows or a tied table, for which {format} has no name; save it as this library's "
+            "own."
+        )
     held = {name: whole(name, tensor, None, FLOATS) for name, tensor in tensors.items()}
     tables = embeddings or {}
     weights = [

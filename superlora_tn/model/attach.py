@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Literal
 
@@ -20,18 +20,20 @@ from superlora_tn.contraction.backend import DEFAULT
 from superlora_tn.contraction.plan import Route
 from superlora_tn.contraction.search import Optimizer
 from superlora_tn.declare.parts import SpecError
+from superlora_tn.declare.rows import Span
 from superlora_tn.files.own import CheckpointError, Entry, Saved
 from superlora_tn.files.read import read
 from superlora_tn.model.beside import also_trained
 from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.kinds import Held
 from superlora_tn.model.merging import forget_compiled
+from superlora_tn.model.places import declared
 from superlora_tn.model.shown import Block, show
 from superlora_tn.model.site import BeginHook, EndHook, UpdateHook, watchers
 from superlora_tn.model.targets import AttachError, Place, Target, Targets, bind, is_sharded, match, near, places
 from superlora_tn.model.trainer import admissions
 from superlora_tn.model.tuned import Tuned
-from superlora_tn.model.weights import found, freeze, was_trainable, weight_of
+from superlora_tn.model.weights import check_apart, found, freeze, was_trainable, weight_of
 from superlora_tn.network.budget import Budget
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Adapter, Settings
@@ -55,6 +57,7 @@ class _Request:
         seed: of the first values.
         settings: how the adapters compute.
         also: full names of the parameters that train beside them.
+        rows: blocks of fused layers that were declared, by their names.
     """
 
     entries: tuple[tuple[AdapterSpec, tuple[str, ...]], ...]
@@ -64,6 +67,7 @@ class _Request:
     seed: int | None
     settings: Settings
     also: tuple[str, ...] = ()
+    rows: Mapping[str, Span] = field(default_factory=dict)
 
 
 def attach(
@@ -114,7 +118,8 @@ def attach(
     settings = Settings(backend, route, optimize, recompute)
     named = _named(model, spec, targets, exclude, only_layers)
     beside = also_trained(model, also)
-    return _attach(model, _Request(_bought(model, named, at), name, dtype, at, seed, settings, beside))
+    rows = declared(model, targets)
+    return _attach(model, _Request(_bought(model, named, at, rows), name, dtype, at, seed, settings, beside, rows))
 
 
 def _named(
@@ -143,10 +148,10 @@ def _named(
 
 
 def _bought(
-    model: nn.Module, named: Sequence[tuple[AdapterSpec | Budget, tuple[str, ...]]], at: At | None
+    model: nn.Module, named: Sequence[tuple[AdapterSpec | Budget, tuple[str, ...]]], at: At | None, rows: Mapping[str, Span]
 ) -> tuple[tuple[AdapterSpec, tuple[str, ...]], ...]:
     """The declarations, budgets turned into what they buy."""
-    known = places(model) if any(isinstance(spec, Budget) for spec, _ in named) else {}
+    known = places(model, rows) if any(isinstance(spec, Budget) for spec, _ in named) else {}
     return tuple(
         (spec.choose({n: bind(n, known[n], at).shape for n in names}).spec if isinstance(spec, Budget) else spec, names)
         for spec, names in named
@@ -156,11 +161,12 @@ def _bought(
 def _attach(model: nn.Module, request: _Request) -> Tuned:
     """Everything that can fail comes before the first change of the model."""
     _check_name(model, request.name)
-    known = places(model)
+    known = places(model, request.rows)
     bound = [(spec, [bind(n, known[n], request.at) for n in names]) for spec, names in request.entries]
     for spec, targets in bound:
         _check_targets(spec, targets, known, request.name)
         _check_dtype(targets, request.dtype)
+    check_apart([target for _, targets in bound for target in targets])
     passes, seed = Passes(), _agreed(request.seed)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     adapters: list[Adapter] = []
@@ -170,11 +176,17 @@ def _attach(model: nn.Module, request: _Request) -> Tuned:
             device = _device(layers[next(iter(group.members))])
             rest = (request.dtype, device, generator, request.settings, passes, layers[next(iter(group.members))].kind.inputs)
             adapters.append(make_adapter(spec, group, graph, *rest))
-    entries = [Entry(spec, {target.name: target.shape for target in targets}) for spec, targets in bound]
+    entries = [_entry(spec, targets, known) for spec, targets in bound]
     handle = Tuned(entries, adapters, [target for _, targets in bound for target in targets], passes)
     handle.seed, handle._base = seed, Snapshot(model, (Tuned, Adapter), request.also)
     _put_on(model, handle, request.name)
     return handle
+
+
+def _entry(spec: AdapterSpec, targets: Sequence[Target], known: Mapping[str, Place]) -> Entry:
+    """A declaration with its targets, and the rows of those that are blocks."""
+    rows = {target.name: span for target in targets if (span := known[target.name].span) is not None}
+    return Entry(spec, {target.name: target.shape for target in targets}, rows)
 
 
 def _check_name(model: nn.Module, name: str) -> None:
@@ -328,7 +340,7 @@ def load(
     # Any seed: the values are overwritten, and drawing them must not move the user's generator.
     beside = tuple(n for n, _ in model.named_parameters() if n in saved.buffers)
     kept = next(iter(saved.tensors.values())).dtype
-    request = _Request(entries, name, dtype or kept, at, 0, Settings(backend, route), beside)
+    request = _Request(entries, name, dtype or kept, at, 0, Settings(backend, route), beside, saved.rows)
     handle = _attach(model, request)
     try:
         handle._realise()
@@ -347,7 +359,7 @@ def _read(model: nn.Module, path: str | PathLike[str], part: str | None, at: At 
     known = places(model)
     targets: dict[str, Target] = {}
     for name, place in known.items():
-        if place.is_supported and not place.tied:
+        if place.is_supported and not place.tied and place.span is None:
             with suppress(AttachError):
                 targets[name] = bind(name, place, at)
     shapes = {name: target.shape for name, target in targets.items()}
@@ -361,7 +373,7 @@ def _read(model: nn.Module, path: str | PathLike[str], part: str | None, at: At 
 
 def _check_base(model: nn.Module, folder: str | PathLike[str], saved: Saved, at: At | None) -> None:
     """Raise unless the model has the weights that the adapter is for."""
-    known = places(model)
+    known = places(model, saved.rows)
     for entry in saved.entries:
         for target, shape in entry.targets.items():
             if target not in known:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from superlora_tn.declare.fold import Shape
+from superlora_tn.declare.rows import Span
+from superlora_tn.model.spans import cut, joined, put
 from superlora_tn.update.base import NOMINAL_TOKENS, Member, Side
 from superlora_tn.update.eager import is_eager, is_recorded
 
@@ -108,6 +110,10 @@ class Linear(Kind):
     def write(self, layer: Any, matrix: Tensor) -> None:
         """As it is."""
         layer.weight.copy_(matrix)
+
+    def passed(self, layer: Any, member: Member, x: Tensor, y: Tensor) -> Tensor:
+        """y, whose gradient reaches x."""
+        return y
 
     def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
         """y (..., out) + x (..., in) dW^T."""
@@ -211,8 +217,8 @@ class Opaque(Linear):
         """The packed parameter, where it is one."""
         return super().owners(layer) or {}
 
-    def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
-        """As a linear layer; x gets its gradient through W also where the layer's own forward gives none."""
+    def passed(self, layer: Any, member: Member, x: Tensor, y: Tensor) -> Tensor:
+        """x gets its gradient through W also where the layer's own forward gives none."""
         if x.is_quantized:
             raise LayerError(
                 f"'{member.name}' is a {type(layer).__name__} that was called with a quantised tensor (static quantisation), "
@@ -220,7 +226,11 @@ class Opaque(Linear):
             )
         if torch.is_grad_enabled() and x.requires_grad and (self.straight or not y.requires_grad):
             y = _through(self, layer, x, y)
-        return super().join(layer, member, x, y, base)
+        return y
+
+    def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
+        """As a linear layer."""
+        return super().join(layer, member, x, self.passed(layer, member, x, y), base)
 
 
 def _through(kind: Kind, layer: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -247,19 +257,65 @@ class _Through(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
+class RowsOf(Kind):
+    """A block of the rows of a linear layer's weight: its columns of the output are updated.
+
+    Attributes:
+        kind: of the whole layer.
+        span: which rows.
+    """
+
+    kind: Linear
+    span: Span
+
+    def shape(self, layer: Any) -> Shape:
+        """(out, in) of the block."""
+        d_out, d_in = self.kind.shape(layer)
+        return self.span.count(d_out), d_in
+
+    def read(self, layer: Any) -> Tensor:
+        """The block's rows."""
+        return cut(self.kind.read(layer), self.span)
+
+    def write(self, layer: Any, matrix: Tensor) -> None:
+        """The other rows stay as they are."""
+        put(self.kind.read(layer), self.span, matrix)
+
+    def owners(self, layer: Any) -> dict[str, Tensor] | None:
+        """Those of the layer."""
+        return self.kind.owners(layer)
+
+    def refusal(self, layer: Any) -> str:
+        """Rows of a packed weight are not written apart from the others."""
+        if isinstance(self.kind, Opaque):
+            return OPAQUE.refusal(layer)
+        return self.kind.refusal(layer)
+
+    def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
+        """y (..., all rows) with x dW^T added to the block's columns; in place where y is nobody else's (`base` is W)."""
+        y = self.kind.passed(layer, member, x, y)
+        if x.is_nested:
+            delta = functional.pad(member.current(), (0, 0, self.span.start, self.span.period - self.span.stop))
+            return y + functional.linear(member.drop(x, layer.training), delta.to(y.dtype))
+        update = member.update(x if x.dtype == y.dtype else x.to(y.dtype), None, None, layer.training)
+        return joined(y, update, self.span, base is not None)
+
+
+@dataclass(frozen=True)
 class Held(Kind):
     """A weight that is adapted where it is read: reading the parameter gives W + dW (see `shown`).
 
     Attributes:
         parameter: the parameter's name.
-        kind: the layer's kind, as far as it has one, by which the parameter is a matrix.
-        block: which of how many equal blocks of rows.
-        width: how many axes of the parameter belong to `out`; with `transposed` the order is (in, out).
+        transposed: whether it is kept as (in, out).
+        span: which rows; None means all.
+        slot: which matrix of a parameter that holds a stack of them.
     """
 
     parameter: str = "weight"
-    block: tuple[int, int] = (0, 1)
     transposed: bool = False
+    span: Span | None = None
+    slot: int | None = None
 
     def stored(self, layer: Any) -> Tensor:
         """The parameter itself."""
@@ -272,21 +328,22 @@ class Held(Kind):
         return found  # type: ignore[no-any-return]
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """A tensor of the parameter's shape as a matrix (out, in), all blocks, a view."""
-        return tensor.t() if self.transposed else tensor.flatten(1)
+        """A tensor of the parameter's shape as the matrix (out, in) that is meant, all rows, a view."""
+        own = tensor if self.slot is None else tensor[self.slot]
+        return own.t() if self.transposed else own.flatten(1)
 
     def shape(self, layer: Any) -> Shape:
-        """(out, in) of the block."""
+        """(out, in) of the rows that are meant."""
         rows, columns = self.matrix(self.stored(layer)).shape
-        return rows // self.block[1], columns
+        return rows if self.span is None else self.span.count(rows), columns
 
     def read(self, layer: Any) -> Tensor:
-        """The block's rows, a view."""
-        return self.matrix(self.stored(layer)).chunk(self.block[1])[self.block[0]]
+        """The rows that are meant."""
+        return cut(self.matrix(self.stored(layer)), self.span)
 
     def write(self, layer: Any, matrix: Tensor) -> None:
-        """The other rows stay as they are."""
-        self.read(layer).copy_(matrix)
+        """All else stays as it is."""
+        put(self.matrix(self.stored(layer)), self.span, matrix)
 
     def owners(self, layer: Any) -> dict[str, Tensor] | None:
         """The one parameter."""

@@ -227,9 +227,9 @@ class Dynamic(_Written):
         """Packed anew, with the layer's bias."""
         layer.set_weight_bias(kept, layer.bias())
 
-    def join(self, layer: Any, member: Any, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
+    def passed(self, layer: Any, member: Any, x: Tensor, y: Tensor) -> Tensor:
         """torch records its operation as one that has no derivative, which warns when it is asked for one."""
-        return super().join(layer, member, x, y.detach(), base)
+        return super().passed(layer, member, x, y.detach())
 
 
 @dataclass(frozen=True)

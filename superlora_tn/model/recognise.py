@@ -25,6 +25,7 @@ from superlora_tn.model.kinds import (
     Held,
     Kind,
     LayerError,
+    Linear,
     Transposed,
 )
 from superlora_tn.model.packed import packed_kind
@@ -86,6 +87,12 @@ def is_plain(layer: nn.Module) -> bool:
     return found is not None and all(
         getattr(type(layer), name) is method and name not in layer.__dict__ for name, method in found.methods
     )
+
+
+def is_fusable(layer: nn.Module) -> bool:
+    """Whether it may be a fused layer: a linear one, as far as the type tells."""
+    found = known(layer)
+    return _has_features(layer) if found is None else isinstance(found.kind, Linear)
 
 
 def is_supported(layer: nn.Module) -> bool:
@@ -242,10 +249,25 @@ def adopt(layer: Any, hook: object, x: Tensor, y: Tensor) -> Tensor | None:
     That is: torch's own `nn.Linear.forward` ran, on the instance and on the class; no other hook has seen x or y, nor has a
     checkpointed region that keeps outputs; W and b are real, whole, local and frozen; and nothing was cast in between.
     """
-    if type(layer) is not nn.Linear or not is_plain(layer) or functional.linear is not _LINEAR or _keeps_outputs():
-        return None
     hooks = layer._forward_hooks
     if len(hooks) > 1 and next(iter(hooks.values())) is not hook:
+        return None
+    return _untouched(layer, x, y)
+
+
+def writable(layer: Any, hook: object, x: Tensor, y: Tensor) -> Tensor | None:
+    """W, where y may be written to, whose graph stays: as `adopt`, but behind hooks of the same kind, which keep nothing."""
+    for other in layer._forward_hooks.values():
+        if other is hook:
+            return _untouched(layer, x, y)
+        if type(other) is not type(hook):
+            break
+    return None
+
+
+def _untouched(layer: Any, x: Tensor, y: Tensor) -> Tensor | None:
+    """W of a plain layer of which nobody else has seen x or y."""
+    if type(layer) is not nn.Linear or not is_plain(layer) or functional.linear is not _LINEAR or _keeps_outputs():
         return None
     if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks or _global_hooks():
         return None

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from superlora_tn.declare.rows import Span
 from superlora_tn.model.kinds import Held, LayerError
+from superlora_tn.model.spans import cut, replaced
 from superlora_tn.update.base import Member
 from superlora_tn.update.eager import is_eager
 from superlora_tn.update.passes import state, unseen
@@ -139,12 +141,20 @@ def _read(module: nn.Module, name: str) -> Any:
 
 def _updated(stored: Tensor, blocks: list[Block]) -> Tensor:
     """W + dW, in W's dtype; untouched rows are W's own."""
-    first = blocks[0].kind
-    rows = list(first.matrix(stored).chunk(first.block[1]))
+    slots = dict.fromkeys(block.kind.slot for block in blocks)
+    new = {slot: _matrix(stored, [block for block in blocks if block.kind.slot == slot]) for slot in slots}
+    return new[None] if None in new else torch.stack([new.get(k, stored[k]) for k in range(len(stored))])
+
+
+def _matrix(stored: Tensor, blocks: list[Block]) -> Tensor:
+    """The blocks' matrix as it is stored, W + dW in their rows; dW of several adapters on the same rows add up."""
+    kind = blocks[0].kind
+    matrix = kind.matrix(stored)
+    sums: dict[Span | None, Tensor] = {}
     for block in blocks:
-        k = block.kind.block[0]
-        rows[k] = rows[k] + block.member.current()
+        span, delta = block.kind.span, block.member.current()
+        sums[span] = (sums[span] if span in sums else cut(matrix, span)) + delta
     # Rounded once, as merging does.
-    rows = [row.to(stored.dtype) for row in rows]
-    whole = torch.cat(rows) if len(rows) > 1 else rows[0]
-    return whole.t() if first.transposed else whole.reshape(stored.shape)
+    whole = replaced(matrix, [(span, rows.to(stored.dtype)) for span, rows in sums.items()])
+    own = stored if kind.slot is None else stored[kind.slot]
+    return whole.t() if kind.transposed else whole.reshape(own.shape)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from superlora_tn.model.kinds import LayerError
-from superlora_tn.model.recognise import adopt
+from superlora_tn.model.kinds import LayerError, RowsOf
+from superlora_tn.model.recognise import adopt, writable
 from superlora_tn.model.targets import Target
 from superlora_tn.update.base import Member
 from superlora_tn.update.eager import is_eager
@@ -59,8 +59,9 @@ class UpdateHook:
             if self.target.kind.takes_all:
                 raise LayerError(f"the rows of a batch cannot be told in what '{self.target.name}' is called with (bags).")
             return self._on_rows(layer, x, output, *rows)
-        base = adopt(layer, self, x, output) if eager else None
         kind = self.target.kind
+        prove = writable if isinstance(kind, RowsOf) else adopt
+        base = prove(layer, self, x, output) if eager else None
         given: Any = (args, kwargs) if kind.takes_all else x
         return kind.join(layer, self.member, given, output, base)
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from typing import Any
 
 from torch import nn
 
 from superlora_tn.declare.fold import Shape
-from superlora_tn.model.kinds import Held, Kind, LayerError
-from superlora_tn.model.recognise import is_supported, kind_of, supported
+from superlora_tn.declare.parts import SpecError
+from superlora_tn.declare.rows import Rows, Span
+from superlora_tn.model.kinds import Held, Kind, LayerError, Linear, RowsOf
+from superlora_tn.model.places import PARTS, AttachError, Place, Targets, declared, near, places, tied
+from superlora_tn.model.recognise import kind_of, supported
 from superlora_tn.model.tables import Table
-from superlora_tn.update.base import Adapter
 
-Targets = str | Sequence[str]
-PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
+__all__ = ["AttachError", "Place", "Target", "Targets", "bind", "is_sharded", "match", "near", "places"]
+
 HEADS = ("score", "classifier")
-MOST_TIED = 6
 # Modules that read a layer's weight without calling the layer: the names of those layers, by the module's full class name.
 READERS: Mapping[str, tuple[str, ...]] = {
     "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
@@ -33,10 +32,6 @@ READERS: Mapping[str, tuple[str, ...]] = {
     "transformers.models.jamba.modeling_jamba.JambaMambaMixer": ("dt_proj", "out_proj"),
     "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": ("dt_proj", "out_proj"),
 }
-
-
-class AttachError(ValueError):
-    """A model and an adapter that do not go together; the model is left as it was."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,83 +64,6 @@ class Target:
         return (self, *self.tied)
 
 
-def near(given: str, names: Sequence[str] | Mapping[str, Any]) -> str:
-    """Words that point at names near the given one."""
-    ends = list(dict.fromkeys([*(n.rsplit(".", 1)[-1] for n in names), *names]))
-    close = difflib.get_close_matches(given, ends, n=4, cutoff=0.4) or ends[:4]
-    return f"near names are {', '.join(repr(c) for c in close)}" if close else "the model has no layer to adapt"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Something that a target may name: a module, or a projection of an `nn.MultiheadAttention`.
-
-    Attributes:
-        module: the module that holds the weight.
-        home: its name.
-        part: the projection, of `PARTS`; empty for a module.
-        parent: the module in which it is.
-        under_fsdp: whether FSDP2 shards it.
-        tied: further modules whose weight is the same parameter, meant together with this one.
-    """
-
-    module: nn.Module
-    home: str
-    part: str = ""
-    parent: nn.Module | None = None
-    under_fsdp: bool = False
-    tied: tuple[Place, ...] = ()
-
-    @property
-    def is_supported(self) -> bool:
-        """Whether it can be adapted, as far as its type tells."""
-        return bool(self.part) or is_supported(self.module)
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it counts as a linear layer; of an attention its out_proj alone."""
-        if self.part:
-            return self.part == "out_proj"
-        return isinstance(self.module, nn.Linear) or type(self.module).__name__ == "Conv1D"
-
-
-def places(model: nn.Module) -> dict[str, Place]:
-    """The modules of a model by name, and behind each `nn.MultiheadAttention` its projections."""
-    found: dict[str, Place] = {}
-    modules = dict(model.named_modules())
-    sharding = [name for name, m in modules.items() if any(t.__name__ == "FSDPModule" for t in type(m).__mro__)]
-    for name, module in modules.items():
-        parent = modules.get(name.rpartition(".")[0])
-        under_fsdp = any(f"{name}.".startswith(f"{s}." if s else "") for s in sharding)
-        if name and not isinstance(module, Adapter):
-            found.setdefault(name, Place(module, name, parent=parent, under_fsdp=under_fsdp))
-        if isinstance(module, nn.MultiheadAttention):
-            for part in PARTS:
-                held, home = (module.out_proj, f"{name}.out_proj") if part == "out_proj" else (module, name)
-                found[f"{name}.{part}".lstrip(".")] = Place(held, home.lstrip("."), part, module, under_fsdp)
-    for names in _tied(found):
-        for count in range(2, len(names) + 1):
-            found |= {"+".join(some): _joined([found[name] for name in some]) for some in combinations(names, count)}
-    return found
-
-
-def _tied(found: Mapping[str, Place]) -> list[list[str]]:
-    """Names of embeddings and linear layers whose weight is one parameter; no more than `MOST_TIED` of each."""
-    users: dict[int, list[str]] = {}
-    for name, place in found.items():
-        weight = place.module._parameters.get("weight")
-        if weight is not None and not place.part and not place.tied and isinstance(place.module, nn.Linear | nn.Embedding):
-            users.setdefault(id(weight), []).append(name)
-    tied = [names[:MOST_TIED] for names in users.values() if len(names) > 1]
-    return [names for names in tied if any(isinstance(found[name].module, nn.Embedding) for name in names)]
-
-
-def _joined(some: Sequence[Place]) -> Place:
-    """The place of modules that use one parameter: that of a linear layer among them, whose (out, in) is the parameter's."""
-    first, *others = sorted(some, key=lambda place: isinstance(place.module, nn.Embedding))
-    return replace(first, tied=tuple(others))
-
-
 def match(model: nn.Module, targets: Targets, exclude: Targets = (), only_layers: Sequence[int] | None = None) -> list[str]:
     """Names of the weights that `targets` names, in the model's order, by PEFT's rules.
 
@@ -156,14 +74,15 @@ def match(model: nn.Module, targets: Targets, exclude: Targets = (), only_layers
         model: the model.
         targets: a regular expression for the whole name, ``"all-linear"`` for every linear layer (of an
             `nn.MultiheadAttention` its out_proj alone) but the output layer of a transformers model, or a list of exact
-            names and of endings behind a dot.
+            names and of endings behind a dot, and of `Rows`. A fused layer whose model is known has its blocks behind its
+            name: ``"attn.qkv.q"``.
         exclude: the same, to leave out; it goes first.
         only_layers: keep names whose first number is one of these.
 
     Raises:
         AttachError: an entry that matches nothing, or a module that cannot be adapted.
     """
-    known_places = places(model)
+    known_places = places(model, declared(model, targets) | declared(model, exclude))
     adaptable = [name for name, place in known_places.items() if place.is_supported]
     out = set(_named(model, exclude, known_places, adaptable)) if exclude else set()
     found = _together([n for n in _named(model, targets, known_places, adaptable) if n not in out], known_places)
@@ -178,8 +97,8 @@ def match(model: nn.Module, targets: Targets, exclude: Targets = (), only_layers
 
 def _together(names: list[str], known: Mapping[str, Place]) -> list[str]:
     """The names, those that use one parameter joined by ``+``: an embedding and the output layer that is tied to it."""
-    for tied in _tied(known):
-        some = [name for name in tied if name in names]
+    for one in tied(known):
+        some = [name for name in one if name in names]
         if len(some) > 1 and any(isinstance(known[name].module, nn.Embedding) for name in some):
             first = names.index(some[0])
             names = ["+".join(some) if k == first else name for k, name in enumerate(names) if k == first or name not in some]
@@ -198,16 +117,27 @@ def _named(model: nn.Module, targets: Targets, found: Mapping[str, Place], adapt
                 f"targets={targets!r} is not a regular expression ({error}); a list matches by ending."
             ) from error
         matched = [n for n in found if pattern.fullmatch(n) and not found[n].tied]
+        # A pattern that is wide enough for a layer means the layer, not its blocks once more.
+        whole = {n for n in matched if found[n].span is None}
+        matched = [n for n in matched if found[n].span is None or n.rpartition(".")[0] not in whole]
         if not matched:
             raise AttachError(f"targets={targets!r} matches no module's whole name; {near(targets, adaptable)}.")
         return matched
     wanted = set[str]()
-    for entry in targets:
+    for entry in _spelled(targets):
         own = [n for n in found if n == entry or (n.endswith(f".{entry}") and ("+" in entry or not found[n].tied))]
         if not own:
             raise AttachError(f"the target '{entry}' matches no module; {near(entry, adaptable)}.")
         wanted |= set(own)
     return [n for n in found if n in wanted]
+
+
+def _spelled(targets: Sequence[str | Rows]) -> list[str]:
+    """The entries as names and endings."""
+    found: list[str] = []
+    for entry in targets:
+        found += [f"{entry.layer}.{part}" for part in entry.use or entry.parts] if isinstance(entry, Rows) else [entry]
+    return found
 
 
 def _output_layers(model: nn.Module) -> list[nn.Module]:
@@ -242,13 +172,22 @@ def bind(name: str, place: Place, at: str | None = None) -> Target:
         if place.part:
             kind: Kind = _projection(place)
         else:
-            kind = kind_of(place.module, at or _reads_weights(name, place))
+            kind = _block(kind_of(place.module, at or _reads_weights(place)), place)
         tied = tuple(Target(name, other.home, other.module, _turned(kind_of(other.module, at), place)) for other in place.tied)
         target = Target(name, place.home, place.module, kind, tied)
         _check_whole(target, place)
-    except LayerError as error:
+    except (LayerError, SpecError) as error:
         raise AttachError(f"'{name}' {error}") from error
     return target
+
+
+def _block(kind: Kind, place: Place) -> Kind:
+    """The kind of a place's rows; of layers other than linear ones, a block is adapted where the weight is read."""
+    if place.span is None:
+        return kind
+    if isinstance(kind, Linear):
+        return RowsOf(kind, place.span)
+    return replace(kind if isinstance(kind, Held) else Held(), span=place.span)
 
 
 def _turned(kind: Kind, place: Place) -> Kind:
@@ -267,19 +206,21 @@ def _projection(place: Place) -> Held:
     if place.part == "out_proj":
         kind = Held()
     elif attention._qkv_same_embed_dim:
-        kind = Held("in_proj_weight", (PARTS.index(place.part), 3))
+        d_out = attention.embed_dim
+        first = d_out * PARTS.index(place.part)
+        kind = Held("in_proj_weight", span=Span(first, first + d_out, 3 * d_out))
     else:
         kind = Held(f"{place.part}_weight")
     kind.stored(place.module)
     return kind
 
 
-def _reads_weights(name: str, place: Place) -> str | None:
+def _reads_weights(place: Place) -> str | None:
     """``"weight"`` for the layers of modules that are known to read weights without calling their layers."""
     if place.parent is None:
         return None
     parents = {f"{t.__module__}.{t.__qualname__}" for t in type(place.parent).__mro__}
-    child = name.rpartition(".")[2]
+    child = place.home.rpartition(".")[2]
     return "weight" if any(child in READERS.get(parent, ()) for parent in parents) else None
 
 

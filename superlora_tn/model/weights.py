@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from superlora_tn.model.kinds import Held, Kind
+from superlora_tn.declare.rows import Span
+from superlora_tn.model.kinds import Held, Kind, RowsOf
 from superlora_tn.model.targets import AttachError, Target, is_sharded
 from superlora_tn.update.base import Member
 
@@ -92,8 +93,40 @@ def found(target: Target) -> Weight | None:
     return known.get(_key(target.kind))
 
 
-def _key(kind: Kind) -> tuple[str, tuple[int, int]]:
-    return (kind.parameter, kind.block) if isinstance(kind, Held) else ("weight", (0, 1))
+def _key(kind: Kind) -> tuple[str, Span | None, int | None]:
+    """What of a layer a kind means: the parameter, which rows, which of a stack."""
+    if isinstance(kind, Held):
+        return kind.parameter, kind.span, kind.slot
+    return "weight", kind.span if isinstance(kind, RowsOf) else None, None
+
+
+def overlap(one: Target, other: Target) -> bool:
+    """Whether two targets have a row of one weight in common."""
+    (first, rows, place), (second, others, slot) = _key(one.kind), _key(other.kind)
+    if one.layer is not other.layer or (first, place) != (second, slot):
+        return False
+    return rows is None or others is None or rows.meets(others)
+
+
+def check_apart(targets: Sequence[Target]) -> None:
+    """Raise where two targets of one adapter have rows of a weight in common."""
+    layers: dict[int, list[Target]] = {}
+    for target in targets:
+        for other in layers.setdefault(id(target.layer), []):
+            if overlap(target, other):
+                raise AttachError(f"'{other.name}' and '{target.name}' have rows of one weight in common; name one of them.")
+        layers[id(target.layer)].append(target)
+
+
+def met(target: Target) -> Iterator[Weight]:
+    """Records of other weights that have a row in common with a target: of the whole layer, or of blocks of it."""
+    parameter, span, slot = _key(target.kind)
+    known: dict[Any, Weight] = target.layer.__dict__.get(SLOT, {})
+    for (other, rows, place), weight in known.items():
+        if (other, place) != (parameter, slot) or rows == span:
+            continue
+        if rows is None or span is None or span.meets(rows):
+            yield weight
 
 
 def drop(target: Target) -> None:
@@ -132,6 +165,11 @@ def check_mergeable(model: nn.Module, targets: Sequence[Target]) -> None:
             raise AttachError(
                 f"the module '{moved}' is another one now than the adapter was attached to (tokens added, a layer "
                 "replaced?); detach() and attach to the model as it is."
+            )
+        if any(weight.merged for weight in met(target)):
+            raise AttachError(
+                f"rows of the weight of '{target.name}' are merged with another adapter's dW already; unmerge() or bake() that "
+                "one first."
             )
         _check_writable(target)
         own = target.kind.owners(target.layer)

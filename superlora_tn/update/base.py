@@ -138,13 +138,15 @@ class Adapter(Placed, ABC):
         """dW of a member, see `delta`."""
 
     @abstractmethod
-    def update(self, member: Member, x: Tensor, out: Tensor, base: Tensor | None = None, training: bool = True) -> Tensor:
+    def update(
+        self, member: Member, x: Tensor, out: Tensor | None, base: Tensor | None = None, training: bool = True
+    ) -> Tensor:
         """``out + x dW^T`` for a member, in out's dtype.
 
         Args:
             member: which weight.
             x: (..., in).
-            out: (..., out).
+            out: (..., out); None gives ``x dW^T`` alone, in x's dtype.
             base: W, where out is the untouched output ``x W^T + b`` of a frozen linear layer: then out is written to.
             training: whether dropout drops.
         """
@@ -225,7 +227,7 @@ class Member:
         """dW as two thin matrices, see `Adapter.halves`."""
         return self.adapter.halves(self, rows, blocks)
 
-    def update(self, x: Tensor, out: Tensor, base: Tensor | None = None, training: bool = True) -> Tensor:
+    def update(self, x: Tensor, out: Tensor | None, base: Tensor | None = None, training: bool = True) -> Tensor:
         """``out + x dW^T``, see `Adapter.update`."""
         return self.adapter.update(self, x, out, base, training)
 

@@ -164,19 +164,25 @@ class FlatAdapter(Adapter):
         pieces = torch.split(flat, [math.prod(member.shape) for member in self.members.values()])
         return {name: piece.reshape(self.members[name].shape) for name, piece in zip(self.members, pieces, strict=True)}
 
-    def update(self, member: Member, x: Tensor, out: Tensor, base: Tensor | None = None, training: bool = True) -> Tensor:
+    def update(
+        self, member: Member, x: Tensor, out: Tensor | None, base: Tensor | None = None, training: bool = True
+    ) -> Tensor:
         """See `Adapter.update`."""
-        x = x if x.dtype == out.dtype else x.to(out.dtype)
+        dtype = x.dtype if out is None else out.dtype
+        x = x if x.dtype == dtype else x.to(dtype)
         if self.spec.dropout:
             x, base = self.drop(x, training), None
         if self.settings.recompute and is_eager() and torch.is_grad_enabled():
-            base = None if out.is_complex() else base  # programs write to no complex output
-            given = None if base is None else out.detach()
-            arguments = (self, member, out.dtype, base, given, x, *self.tensors())
+            base = None if out is None or out.is_complex() else base  # programs write to no complex output
+            given = None if base is None or out is None else out.detach()
+            arguments = (self, member, dtype, base, given, x, *self.tensors())
             update: Tensor = _Recomputed.apply(*arguments)  # type: ignore[no-untyped-call]
+            if out is None:
+                return update.reshape(*x.shape[:-1], member.shape[0])
             return out + update.reshape(out.shape) if base is None else update
         multiply: Run = member.place.multiply
-        return multiply(x, self.current(member).to(out.dtype), out=out, base=base)
+        found = multiply(x, self.current(member).to(dtype), out=out, base=base)
+        return found.reshape(*x.shape[:-1], member.shape[0]) if out is None else found
 
 
 class _Recomputed(torch.autograd.Function):

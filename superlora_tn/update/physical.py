@@ -205,19 +205,31 @@ class PhysicalAdapter(Adapter):
             held = found.carried[id(self)] = (made_in, (x, *own), run.carry(cast_x, *nodes))
         return held[2]
 
-    def update(self, member: Member, x: Tensor, out: Tensor, base: Tensor | None = None, training: bool = True) -> Tensor:
+    def update(
+        self, member: Member, x: Tensor, out: Tensor | None, base: Tensor | None = None, training: bool = True
+    ) -> Tensor:
         """See `Adapter.update`."""
         # A recorded program is for all numbers of tokens: no branch on them.
         tokens = NOMINAL_TOKENS if is_recorded() else math.prod(x.shape[:-1])
-        cast_x = x if x.dtype == out.dtype else x.to(out.dtype)
+        dtype = x.dtype if out is None else out.dtype
+        cast_x = x if x.dtype == dtype else x.to(dtype)
         if self.spec.dropout:
             # The layer's own gradient goes through x itself, so the two can no longer be one.
             cast_x, base = self.drop(cast_x, training), None
         stage = next((stage for least, stage in self._runs if tokens >= least), self._runs[-1][1])
         if stage.rest is None:
-            return self._multiply(cast_x, self.delta_of(member).to(out.dtype), out=out, base=base)
+            found = self._multiply(cast_x, self.delta_of(member).to(dtype), out=out, base=base)
+        else:
+            found = self._apply_route(member, stage, x, cast_x, out, base)
+        return found if out is not None else found.reshape(*x.shape[:-1], member.shape[0])
+
+    def _apply_route(
+        self, member: Member, stage: _Stage, x: Tensor, cast_x: Tensor, out: Tensor | None, base: Tensor | None
+    ) -> Tensor:
+        """x through the network; `cast_x` is x as it is computed with."""
+        assert stage.rest is not None
         own = self.tensors()
-        nodes = self._operands(member, own, out.dtype)
+        nodes = self._operands(member, own, cast_x.dtype)
         if stage.common is None:
             return stage.rest(cast_x, *nodes, out=out, alpha=self.scale, base=base)
         first, rest = [nodes[k] for k in self._scheme.common], [nodes[k] for k in self._scheme.rest]

@@ -1,0 +1,155 @@
+"""What a target of a model may name: modules, projections of attentions, blocks of fused layers, tied modules together."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+from torch import nn
+
+from superlora_tn.declare.parts import SpecError
+from superlora_tn.declare.rows import Rows, Span
+from superlora_tn.model.blocks import blocks_in
+from superlora_tn.model.kinds import LayerError
+from superlora_tn.model.recognise import is_fusable, is_supported, kind_of
+from superlora_tn.update.base import Adapter
+
+Targets = str | Sequence[str | Rows]
+PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
+MOST_TIED = 6
+
+
+class AttachError(ValueError):
+    """A model and an adapter that do not go together; the model is left as it was."""
+
+
+def near(given: str, names: Sequence[str] | Mapping[str, Any]) -> str:
+    """Words that point at names near the given one."""
+    ends = list(dict.fromkeys([*(n.rsplit(".", 1)[-1] for n in names), *names]))
+    close = difflib.get_close_matches(given, ends, n=4, cutoff=0.4) or ends[:4]
+    return f"near names are {', '.join(repr(c) for c in close)}" if close else "the model has no layer to adapt"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Something that a target may name: a module, or a projection of an `nn.MultiheadAttention`.
+
+    Attributes:
+        module: the module that holds the weight.
+        home: its name.
+        part: the projection, of `PARTS`; empty for a module.
+        parent: the module in which it is.
+        under_fsdp: whether FSDP2 shards it.
+        tied: further modules whose weight is the same parameter, meant together with this one.
+        span: which rows of the module's weight are meant; None means all.
+    """
+
+    module: nn.Module
+    home: str
+    part: str = ""
+    parent: nn.Module | None = None
+    under_fsdp: bool = False
+    tied: tuple[Place, ...] = ()
+    span: Span | None = None
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether it can be adapted, as far as its type tells."""
+        return bool(self.part) or is_supported(self.module)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it counts as a linear layer; of an attention its out_proj alone."""
+        if self.part:
+            return self.part == "out_proj"
+        if self.tied or self.span is not None:
+            return False
+        return isinstance(self.module, nn.Linear) or type(self.module).__name__ == "Conv1D"
+
+
+def places(model: nn.Module, rows: Mapping[str, Span] | None = None) -> dict[str, Place]:
+    """The modules of a model by name, and what else a target may name.
+
+    That is: behind each `nn.MultiheadAttention` its projections, behind a fused layer that is known its blocks, and modules
+    that are tied to one another, joined by ``+``.
+
+    Args:
+        model: the model.
+        rows: further blocks, by their names behind their layers.
+    """
+    found: dict[str, Place] = {}
+    declared_rows: dict[str, dict[str, Span]] = {}
+    for block, span in (rows or {}).items():
+        declared_rows.setdefault(block.rpartition(".")[0], {})[block] = span
+    modules = dict(model.named_modules())
+    sharding = [name for name, m in modules.items() if any(t.__name__ == "FSDPModule" for t in type(m).__mro__)]
+    for name, module in modules.items():
+        parent = modules.get(name.rpartition(".")[0])
+        under_fsdp = any(f"{name}.".startswith(f"{s}." if s else "") for s in sharding)
+        if name and not isinstance(module, Adapter):
+            found.setdefault(name, Place(module, name, parent=parent, under_fsdp=under_fsdp))
+        if isinstance(module, nn.MultiheadAttention):
+            for part in PARTS:
+                held, home = (module.out_proj, f"{name}.out_proj") if part == "out_proj" else (module, name)
+                found[f"{name}.{part}".lstrip(".")] = Place(held, home.lstrip("."), part, module, under_fsdp)
+        blocks = declared_rows.get(name, {})
+        if not blocks and is_fusable(module) and (known := blocks_in(parent, name.rpartition(".")[2])) is not None:
+            blocks = _spans(name, module, known)
+        for block, span in blocks.items():
+            found[block] = replace(found[name], span=span)
+    for names in tied(found):
+        for count in range(2, len(names) + 1):
+            found |= {"+".join(some): _joined([found[name] for name in some]) for some in combinations(names, count)}
+    return found
+
+
+def _spans(name: str, module: Any, blocks: Rows) -> dict[str, Span]:
+    """The blocks of a layer by their full names; none where its rows do not divide so."""
+    try:
+        spans = blocks.spans(module.nf if type(module).__name__ == "Conv1D" else module.out_features)
+    except SpecError:
+        return {}
+    return {f"{name}.{part}": span for part, span in spans.items()}
+
+
+def declared(model: nn.Module, targets: Targets | None) -> dict[str, Span]:
+    """The blocks that `Rows` among targets declare, by their full names.
+
+    Raises:
+        AttachError: a layer that is not there or does not divide so.
+    """
+    found: dict[str, Span] = {}
+    modules = {name: m for name, m in model.named_modules() if name}
+    for entry in [] if targets is None or isinstance(targets, str) else targets:
+        if not isinstance(entry, Rows):
+            continue
+        homes = [name for name in modules if name == entry.layer or name.endswith(f".{entry.layer}")]
+        if not homes:
+            raise AttachError(f"the layer '{entry.layer}' of {entry} is no module; {near(entry.layer, list(modules))}.")
+        for home in homes:
+            try:
+                spans = entry.spans(kind_of(modules[home]).shape(modules[home])[0])
+            except (LayerError, SpecError) as error:
+                raise AttachError(f"'{home}' {error}") from error
+            found |= {f"{home}.{part}": span for part, span in spans.items()}
+    return found
+
+
+def tied(found: Mapping[str, Place]) -> list[list[str]]:
+    """Names of embeddings and linear layers whose weight is one parameter; no more than `MOST_TIED` of each."""
+    users: dict[int, list[str]] = {}
+    for name, place in found.items():
+        weight = place.module._parameters.get("weight")
+        if weight is not None and not place.part and not place.tied and isinstance(place.module, nn.Linear | nn.Embedding):
+            users.setdefault(id(weight), []).append(name)
+    tied = [names[:MOST_TIED] for names in users.values() if len(names) > 1]
+    return [names for names in tied if any(isinstance(found[name].module, nn.Embedding) for name in names)]
+
+
+def _joined(some: Sequence[Place]) -> Place:
+    """The place of modules that use one parameter: that of a linear layer among them, whose (out, in) is the parameter's."""
+    first, *others = sorted(some, key=lambda place: isinstance(place.module, nn.Embedding))
+    return replace(first, tied=tuple(others))
