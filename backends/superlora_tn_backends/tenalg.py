@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -32,6 +31,8 @@ from superlora_tn.contraction.layout import Equation, Indices
 from superlora_tn.contraction.plan import plan_equation
 from superlora_tn.contraction.profile import CPU, DEVICES
 from superlora_tn.contraction.search import Optimizer
+from superlora_tn.declare.bounds import KEPT_LINES
+from superlora_tn.declare.cache import kept
 from superlora_tn_backends.tensorly_torch import Program, compile
 
 BACKEND_NAME = "superlora_tn"
@@ -194,7 +195,7 @@ class _NoPlan(Exception):
     """torch.einsum shall judge the equation."""
 
 
-@lru_cache(maxsize=CACHE)
+@kept(CACHE, KEPT_LINES, lambda _, equation, shapes, *__: len(shapes))
 def _contraction(
     equation: str, shapes: tuple[tuple[int, ...], ...], trained: tuple[bool, ...], optimize: Optimizer, device: str
 ) -> _Contraction | None:
@@ -266,7 +267,7 @@ def _reduced(term: Indices, shape: Sequence[int], size: dict[str, int]) -> tuple
 
 
 def cache_info() -> Any:
-    """Hits, misses, bound and size of the cache of equations, as `functools.lru_cache` counts them."""
+    """Hits, misses, bound and size of the cache of equations, as `functools.lru_cache` counts them; operands of them all."""
     return _contraction.cache_info()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 
 from superlora_tn.contraction.layout import Indices, Step, volume
 from superlora_tn.contraction.plan import Plan
@@ -195,13 +196,14 @@ class _Writer:
             self.lines.append("grad = grad if alpha == 1.0 else grad * alpha")
         self.lines.append(f"grad = TL.reshape(grad, {_text(shape)})")
         grads = {count + len(steps) - 1: Variable("grad", self.plan.output, shape)}
-        ready = [len(steps) - 1] if steps and needs[count + len(steps) - 1] else []
+        ready = [(False, -len(steps) + 1)] if steps and needs[count + len(steps) - 1] else []
         while ready:
-            # What hangs on nodes alone goes first, so that its large gradients go before the next ones come.
-            k = max(ready, key=lambda k: (TOKEN not in steps[k].result, k))
-            ready.remove(k)
+            # What hangs on nodes alone goes first, so that its large gradients go before the next ones come; else the last step.
+            k = -heappop(ready)[1]
             self._step_back(steps[k], grads.pop(count + k), grads, needs, folded and k == len(steps) - 1)
-            ready += [j - count for j in (steps[k].large, steps[k].small) if j >= count and needs[j]]
+            for j in (steps[k].large, steps[k].small):
+                if j >= count and needs[j]:
+                    heappush(ready, (TOKEN in steps[j - count].result, count - j))
         self._return_grads(grads, wanted)
         return self.function("backward", ["grad", "alpha", *self._operands(), *self.kept])
 

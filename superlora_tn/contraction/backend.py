@@ -8,6 +8,8 @@ from importlib import import_module, metadata
 from typing import Any, Protocol
 
 from superlora_tn.contraction.plan import Plan
+from superlora_tn.declare.bounds import KEPT_LINES
+from superlora_tn.declare.cache import kept
 
 GROUP = "superlora_tn.backends"
 # Entry points are empty in a checkout that is not installed, so the backends we ship are known by name too.
@@ -59,7 +61,7 @@ def backend(name: str = DEFAULT) -> Backend:
     return import_module(BUILT_IN[name])
 
 
-@lru_cache(maxsize=8192)
+@kept(8192, KEPT_LINES, lambda _, plan, *__, **___: len(plan.names))
 def compiled(plan: Plan, name: str = DEFAULT) -> Callable[..., Any]:
     """The plan as a callable of the named backend; equal plans compile once."""
     return backend(name).compile(plan)

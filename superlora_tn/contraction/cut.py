@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 from superlora_tn.contraction.layout import Indices, volume
 from superlora_tn.contraction.plan import Plan, grown, plan_equation, sub_network
 from superlora_tn.contraction.profile import Device
 from superlora_tn.contraction.search import Optimizer
+from superlora_tn.declare.bounds import KEPT_NODES
+from superlora_tn.declare.cache import kept
 from superlora_tn.network.graph import Graph
 
 
@@ -48,7 +49,7 @@ class Halves:
         return 2 * rows * self.bond * (d_out + blocks * d_in) < d_out * d_in * (rows + self.bond)
 
 
-@lru_cache(maxsize=4096)
+@kept(4096, KEPT_NODES, lambda _, graph, *__, **___: len(graph.nodes))
 def halves(graph: Graph, device: Device, optimize: Optimizer) -> Halves | None:
     """The cut with the thinnest bond, for one member of a physical fold; None where a node is on out and on in."""
     cuts = [(volume(_bond(graph, inner), graph.size), inner) for inner in _inner_sides(graph)]

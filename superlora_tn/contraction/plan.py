@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal
 
 import opt_einsum as oe
@@ -17,6 +17,8 @@ import opt_einsum as oe
 from superlora_tn.contraction.layout import Equation, Indices, Step, volume
 from superlora_tn.contraction.profile import CPU, ITEM, Device
 from superlora_tn.contraction.search import Optimizer, PlanError, steps_of
+from superlora_tn.declare.bounds import KEPT_STEPS, PEAK_SPARE, PEAK_TIMES
+from superlora_tn.declare.cache import kept
 from superlora_tn.declare.parts import TOKEN
 from superlora_tn.network.graph import Graph, GraphNode
 
@@ -135,7 +137,7 @@ def table(rows: Sequence[Sequence[str]], right: str = "FLOPs bytes") -> list[str
     ]
 
 
-@lru_cache(maxsize=8192)
+@kept(8192, KEPT_STEPS, lambda plan, *_, **__: len(plan.names))
 def make_plan(
     graph: Graph,
     route: Route,
@@ -152,16 +154,31 @@ def make_plan(
         route: `apply` (x is contracted with the network) or `delta` (the network alone).
         tokens: rows of x; the delta route does not depend on it.
         device: the balance to price for.
-        optimize: "dp" searches all paths on our own price (with outer products up to 8 operands, without up to 14,
-            above that opt_einsum's "auto"); any other name or optimizer object that opt_einsum takes is used as it is.
+        optimize: "dp" searches on our own price: all paths up to 8 operands, up to 33 those over operands in some rows and,
+            where these are few, all without outer products, above that opt_einsum's "greedy"; any other name or optimizer
+            object that opt_einsum takes is used as it is.
         memory_limit: the largest allowed intermediate, in bytes.
         fixed: the member indices are chosen beforehand (the usual case); False contracts all members at once, with one
             axis of the result for each member mode in front.
 
     Raises:
-        PlanError: the route does not exist for this graph, or nothing fits the memory limit.
+        PlanError: the route does not exist for this graph, nothing fits the memory limit, or dW, without which no layer can
+            do, needs an intermediate that no machine has room for beside the weights.
     """
-    return plan_equation(_equation(graph, route, tokens, fixed), route, device, optimize, memory_limit)
+    plan = plan_equation(_equation(graph, route, tokens, fixed), route, device, optimize, memory_limit)
+    if route == "delta":
+        _check_peak(plan, graph)
+    return plan
+
+
+def _check_peak(plan: Plan, graph: Graph) -> None:
+    numbers, most = plan.peak // ITEM, PEAK_TIMES * (graph.num_numbers + volume(plan.output, plan.size)) + PEAK_SPARE
+    if numbers > most:
+        raise PlanError(
+            f"to build dW, the best path found needs an intermediate of {numbers:,} numbers, above {most:,}: the network's "
+            f"{len(plan.names)} nodes of {graph.num_numbers:,} numbers hang together too closely. Declare smaller or fewer "
+            "bonds."
+        )
 
 
 def sub_network(graph: Graph, nodes: Sequence[GraphNode], result: tuple[Indices, ...], fixed: bool = True) -> Equation:
@@ -200,7 +217,7 @@ def _equation(graph: Graph, route: Route, tokens: int, fixed: bool) -> Equation:
     return sub_network(graph, graph.nodes, ((TOKEN,), graph.open("out"))).fed(graph.open("in"), tokens)
 
 
-@lru_cache(maxsize=1024)
+@kept(1024, KEPT_STEPS, lambda plan, *_, **__: len(plan.names))
 def plan_equation(
     equation: Equation,
     route: Route = "delta",

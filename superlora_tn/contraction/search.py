@@ -102,12 +102,13 @@ def _search(task: Task, optimize: Optimizer) -> Pairs:
     """The pairs to contract; results are numbered behind the operands."""
     if optimize != "dp":
         return _asked(task, optimize)
-    tree, count = _exact(task), len(task.terms)
+    count = len(task.terms)
+    if count > MAX_ROW:
+        return _asked(task, "greedy")
+    tree = _exact(task)
     if tree is not None and task.sets.outer:
         return sequence(tree, count)
     greedy = _asked(task, "greedy")
-    if count > MAX_ROW:
-        return greedy
     rows = _rows(task, leaves(_tree(greedy, count)))
     found = [cheapest(frozenset(row), runs(row), _Prices(task)) for row in rows]
     paths = [sequence(one, count) for one in (tree, *found) if one is not None]

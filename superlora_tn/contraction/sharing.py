@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from itertools import islice
 
 from superlora_tn.contraction.layout import Equation, Indices, volume
 from superlora_tn.contraction.plan import Plan, grown, make_plan, plan_equation, sub_network
 from superlora_tn.contraction.profile import ITEM, Device
 from superlora_tn.contraction.search import Optimizer
+from superlora_tn.declare.bounds import KEPT_NODES, MAX_GROWN
+from superlora_tn.declare.cache import kept
 from superlora_tn.declare.parts import TOKEN
 from superlora_tn.network.graph import Graph, GraphNode
 
@@ -63,7 +65,7 @@ class Scheme:
         return plan_equation(first, "apply", device, optimize), plan_equation(second, "apply", device, optimize)
 
 
-@lru_cache(maxsize=4096)
+@kept(4096, KEPT_NODES, lambda scheme, *_, **__: len(scheme.graph.nodes))
 def scheme(graph: Graph, siblings: int, tokens: int, device: Device, optimize: Optimizer) -> Scheme:
     """The division that costs the least.
 
@@ -91,7 +93,7 @@ def _candidates(graph: Graph) -> Iterator[tuple[int, ...]]:
     member, out = set(graph.open("member")), set(graph.open("out"))
     free = [k for k, n in enumerate(graph.nodes) if not (member | out) & set(n.indices)]
     found = [k for k in free if set(graph.nodes[k].indices) & set(graph.open("in"))]
-    yield from grown(graph, found, free)
+    yield from islice(grown(graph, found, free), MAX_GROWN)
 
 
 def _halves(graph: Graph, common: tuple[int, ...], tokens: int) -> tuple[Equation, Equation]:

@@ -47,6 +47,8 @@ NODES_TIMES, NODES_SPARE = 64, 1 << 24
 """Numbers of all nodes: at most so many times the weights' elements, and the spare ones (64 MB in float32)."""
 TABLES_TIMES, TABLES_SPARE = 16, 1 << 12
 """Numbers of all tables of fixed maps: at most so many times the weights' elements and the spare ones."""
+PEAK_TIMES, PEAK_SPARE = 64, 1 << 32
+"""Numbers of an intermediate on the way to dW: at most so many times all nodes' and dW's, and the spare ones (16 GB)."""
 
 # --- what a plan is searched for ------------------------------------------------------------------------------------
 
@@ -58,3 +60,14 @@ MAX_ROW = 33
 """Operands that are searched in rows (n**3 / 6 meetings each) where the exact search has too many; above, greedily."""
 TRIED_TIMES = 64
 """Pairs of sets that are looked at for each meeting there may be: most share a tensor, or no index."""
+MAX_GROWN = 8
+"""Sets of nodes that are tried as what x meets once for all siblings, each set the last one and what hangs on it."""
+
+# --- what is kept ---------------------------------------------------------------------------------------------------
+
+KEPT_NODES = 1 << 16
+"""Nodes of all graphs that are kept: about 0.5 kB each."""
+KEPT_STEPS = 1 << 15
+"""Steps of all plans that are kept: about 2 kB each."""
+KEPT_LINES = 1 << 14
+"""Steps of all programs that are kept, each with some lines of source and their code: about 4 kB."""

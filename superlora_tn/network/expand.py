@@ -11,10 +11,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, singledispatch
+from functools import singledispatch
 from itertools import pairwise
 
-from superlora_tn.declare.bounds import MAX_GRAPH_NODES
+from superlora_tn.declare.bounds import KEPT_NODES, MAX_GRAPH_NODES
+from superlora_tn.declare.cache import kept
 from superlora_tn.declare.fold import FlatGroup, Group, Mode, factorise
 from superlora_tn.declare.parts import (
     CP,
@@ -57,7 +58,7 @@ class Draft:
     zero: bool = False
 
 
-@lru_cache(maxsize=4096)
+@kept(4096, KEPT_NODES, lambda graph, *_, **__: len(graph.nodes))
 def lower(part: Part, modes: tuple[Mode, ...], batch: int = 1) -> Graph:
     """Give a part sizes: the graph whose contraction, modes in order, is the tensor of dW.
 
