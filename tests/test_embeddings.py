@@ -261,6 +261,51 @@ def test_it_compiles_in_one_graph(spec: sl.AdapterSpec) -> None:
         torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
 
 
+# --- some rows alone ------------------------------------------------------------------------------------------------
+
+NEW = sl.Rows("layer", ("old", "new"), use=("new",), sizes=(9, 3))
+
+
+@each_spec
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 10}])
+def test_new_tokens_alone(spec: sl.AdapterSpec, options: dict[str, Any], tmp_path: Path) -> None:
+    if spec is SPECS["in first"]:
+        pytest.skip("declared for more rows")
+    model = nn.ModuleDict({"layer": nn.Embedding(NUM, DIM, **options).double()})
+    tuned = sl.attach(model, spec, [NEW], seed=0, dtype=torch.float64)
+    perturb(tuned)
+    delta, layer, before = tuned.delta("layer.new"), model["layer"], model.state_dict()["layer.weight"].clone()
+    assert tuned.targets == {"layer.new": (DIM, 3)}
+    table = torch.cat([before[:9], before[9:] + delta.T])
+    x = torch.tensor([[0, 9, 10], [11, 8, 9]])
+    y, expected = layer(x), F.embedding(x, table, layer.padding_idx)
+    torch.testing.assert_close(y, expected)
+    g = noise(2, 3, DIM, dtype=torch.float64)
+    for found, other in zip(gradients(y, tuned, g), gradients(expected, tuned, g), strict=True):
+        torch.testing.assert_close(found, other)
+    tuned.save(tmp_path)
+    other = nn.ModuleDict({"layer": nn.Embedding(NUM, DIM, **options).double()})
+    other["layer"].weight.data.copy_(before)
+    sl.load(other, tmp_path)
+    torch.testing.assert_close(other["layer"](x), y)
+    tuned.merge()
+    stored = model.state_dict()["layer.weight"]
+    torch.testing.assert_close(stored, table)
+    assert torch.equal(stored[:9], before[:9])
+    tuned.detach()
+    assert torch.equal(model.state_dict()["layer.weight"], before)
+
+
+def test_some_rows_of_what_is_no_plain_table_are_refused_by_name() -> None:
+    for layer in (nn.Embedding(NUM, DIM, max_norm=1.0), Shifted(NUM, DIM)):
+        with pytest.raises(
+            sl.AttachError, match=r"'layer.new' is a block of the rows of a \w+, which works for plain embeddings"
+        ):
+            sl.attach(nn.ModuleDict({"layer": layer}), sl.lora(1), [NEW])
+    with pytest.raises(sl.AttachError, match=r"'layer.new' is a block of the rows"):
+        sl.attach(nn.ModuleDict({"layer": nn.Embedding(NUM, DIM)}), sl.lora(1), [NEW], at="weight")
+
+
 # --- tied to an output layer ---------------------------------------------------------------------------------------
 
 

@@ -69,6 +69,11 @@ class Kind(ABC):
         return False
 
     @property
+    def block(self) -> Span | None:
+        """Which rows of the weight are meant; None means all."""
+        return None
+
+    @property
     def inputs(self) -> int | None:
         """How many numbers of the layer's input are not zero at once; None means all."""
         return None
@@ -268,6 +273,11 @@ class RowsOf(Kind):
     kind: Linear
     span: Span
 
+    @property
+    def block(self) -> Span | None:
+        """Its rows."""
+        return self.span
+
     def shape(self, layer: Any) -> Shape:
         """(out, in) of the block."""
         d_out, d_in = self.kind.shape(layer)
@@ -316,6 +326,11 @@ class Held(Kind):
     transposed: bool = False
     span: Span | None = None
     slot: int | None = None
+
+    @property
+    def block(self) -> Span | None:
+        """Its rows."""
+        return self.span
 
     def stored(self, layer: Any) -> Tensor:
         """The parameter itself."""

@@ -131,11 +131,18 @@ def declared(model: nn.Module, targets: Targets | None) -> dict[str, Span]:
             raise AttachError(f"the layer '{entry.layer}' of {entry} is no module; {near(entry.layer, list(modules))}.")
         for home in homes:
             try:
-                spans = entry.spans(kind_of(modules[home]).shape(modules[home])[0])
+                spans = entry.spans(_rows(modules[home]))
             except (LayerError, SpecError) as error:
                 raise AttachError(f"'{home}' {error}") from error
             found |= {f"{home}.{part}": span for part, span in spans.items()}
     return found
+
+
+def _rows(layer: Any) -> int:
+    """How many rows a layer's weight has: its outputs, or the entries of a table."""
+    if isinstance(layer, nn.Embedding):
+        return int(layer.num_embeddings)
+    return kind_of(layer).shape(layer)[0]
 
 
 def tied(found: Mapping[str, Place]) -> list[list[str]]:

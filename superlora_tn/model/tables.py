@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from superlora_tn.declare.fold import Shape
+from superlora_tn.declare.rows import Span
 from superlora_tn.model.kinds import OPAQUE, Kind, LayerError
+from superlora_tn.model.spans import cut, put
 from superlora_tn.update.base import Member, Side
 
 
@@ -77,6 +79,47 @@ def _weighted(layer: Any, member: Member, x: Tensor, rows: Tensor) -> Tensor:
         return rows
     part: Tensor = rows * weights
     return part + (rows - part).detach()
+
+
+ONE = Span(0, 1, 1)
+
+
+@dataclass(frozen=True)
+class TableRows(Table):
+    """A block of a table's rows: as a matrix (dim, rows of the block). New tokens alone, say.
+
+    Attributes:
+        span: which rows, in one run.
+    """
+
+    span: Span = ONE
+
+    @property
+    def block(self) -> Span | None:
+        """Its rows."""
+        return self.span
+
+    def shape(self, layer: Any) -> Shape:
+        """(dim, rows of the block)."""
+        return layer.embedding_dim, self.span.count(layer.num_embeddings)
+
+    def read(self, layer: Any) -> Tensor:
+        """A view."""
+        return cut(layer.weight, self.span).t()
+
+    def write(self, layer: Any, matrix: Tensor) -> None:
+        """The other rows stay as they are."""
+        put(layer.weight, self.span, matrix.t())
+
+    def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
+        """y (..., dim) + dW's rows of those numbers in x (...) that the block has."""
+        if x.numel() == 0:
+            return y
+        flat = x.reshape(-1)
+        inside = (flat >= self.span.start) & (flat < self.span.stop)
+        rows = member.lookup(torch.where(inside, flat - self.span.start, 0), self.side, y.dtype)
+        rows = _weighted(layer, member, flat, rows) * inside[:, None].to(y.dtype)
+        return torch.add(y, rows.reshape(y.shape), alpha=self.factor)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from superlora_tn.declare.rows import Rows, Span
 from superlora_tn.model.kinds import Held, Kind, LayerError, Linear, RowsOf
 from superlora_tn.model.places import PARTS, AttachError, Place, Targets, declared, near, places, tied
 from superlora_tn.model.recognise import kind_of, supported
-from superlora_tn.model.tables import Table
+from superlora_tn.model.tables import Table, TableRows
 
 __all__ = ["AttachError", "Place", "Target", "Targets", "bind", "is_sharded", "match", "near", "places"]
 
@@ -187,7 +187,19 @@ def _block(kind: Kind, place: Place) -> Kind:
         return kind
     if isinstance(kind, Linear):
         return RowsOf(kind, place.span)
+    if isinstance(place.module, nn.Embedding):
+        return _table_rows(kind, place.module, place.span)
     return replace(kind if isinstance(kind, Held) else Held(), span=place.span)
+
+
+def _table_rows(kind: Kind, layer: nn.Embedding, span: Span) -> Kind:
+    """The kind of some rows of an embedding's table."""
+    if type(kind) is not Table or span.period != layer.num_embeddings:
+        raise LayerError(
+            f"is a block of the rows of a {type(layer).__name__}, which works for plain embeddings at their output and for "
+            "rows in one run; name the whole layer."
+        )
+    return TableRows(factor=kind.factor, span=span)
 
 
 def _turned(kind: Kind, place: Place) -> Kind:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from superlora_tn.declare.rows import Span
-from superlora_tn.model.kinds import Held, Kind, RowsOf
+from superlora_tn.model.kinds import Held, Kind
 from superlora_tn.model.targets import AttachError, Target, is_sharded
 from superlora_tn.update.base import Member
 
@@ -97,7 +97,7 @@ def _key(kind: Kind) -> tuple[str, Span | None, int | None]:
     """What of a layer a kind means: the parameter, which rows, which of a stack."""
     if isinstance(kind, Held):
         return kind.parameter, kind.span, kind.slot
-    return "weight", kind.span if isinstance(kind, RowsOf) else None, None
+    return "weight", kind.block, None
 
 
 def overlap(one: Target, other: Target) -> bool:
