@@ -198,7 +198,7 @@ class _Writer:
         grads = {count + len(steps) - 1: Variable("grad", self.plan.output, shape)}
         ready = [(False, -len(steps) + 1)] if steps and needs[count + len(steps) - 1] else []
         while ready:
-            # What hangs on nodes alone goes first, so that its large gradients go before the next ones come; else the last step.
+            # What hangs on nodes alone goes first, so that its large gradients go before the next ones come; then the last.
             k = -heappop(ready)[1]
             self._step_back(steps[k], grads.pop(count + k), grads, needs, folded and k == len(steps) - 1)
             for j in (steps[k].large, steps[k].small):
