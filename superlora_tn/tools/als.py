@@ -26,7 +26,7 @@ class Fitting:
         problem: what is wanted.
         environments: of the free nodes.
         nodes: their values now.
-        tensor: the network's tensor.
+        tensor: the network's tensor, as it was before the sweep where the unfolding is linear.
         residual: what it misses.
     """
 
@@ -70,11 +70,25 @@ class Fitting:
             step = spectrum.solve(right)
         else:
             step = conjugate_gradients(through, right, spectrum.solve, INNER, INNER_TOLERANCE)
-        after = tensor + environment.push(nodes, step)
-        residual = self.problem.residual(after)
-        if residual.norm() <= self.residual.norm():
+        if self._moved(environment.push(nodes, step)):
             nodes[environment.node] = nodes[environment.node] + step
+
+    def _moved(self, step: Tensor) -> bool:
+        """Take a step of the network's tensor, unless it makes the error larger; whether it was taken."""
+        unfolding, before = self.problem.unfolding, float(self.residual.norm())
+        if unfolding.linear:
+            # In place, and the tensor waits for the end of the sweep: fresh memory of this size costs more than the sums.
+            change = unfolding.push(self.tensor, step)
+            better = float(self.residual.sub_(change).norm()) <= before
+            if not better:
+                self.residual.add_(change)
+            return better
+        after = self.tensor + step
+        residual = self.problem.residual(after)
+        better = float(residual.norm()) <= before
+        if better:
             self.tensor, self.residual = after, residual
+        return better
 
 
 def environments(equation: Equation) -> tuple[Environment, ...]:

@@ -110,7 +110,7 @@ def decompose(
     spec: AdapterSpec | Budget,
     *,
     steps: int = 200,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-5,
     restarts: int = 3,
     seed: int = 0,
     start: Mapping[str, Tensor] | None = None,

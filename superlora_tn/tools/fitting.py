@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ Report = Callable[[int, float], None]
 FOUND = 1e-10  # a relative error that no other start need improve
 ROUNDING = 1e-14  # one that no step improves
 SLOW = 1e-2  # where a sweep lowers the error by less of itself, Gauss-Newton steps take over
+PATIENCE = 15  # sweeps before a start may be given up: those by chance begin with a long fall
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def fit(
         count += 1
         fitting = Fitting(problem, around, nodes)
         nearest = name == "singular values" and problem.unfolding.isometric and is_nearest(problem.equation)
-        errors = [fitting.error] if nearest else _converge(fitting, settings, report)
+        errors = [fitting.error] if nearest else _converge(fitting, settings, math.inf if best is None else best.error, report)
         if best is None or errors[-1] < best.error:
             best = Fit(tuple(fitting.nodes), errors[-1], name, tuple(errors), count)
         if best.error < FOUND:
@@ -86,21 +88,25 @@ def fit(
     return Fit(tuple(nodes), best.error, best.start, best.errors, count)
 
 
-def _converge(fitting: Fitting, settings: Settings, report: Report | None) -> list[float]:
-    """Sweeps while they are quick, then Gauss-Newton steps; the errors on the way."""
-    errors, newton = [fitting.error], None
-    for _ in range(settings.steps):
+def _converge(fitting: Fitting, settings: Settings, bar: float, report: Report | None) -> list[float]:
+    """Sweeps while they are quick, then Gauss-Newton steps; the errors on the way.
+
+    Where the problem is too large for these, a start that stays behind another one, `bar`, is given up.
+    """
+    errors, newton, large = [fitting.error], None, False
+    for done in range(1, settings.steps + 1):
         errors.append(newton.step() if newton else fitting.sweep())
         if report:
-            report(len(errors) - 1, errors[-1])
+            report(done, errors[-1])
         gained = (errors[-2] - errors[-1]) / errors[-2] if errors[-2] > 0 else 0.0
-        if errors[-1] < ROUNDING:
+        hopeless = large and done >= PATIENCE and errors[-1] * (1 - gained) ** done > bar
+        if errors[-1] < ROUNDING or hopeless:
             break
-        if newton is None and gained < SLOW:
+        if newton is None and not large and gained < SLOW:
             newton = Newton(fitting)
             if newton.possible:
                 continue
-            newton = None
+            newton, large = None, True
         if gained < settings.tolerance:
             break
     return errors
