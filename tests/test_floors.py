@@ -65,6 +65,7 @@ HOUSE = {
         ["newton", "starts"],
         ["fitting"],
         ["decompose"],
+        ["convert"],
     ],
 }
 ROOMS = [(folder, room) for folder, storeys in HOUSE.items() for rooms in storeys for room in rooms]

@@ -80,7 +80,7 @@ def closed_form(equation: Equation, tensor: Tensor) -> list[Tensor] | None:
         equation: the network, one axis an index, all nodes free.
         tensor: over its open indices.
     """
-    left = _unabsorbed(equation)
+    left = unabsorbed(equation)
     inputs = [equation.inputs[k] for k in left]
     opened = tuple(i for axis in equation.result for i in axis)
     repeated = tuple(i for i in opened if len(left) > 1 and all(i in term for term in inputs))
@@ -107,10 +107,10 @@ def closed_form(equation: Equation, tensor: Tensor) -> list[Tensor] | None:
 
 def is_nearest(equation: Equation) -> bool:
     """Whether the closed form is the nearest of all: one node, or two without a third."""
-    return len(_unabsorbed(equation)) <= 2
+    return len(unabsorbed(equation)) <= 2
 
 
-def _unabsorbed(equation: Equation) -> list[int]:
+def unabsorbed(equation: Equation) -> list[int]:
     """The nodes without those whose indices all lie on another one, and whose bonds go on without them."""
     left, opened = list(range(len(equation.inputs))), {i for axis in equation.result for i in axis}
     for k in sorted(left, key=lambda k: len(equation.inputs[k])):

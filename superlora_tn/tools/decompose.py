@@ -17,9 +17,11 @@ from superlora_tn.files.own import Entry, tensor_name, write
 from superlora_tn.network.budget import Budget
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
-from superlora_tn.tools.fitting import Fit, Settings, fit
+from superlora_tn.tools.fitting import FOUND, Fit, Settings, fit
 from superlora_tn.tools.frames import Frame, Load, frame
 from superlora_tn.update.initialise import first_values
+
+Ready = Callable[[Frame, list[Tensor]], str | None]
 
 
 class FitError(ValueError):
@@ -64,6 +66,11 @@ class Decomposition:
     fits: tuple[Fit, ...]
 
     @property
+    def is_exact(self) -> bool:
+        """Whether nothing is lost but rounding."""
+        return self.error < FOUND
+
+    @property
     def entry(self) -> Entry:
         """The declaration with its weights, as files have it."""
         return Entry(self.spec, dict(self.shapes))
@@ -94,7 +101,7 @@ class Decomposition:
             mean = sum(errors) / len(errors)
             rows.append((f"{len(errors)}", kind, *(f"{value:.3g}" for value in (min(errors), mean, max(errors)))))
         found = dict.fromkeys(f.start for f in self.fits)
-        steps = [len(f.errors) - 1 for f in self.fits]
+        steps = [f.steps for f in self.fits]
         return "\n".join(
             [
                 f"{self.spec.count(self.shapes):,} parameters: {self.spec.network}",
@@ -160,12 +167,15 @@ def fit_weights(
     seed: int = 0,
     start: Mapping[str, Tensor] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    ready: Ready | None = None,
 ) -> Decomposition:
     """`decompose` for weights that are loaded when their group's turn comes, and again for its error.
 
     Args:
         shapes: the weights, name -> (out, in).
         load: dW of a weight by name.
+        ready: writes a group's nodes where they need no fit, and says how; None where they do. It is given the group's frame
+            and its nodes with their first values.
     """
     _check(settings, start)
     if isinstance(spec, Budget):
@@ -180,12 +190,15 @@ def fit_weights(
     total, done = sum(len(f.places) for f in frames), 0
     read = _reader(load)
     for k, (own, nodes) in enumerate(zip(frames, given, strict=True)):
-        for number, place in enumerate(own.places):
-            problem, done = own.problem(number, read), done + 1
-            tell = None if progress is None else _teller(progress, done, total)
-            found = fit(problem, place.take(nodes, problem.shapes), settings, generator, tell)
-            place.put(nodes, found.nodes)
-            fits.append(found)
+        made = None if ready is None else ready(own, nodes)
+        fits += [] if made is None else [Fit(made, (), 0)] * len(own.places)
+        for number, place in enumerate(own.places if made is None else ()):
+            problem = own.problem(number, read)
+            tell = None if progress is None else _teller(progress, done + number + 1, total)
+            values, how = fit(problem, place.take(nodes, problem.shapes), settings, generator, tell)
+            place.put(nodes, values)
+            fits.append(how)
+        done += len(own.places)
         tensors |= {tensor_name(k, node): tensor for node, tensor in zip(own.graph.nodes, nodes, strict=True)}
         for name, delta in own.deltas(nodes).items():
             weight = read(name)

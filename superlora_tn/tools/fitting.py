@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,26 +40,28 @@ class Settings:
 
 @dataclass(frozen=True)
 class Fit:
-    """The nodes nearest to what was wanted, of those found.
+    """How nodes were found.
 
     Attributes:
-        nodes: with one axis an index, balanced.
-        error: the Frobenius norm of what is missing over that of what is wanted.
         start: where this fit started from.
-        errors: the error at the start and behind each step.
+        errors: at the start and behind each step, the Frobenius norm of what is missing over that of what is wanted; none
+            where nothing was fitted.
         tried: how many starts there were.
     """
 
-    nodes: tuple[Tensor, ...]
-    error: float
     start: str
     errors: tuple[float, ...]
     tried: int
 
+    @property
+    def steps(self) -> int:
+        """Sweeps and Gauss-Newton steps."""
+        return max(len(self.errors) - 1, 0)
+
 
 def fit(
     problem: Problem, given: Sequence[Tensor], settings: Settings, generator: torch.Generator, report: Report | None = None
-) -> Fit:
+) -> tuple[Sequence[Tensor], Fit]:
     """Fit a network.
 
     Args:
@@ -68,24 +70,26 @@ def fit(
         settings: how long.
         generator: of the starts by chance.
         report: is told the number of steps and the error after each.
+
+    Returns:
+        The nodes nearest to what is wanted, of those found, balanced; and how.
     """
     if not bool(problem.wanted.any()):
-        return Fit(tuple(given), 0.0, "nothing wanted", (0.0,), 1)
-    best: Fit | None = None
+        return given, Fit("nothing wanted", (0.0,), 1)
+    best, found = Fit("no start", (math.inf,), 0), given
     around, count = environments(problem.equation), 0
     for name, nodes in starts(problem, given, settings.restarts, generator):
         count += 1
         fitting = Fitting(problem, around, nodes)
         nearest = name == "singular values" and problem.unfolding.isometric and is_nearest(problem.equation)
-        errors = [fitting.error] if nearest else _converge(fitting, settings, math.inf if best is None else best.error, report)
-        if best is None or errors[-1] < best.error:
-            best = Fit(tuple(fitting.nodes), errors[-1], name, tuple(errors), count)
-        if best.error < FOUND:
+        errors = [fitting.error] if nearest else _converge(fitting, settings, best.errors[-1], report)
+        if errors[-1] < best.errors[-1]:
+            best, found = Fit(name, tuple(errors), count), fitting.nodes
+        if best.errors[-1] < FOUND:
             break
-    if best is None or best.error > 1:  # through a nonlinear map a start may be worse than nothing
-        return Fit(tuple(given), 1.0, "nothing better than zero", (1.0,), count)
-    nodes = balanced(problem.equation, best.nodes)
-    return Fit(tuple(nodes), best.error, best.start, best.errors, count)
+    if best.errors[-1] > 1:  # through a nonlinear map a start may be worse than nothing
+        return given, Fit("nothing better than zero", (1.0,), count)
+    return balanced(problem.equation, found), replace(best, tried=count)
 
 
 def _converge(fitting: Fitting, settings: Settings, bar: float, report: Report | None) -> list[float]:

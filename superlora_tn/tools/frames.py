@@ -56,10 +56,11 @@ class Frame(ABC):
     """One group of a fold as least-squares problems: between its weights and its networks' tensors.
 
     Attributes:
-        spec, graph: the declaration and the group's graph.
+        group, spec, graph: the group, the declaration and the group's graph.
         places: where each problem's nodes stand.
     """
 
+    group: Group
     equation: Equation
     places: tuple[Place, ...]
 
@@ -95,6 +96,8 @@ class Frame(ABC):
 
 class PhysicalFrame(Frame):
     """A physical fold: one problem, whose tensor is the weights stacked."""
+
+    group: PhysicalGroup
 
     def __init__(self, group: PhysicalGroup, spec: AdapterSpec, graph: Graph) -> None:
         super().__init__(spec, graph)
@@ -139,6 +142,8 @@ class PhysicalFrame(Frame):
 
 class FlatFrame(Frame):
     """A flat fold: one problem for each of its runs of the weights' vector."""
+
+    group: FlatGroup
 
     def __init__(self, group: FlatGroup, spec: AdapterSpec, graph: Graph) -> None:
         super().__init__(spec, graph)

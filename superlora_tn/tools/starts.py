@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from superlora_tn.contraction.layout import Equation, Indices
+from superlora_tn.contraction.layout import Equation, Indices, volume
 from superlora_tn.tools.als import Fitting, conjugate_gradients, environments
-from superlora_tn.tools.closed_forms import closed_form
+from superlora_tn.tools.closed_forms import closed_form, unabsorbed
+from superlora_tn.tools.environment import contraction
 from superlora_tn.tools.problem import Mapped, Matrix, Picked, Problem, Whole, open_indices
+from superlora_tn.tools.singular import leading
 
 Start = tuple[str, list[Tensor]]
 
 INVERSE, INVERSE_TOLERANCE = 400, 1e-14  # conjugate gradients back through a map
+MAX_SLICES = 512  # singular value decompositions of one start
+EXACT = 1e-10  # of a start that needs no stirring
 MAX_LIFTED = 1 << 24  # numbers of the product of all free nodes: 128 MB
 STIR = 0.05  # what is added to a node that a start leaves at zero, or no step would ever move it
 
@@ -40,7 +45,7 @@ def starts(problem: Problem, given: Sequence[Tensor], restarts: int, generator: 
         if found is not None:
             yield "singular values", found
             return
-        near = (("one factor, the others at one", nodes) for nodes in _factors(problem.equation, tensor, generator))
+        near = chain(_slices(problem.equation, tensor), _factors(problem.equation, tensor, generator))
     else:
         found = _lifted(problem, given)
         near = iter(() if found is None else [("product of the free nodes", found)])
@@ -96,7 +101,7 @@ def _lifted(problem: Problem, given: Sequence[Tensor]) -> list[Tensor] | None:
     others = [k for k in range(len(given)) if k not in free]
     outside = {i for k in others for i in equation.inputs[k]} | set(problem.open)
     held = tuple(i for i in dict.fromkeys(i for k in free for i in equation.inputs[k]) if i in outside)
-    if math.prod(dict(equation.sizes)[i] for i in held) > MAX_LIFTED:
+    if volume(held, dict(equation.sizes)) > MAX_LIFTED:
         return None
     one = replace(
         equation,
@@ -131,8 +136,41 @@ def _part(equation: Equation, nodes: Sequence[int], result: Indices) -> Equation
     )
 
 
-def _factors(equation: Equation, tensor: Tensor, generator: torch.Generator) -> Iterator[list[Tensor]]:
-    """Of an elementwise product: one factor in closed form, the others at one, and a little of chance in all."""
+def _slices(equation: Equation, tensor: Tensor) -> Iterator[Start]:
+    """Of a CP: the largest singular triples of the slices by its two longest modes, the others marking the slice.
+
+    Nothing is lost where the slices' ranks sum up to the CP's at most, as where it takes in a LoRA of each weight.
+    """
+    size, left, opened = dict(equation.sizes), unabsorbed(equation), open_indices(equation)
+    own = {k: tuple(i for i in equation.inputs[k] if i in opened) for k in left}
+    bonds = {tuple(i for i in equation.inputs[k] if i not in opened) for k in left}
+    if len(left) < 3 or len(bonds) != 1 or len(bond := bonds.pop()) != 1 or sum(map(len, own.values())) != len(opened):
+        return
+    p, q = sorted(left, key=lambda k: volume(own[k], size))[-2:]
+    others = [k for k in left if k not in (p, q)]
+    order = [i for k in (*others, p, q) for i in own[k]]
+    cells, rank = math.prod(volume(own[k], size) for k in others), size[bond[0]]
+    if cells > MAX_SLICES:
+        return
+    slices = tensor.permute([opened.index(i) for i in order]).reshape(cells, volume(own[p], size), volume(own[q], size))
+    u, s, v = (torch.stack(x) for x in zip(*(leading(one, rank) for one in slices), strict=True))
+    kept = s.reshape(-1).argsort(descending=True, stable=True)[:rank]
+    places = torch.unravel_index(kept // rank, [volume(own[k], size) for k in others])
+    found = [tensor.new_ones([size[i] for i in term]) for term in equation.inputs]
+    columns = {p: (u * s[:, None]).mT.reshape(-1, u.shape[1])[kept].mT, q: v.mT.reshape(-1, v.shape[1])[kept].mT}
+    for k, place in zip(others, places, strict=True):
+        columns[k] = torch.nn.functional.one_hot(place, volume(own[k], size)).mT.to(tensor.dtype)
+    for k, column in columns.items():
+        node = column.reshape([size[i] for i in (*own[k], bond[0])])
+        found[k] = node.permute([(*own[k], bond[0]).index(i) for i in equation.inputs[k]])
+    yield "singular values of the slices", found
+
+
+def _factors(equation: Equation, tensor: Tensor, generator: torch.Generator) -> Iterator[Start]:
+    """Of an elementwise product: one factor in closed form and the others at one.
+
+    Where that is not all there is to find, a little of chance in all nodes lets the others move.
+    """
     opened = open_indices(equation)
     groups = _bound_together(equation)
     for chosen in groups if len(groups) > 1 else ():
@@ -145,9 +183,12 @@ def _factors(equation: Equation, tensor: Tensor, generator: torch.Generator) -> 
             nodes = closed_form(_part(equation, group, own), wanted)
             if nodes is None:
                 break
-            found |= dict(zip(group, (_stirred(n, generator) for n in nodes), strict=True))
+            found |= dict(zip(group, nodes, strict=True))
         if len(found) == len(equation.inputs):
-            yield [found[k] for k in range(len(found))]
+            made = [found[k] for k in range(len(found))]
+            missed = (contraction(equation.inputs, opened, dict(equation.sizes))(*made) - tensor).norm()
+            exact = float(missed) < EXACT * float(tensor.norm())
+            yield "one factor, the others at one", made if exact else [_stirred(n, generator) for n in made]
 
 
 def _bound_together(equation: Equation) -> list[tuple[int, ...]]:

@@ -1,0 +1,140 @@
+"""One adapter as another: exactly where the other declaration contains it, else the nearest with its error.
+
+What contains what is found from the networks, not from a list of methods. A network of the same nodes with larger bonds takes
+the old values in a corner. Into a network without loops (LoRA, LoKr, LoTR, any Tucker or train, any Kronecker product) dW goes
+by singular value decompositions, which lose nothing where the ranks suffice: LoHa of ranks r1 and r2 in LoRA of r1 r2, LoKr in
+LoRA of the product of its splits' ranks, LoTR in a LoRA of each weight, a CP in a Tucker, a Tucker in a train, anything in
+`Dense`. A CP takes in slices of a summed rank as high as its own, and an elementwise product takes one factor beside ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from superlora_tn.declare.fold import Shape
+from superlora_tn.files.own import Entry, tensor_name
+from superlora_tn.network.budget import Budget
+from superlora_tn.network.graph import Graph
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.tools.decompose import Decomposition, FitError, Progress, fit_weights
+from superlora_tn.tools.fitting import Settings
+from superlora_tn.tools.frames import Frame, frame
+
+
+def convert(
+    source: Entry | Sequence[Entry],
+    tensors: Mapping[str, Tensor],
+    to: AdapterSpec | Budget,
+    *,
+    steps: int = 200,
+    tolerance: float = 1e-5,
+    restarts: int = 3,
+    seed: int = 0,
+    progress: Callable[[Progress], None] | None = None,
+) -> Decomposition:
+    """The adapter of another declaration with the same dW, or the nearest.
+
+    Args:
+        source: the declaration with its weights' shapes, or several, as `files.own.read` gives them.
+        tensors: the nodes, by ``group<k>.<node>``, groups numbered through all declarations.
+        to: the other declaration, or a budget that buys one.
+        steps, tolerance, restarts, seed, progress: of the fits, where there are any; see `decompose`.
+
+    Returns:
+        Nodes and errors: below 1e-10 (`Decomposition.is_exact`) where the other declaration contains this adapter.
+
+    Raises:
+        FitError: nodes that are missing or of another shape, or numbers that are not finite.
+        SpecError: the other declaration does not fit the weights' shapes.
+    """
+    entries = [source] if isinstance(source, Entry) else list(source)
+    known = _Source(entries, tensors)
+    return fit_weights(known.shapes, known.delta, to, Settings(steps, tolerance, restarts), seed, None, progress, known.grown)
+
+
+class _Source:
+    """An adapter's groups with their nodes in float64, and dW of one group at a time.
+
+    Attributes:
+        shapes: of all weights.
+    """
+
+    def __init__(self, entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> None:
+        self.shapes: dict[str, Shape] = {name: shape for entry in entries for name, shape in entry.targets.items()}
+        self._frames = [
+            frame(group, entry.spec, graph) for entry in entries for group, graph in entry.spec.lay_out(entry.targets)
+        ]
+        self._nodes = [list(_nodes(k, own.graph, tensors)) for k, own in enumerate(self._frames)]
+        self._of = {name: k for k, own in enumerate(self._frames) for name in own.members}
+        self._built: tuple[int, dict[str, Tensor]] = (-1, {})
+
+    def delta(self, name: str) -> Tensor:
+        """dW of a weight."""
+        group = self._of[name]
+        if self._built[0] != group:
+            self._built = (group, self._frames[group].deltas(self._nodes[group]))
+        return self._built[1][name]
+
+    def grown(self, target: Frame, nodes: list[Tensor]) -> str | None:
+        """Write the nodes of a group of these weights with the same nodes and bonds no larger into another group's."""
+        k = self._of[target.members[0]]
+        source = self._frames[k]
+        same_fold = source.group == target.group and source.spec.projection == target.spec.projection
+        if not same_fold or not _contains(target.graph, source.graph):
+            return None
+        if target.spec.projection is not None and not target.spec.projection.linear and source.spec.scale != target.spec.scale:
+            return None
+        _grow(source, self._nodes[k], target, nodes)
+        return "the same network"
+
+
+def _nodes(group: int, graph: Graph, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    for node in graph.nodes:
+        name = tensor_name(group, node)
+        if name not in tensors:
+            raise FitError(f"the adapter has no tensor '{name}', which its declaration needs, of shape {node.shape}.")
+        if tuple(tensors[name].shape) != node.shape:
+            raise FitError(f"the adapter's '{name}' is {tuple(tensors[name].shape)}; its declaration has {node.shape}.")
+        yield tensors[name].detach().to(device="cpu", dtype=torch.float64)
+
+
+def _contains(large: Graph, small: Graph) -> bool:
+    """Whether one graph is the other with larger bonds."""
+    if [n.name for n in large.nodes] != [n.name for n in small.nodes] or large.modes != small.modes:
+        return False
+    opened = {i for _, indices in large.modes for i in indices}
+    for ours, theirs in zip(large.nodes, small.nodes, strict=True):
+        if len(ours.shape) != len(theirs.shape):
+            return False
+        for a, b, own, other in zip(ours.shape, theirs.shape, ours.axes, theirs.axes, strict=True):
+            # A bond of size 1 carries no index.
+            bond = len(own) <= 1 and not opened & {*own, *other} and (own == other or b == 1)
+            if (a, own) != (b, other) and not (bond and a >= b):
+                return False
+    return True
+
+
+def _grow(source: Frame, old: Sequence[Tensor], target: Frame, nodes: list[Tensor]) -> None:
+    """Old values in a corner of the new nodes; what is new along a bond is zero on one node, and as it starts on the others.
+
+    So dW is the same, and the new part trains.
+    """
+    graph = target.graph
+    grown = {
+        own[0]: small
+        for node, before in zip(graph.nodes, source.graph.nodes, strict=True)
+        for own, size, small in zip(node.axes, node.shape, before.shape, strict=True)
+        if size > small
+    }
+    for values, before in zip(nodes, old, strict=True):
+        values[tuple(slice(0, s) for s in before.shape)] = before
+    for index, small in grown.items():
+        holders = [k for k, node in enumerate(graph.nodes) if index in node.indices]
+        chosen = max(holders, key=lambda k: (graph.nodes[k].trainable, graph.nodes[k].init == "zeros"))
+        axis = graph.nodes[chosen].axes.index((index,))
+        nodes[chosen].narrow(axis, small, graph.size[index] - small).zero_()
+    first = next(k for k, node in enumerate(graph.nodes) if node.trainable)
+    nodes[first] *= source.spec.scale / target.spec.scale
