@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from superlora_tn.tools.measure import machine
-
 RESULTS = Path(__file__).parent / "results"
 WARM = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
@@ -104,6 +102,8 @@ def report(name: str, args: argparse.Namespace, rows: list[dict[str, Any]]) -> N
         print("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)))
     if args.no_save:
         return
+    from superlora_tn.tools.measure import machine  # here, as older versions lack it and are measured too (against.py)
+
     RESULTS.mkdir(exist_ok=True)
     suffix = f"{args.device}-{args.allocator}"
     body = {"benchmark": name, "machine": machine(args.device), "allocator": args.allocator, "rows": rows}

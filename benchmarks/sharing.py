@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import harness
 import torch
-from layer_overhead import RANK, SHAPES, linear, peft_layer, randomise
+from layer_overhead import RANK, SHAPES, frozen, linear, peft_layer, randomise
 from torch import Tensor, nn
 
 import superlora_tn as sl
 
+KINDS = ("q", "k", "v")
 SPECS = {
     "lotr": sl.lotr(RANK),
     "lorta_cp": sl.AdapterSpec(sl.CP(RANK), sl.PhysicalFold("type head out in", heads=8)),
@@ -18,20 +19,32 @@ SPECS = {
 }
 
 
-def block(width: int, spec: sl.AdapterSpec, shared: bool) -> list[nn.Module]:
+class Projections(nn.ModuleDict):
+    """Layers that read one x."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """x (..., in) -> their outputs, each (..., out)."""
+        return [self[kind](x) for kind in KINDS]
+
+
+def projections(make: Callable[[int], nn.Module], width: int) -> Projections:
+    """q, k and v."""
+    return Projections({kind: make(width) for kind in KINDS})
+
+
+def block(width: int, spec: sl.AdapterSpec, shared: bool) -> Projections:
     """Three adapted layers; only names that stand side by side are taken to read the same x."""
-    parts = {kind: nn.Linear(width, width) for kind in ("q", "k", "v")}
-    model = nn.ModuleDict(parts if shared else {kind: nn.Sequential(layer) for kind, layer in parts.items()})
-    randomise(sl.attach(model, spec, list(parts) if shared else [f"{kind}.0" for kind in parts]))
-    return list(parts.values())
+    model = projections(linear if shared else lambda width: nn.Sequential(linear(width)), width)
+    randomise(sl.attach(model, spec, [kind if shared else f"{kind}.0" for kind in KINDS]))
+    return model
 
 
-def step(layers: list[nn.Module], x: Tensor, gradient: Tensor) -> Callable[[], None]:
+def step(model: Projections, x: Tensor, gradient: Tensor) -> Callable[[], None]:
     """Forward and backward of all three, with a gradient for x."""
 
     def run() -> None:
         x.grad = None
-        torch.autograd.backward([layer(x) for layer in layers], [gradient] * len(layers))
+        torch.autograd.backward(model(x), [gradient] * 3)
 
     return run
 
@@ -43,11 +56,13 @@ def main() -> None:
     for width, tokens in SHAPES[:4]:
         x = torch.randn(1, tokens, width, requires_grad=True, device=args.device)
         gradient = torch.randn(1, tokens, width, device=args.device)
-        frozen = [nn.Linear(width, width).requires_grad_(False) for _ in range(3)]
-        models = {"frozen": frozen, "peft_lora": [peft_layer(linear(width), "Lora", lora_alpha=RANK) for _ in range(3)]}
+        models = {
+            "frozen": projections(frozen, width),
+            "peft_lora": projections(lambda width: peft_layer(linear(width), "Lora", lora_alpha=RANK), width),
+        }
         for name, spec in SPECS.items():
             models |= {f"{name} apart": block(width, spec, False), f"{name} shared": block(width, spec, True)}
-        runs = {name: step([layer.to(args.device) for layer in m], x, gradient) for name, m in models.items()}
+        runs = {name: step(m.to(args.device), x, gradient) for name, m in models.items()}
         over = harness.overheads(harness.interleaved(runs, args.repeats, args.device), "frozen")
         rows.append({"width": width, "tokens": tokens, **over})
     harness.report("sharing", args, rows)

@@ -14,6 +14,7 @@ QUESTIONS = {
     "convolution": "What does an adapter add to a convolution's training step, as a fraction of the frozen layer's?",
     "sharing": "What does sharing x between q, k and v save? Overheads of three layers over the frozen ones",
     "dispatch": "What does Python cost on a tiny layer (batch 4, width 64), beside hand-written torch?",
+    "against": "What do passes cost? Overheads of one version of this library beside an earlier one",
     "memory": "How many MB more than the frozen layer's does a training step peak at?",
     "flat_memory": "How much memory does a flat fold's step peak at on ViT-B, beside dense fine-tuning?",
     "vit_step": "What does a whole ViT-B/16 training step cost?",
@@ -43,6 +44,8 @@ empties the caches before each of forward and backward, and every product then s
 slower: joined factors (in, r1 r2) by either library, and the joined factors kept for backward.""",
     "convolution": """One image, channels and sizes as in a U-Net, float32, rank 8. Where a network can be cut between out
 and in, x goes through the two halves; LoKr's cannot and builds dW.""",
+    "against": """`--checkout` was the last version before passes (86ac75e). Both sides take turns, 80 rounds each; a side's
+overhead is uncertain by about 0.01 of the frozen step, which is a large part of the smallest ones.""",
     "memory": "Exact, from torch's record of allocations. The gradients of the adapter's parameters are included.",
 }
 
