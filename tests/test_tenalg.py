@@ -9,9 +9,11 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -673,3 +675,72 @@ def test_blocks_of_coroutines_that_interleave_restore_what_was_there() -> None:
     before = tl.get_backend()
     assert asyncio.run(main()) == [tenalg.BACKEND_NAME] * 4
     assert tl.get_backend() == before
+
+
+Order = list[tuple[int, bool]]
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> Order:
+    """Blocks entered (True) and left (False) in any order: each is left once, after it was entered."""
+    left = dict.fromkeys(range(draw(st.integers(1, 5))), 2)
+    order = Order()
+    while left:
+        block = draw(st.sampled_from(sorted(left)))
+        order.append((block, left[block] == 2))
+        left[block] -= 1
+        if not left[block]:
+            del left[block]
+    return order
+
+
+@given(orders(), st.sampled_from([None, "numpy", "pytorch"]))
+def test_blocks_left_in_any_order_restore_what_was_there(order: Order, before: str | None) -> None:
+    def run() -> None:
+        if before is not None:
+            tl.set_backend(before, local_threadsafe=True)
+        was, blocks, still_open = (current(), own_settings()), dict[int, Any](), list[int]()
+        for block, enters in order:
+            if enters:
+                blocks[block] = planned(f"greedy {block}")
+                blocks[block].__enter__()
+                still_open.append(block)
+            else:
+                blocks[block].__exit__(None, None, None)
+                still_open.remove(block)
+            if still_open:  # the one that was entered last, of those that are open
+                assert tl.backend.current_backend().optimize == f"greedy {still_open[-1]}"
+            else:
+                assert (current(), own_settings()) == was
+        assert not tenalg._open.blocks
+
+    assert in_thread(run) is None
+
+
+def test_a_block_that_another_thread_leaves_is_of_the_thread_that_entered_it() -> None:
+    before = (current(), own_settings())
+    block = planned()
+    block.__enter__()
+    elsewhere = in_thread(own_settings)
+    assert in_thread(lambda: (block.__exit__(None, None, None), own_settings())[1]) == elsewhere == [{}, {}]
+    assert (current(), own_settings()) == before
+
+
+@pytest.mark.parametrize("kind", ["chain", "star", "ring"])
+def test_a_thousand_operands_are_planned_and_differentiated_in_bounded_time(kind: str) -> None:
+    count = 1000
+    names = [chr(0x4E00 + k) for k in range(count + 1)]
+    terms, output = {
+        "chain": ([names[k] + names[k + 1] for k in range(count)], names[0] + names[count]),
+        "star": ([names[0] + names[1 + k // 2] for k in range(count)], names[0]),
+        "ring": ([names[k] + names[(k + 1) % count] for k in range(count)], ""),
+    }[kind]
+    operands = [torch.eye(2, dtype=torch.float64).requires_grad_() for _ in range(count)]
+    start = time.process_time()
+    result = einsum(f"{','.join(terms)}->{output}", *operands)
+    result.sum().backward()
+    # 0.3 s of the processor; before, the search of orders ended in RecursionError.
+    assert time.process_time() - start < 10
+    expected = {"chain": torch.eye(2), "star": torch.ones(2), "ring": torch.tensor(2.0)}[kind].double()
+    assert torch.equal(result.detach(), expected)
+    assert all(t.grad is not None and torch.isfinite(t.grad).all() for t in operands)

@@ -54,7 +54,9 @@ def planned(optimize: Optimizer = "dp") -> Iterator[None]:
         for manager, _ in _KINDS:
             if BACKEND_NAME not in manager.available_backend_names:
                 manager.available_backend_names.append(BACKEND_NAME)
-    blocks, mine = _open.blocks, _Block([dict(_own(manager)) for manager, _ in _KINDS])
+    # This thread's settings themselves: a block may be left by another thread, as a generator's is that is collected there.
+    settings = [_own(manager) for manager, _ in _KINDS]
+    blocks, mine = _open.blocks, _Block([dict(own) for own in settings])
     blocks.append(mine)
     try:
         for (_, switch), ours in zip(_KINDS, (PlannedBackend(optimize), PlannedTenalgBackend()), strict=True):
@@ -65,9 +67,9 @@ def planned(optimize: Optimizer = "dp") -> Iterator[None]:
         if place + 1 < len(blocks):  # a block that was entered later is open still: a coroutine's
             blocks[place + 1].before = mine.before
         else:
-            for (manager, _), settings in zip(_KINDS, mine.before, strict=True):
-                _own(manager).clear()
-                _own(manager).update(settings)
+            for own, before in zip(settings, mine.before, strict=True):
+                own.clear()
+                own.update(before)
         del blocks[place]
 
 
