@@ -111,7 +111,7 @@ def _search(task: Task, optimize: Optimizer) -> Pairs:
     greedy = _asked(task, "greedy")
     rows = _rows(task, leaves(_tree(greedy, count)))
     found = [cheapest(frozenset(row), runs(row), _Prices(task)) for row in rows]
-    paths = [sequence(one, count) for one in (tree, *found) if one is not None]
+    paths = [*(sequence(one, count) for one in (tree, *found) if one is not None), greedy]
     return min(paths, key=lambda pairs: _total(task, pairs))
 
 

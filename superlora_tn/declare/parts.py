@@ -32,7 +32,7 @@ def shown(value: object, most: int = 60) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # Python writes no number of more than 4,300 digits
-        text = f"a {type(value).__name__} too large to show"
+        text = f"a value of type {type(value).__name__}, too large to show"
     return text if len(text) <= most else f"{text[:most]}..."
 
 

@@ -18,7 +18,7 @@ from superlora_tn.declare.bounds import (
     TABLES_TIMES,
 )
 from superlora_tn.declare.codec import decode, encode
-from superlora_tn.declare.fold import FlatFold, FlatGroup, Fold, Group, PhysicalFold, Shape
+from superlora_tn.declare.fold import FlatFold, FlatGroup, Fold, Group, Mode, PhysicalFold, Shape
 from superlora_tn.declare.maps import PROJECTIONS, Projection
 from superlora_tn.declare.parts import PARTS, Kronecker, Part, SpecError, check_flag, check_number, reference_rank, shown
 from superlora_tn.network.expand import lower_group
@@ -98,9 +98,11 @@ class AdapterSpec:
                 )
         groups = self.fold.lay_out(shapes, self.projection.ratio if self.projection else 1.0)
         elements = sum(d_out * d_in for d_out, d_in in shapes.values())
-        _check_modes(groups)
+        alike = {group.modes: group for group in groups}
+        _check_modes(list(alike))
         self._check_tables(groups, elements)
-        laid = tuple((group, lower_group(self.network, group)) for group in groups)
+        graphs = {modes: lower_group(self.network, group) for modes, group in alike.items()}
+        laid = tuple((group, graphs[group.modes]) for group in groups)
         _check_nodes([graph for _, graph in laid], elements)
         return laid
 
@@ -141,9 +143,8 @@ class AdapterSpec:
         return cls(**{name: decode(value) for name, value in data.items()})
 
 
-def _check_modes(groups: Sequence[Group]) -> None:
+def _check_modes(modes: Sequence[tuple[Mode, ...]]) -> None:
     """Refuse too many different shapes, and sizes whose divisors would take too long to find."""
-    modes = {group.modes for group in groups}
     if len(modes) > MAX_SHAPES:
         raise SpecError(
             f"the targets have {len(modes):,} different shapes, of which each gets a network of its own; at most "
