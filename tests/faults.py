@@ -147,8 +147,8 @@ TABLE: Table = {
             "test_holes.py::test_dropout_drops_nothing_of_the_bases_gradient",
         ),
         "plan-of-fewer-tokens-at-the-border": (
-            "if tokens >= least)",
-            "if tokens > least)",
+            "if tokens >= least:",
+            "if tokens > least:",
             "test_holes.py::test_a_call_takes_the_plan_of_the_largest_number_of_tokens_not_above_its_own",
         ),
     },

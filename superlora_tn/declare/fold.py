@@ -13,7 +13,15 @@ from superlora_tn.declare.divisors import largest_divisor, root
 from superlora_tn.declare.parts import SpecError, check_count, check_flag, shown
 
 Shape = tuple[int, int]
-ROLES = {"out": "out", "head": "out", "in": "in", "layer": "member", "type": "member", "member": "member"}
+ROLES = {
+    "out": "out",
+    "head": "out",
+    "in": "in",
+    "layer": "member",
+    "type": "member",
+    "expert": "member",
+    "member": "member",
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,26 @@ def split_name(name: str) -> tuple[str, str]:
     return ".".join(words[:cut]), ".".join(words[cut:])
 
 
+def split_expert(name: str) -> tuple[str, str]:
+    """Split the number of an expert off a weight's name: the first number behind ``experts``, or a number at the end.
+
+    ``"layers.0.mlp.experts.gate_up_proj.3"`` gives ``("layers.0.mlp.experts.gate_up_proj", "3")``, and
+    ``"layers.0.moe.experts.3.w1"`` gives ``("layers.0.moe.experts.w1", "3")``.
+
+    Raises:
+        SpecError: there is none.
+    """
+    words = name.split(".")
+    behind = len(words) - words[::-1].index("experts") if "experts" in words else len(words) - 1
+    place = next((k for k in range(behind, len(words)) if words[k].isdigit()), None)
+    if place is None:
+        raise SpecError(
+            f"PhysicalFold has the mode 'expert', but '{name:.80}' is no expert's weight; such a name has a number behind "
+            "'experts', or at its end."
+        )
+    return ".".join(words[:place] + words[place + 1 :]), words[place]
+
+
 @lru_cache(maxsize=4096)
 def factorise(size: int, count: int, factor: int = -1) -> tuple[int, ...]:
     """Split `size` into `count` factors, ascending: each the largest divisor not above the even share of what is left.
@@ -121,10 +149,11 @@ def equal_side(length: int, order: int) -> int:
 
 @dataclass(frozen=True)
 class PhysicalFold:
-    """Modes as the model has them: out, in, and any of layer, type, head (or `member`, one number a weight).
+    """Modes as the model has them: out, in, and any of layer, type, expert, head (or `member`, one number a weight).
 
     Weights of equal shape stack. Without a `type` mode each type (the name behind the last layer number) is a
-    group of its own; without any member mode each weight is.
+    group of its own; without any member mode each weight is. With `expert` the experts of a layer share the network, and
+    are no part of its layer or type.
 
     Args:
         modes: mode names separated by spaces, in the network's order.
@@ -143,8 +172,10 @@ class PhysicalFold:
                 raise SpecError(f"PhysicalFold '{self.modes:.80}' names the mode '{name}' twice; name it once.")
         if "out" not in names or "in" not in names:
             raise SpecError(f"PhysicalFold was given {shown(self.modes)}; both 'out' and 'in' must be among the modes.")
-        if "member" in names and ("layer" in names or "type" in names):
-            raise SpecError("PhysicalFold has 'member' beside 'layer' or 'type'; 'member' already numbers every weight.")
+        if "member" in names and any(other in names for other in ("layer", "type", "expert")):
+            raise SpecError(
+                "PhysicalFold has 'member' beside 'layer', 'type' or 'expert'; 'member' already numbers every weight."
+            )
         if ("head" in names) != (self.heads is not None):
             raise SpecError("PhysicalFold needs heads=... exactly when 'head' is one of its modes.")
         if self.heads is not None:
@@ -157,27 +188,21 @@ class PhysicalFold:
         names = self.modes.split()
         groups: dict[tuple[object, ...], list[str]] = {}
         for name, shape in shapes.items():
-            layer, kind = split_name(name)
-            if "member" in names or "type" in names:
-                own: tuple[str, ...] = () if "layer" in names or "member" in names else (layer,)
-            else:
-                own = (kind,) if "layer" in names else (name,)
-            groups.setdefault((shape, *own), []).append(name)
+            groups.setdefault((shape, *_apart(name, names)), []).append(name)
         return tuple(self._group(shapes[members[0]], members) for members in groups.values())
 
     def _group(self, shape: Shape, targets: list[str]) -> PhysicalGroup:
         names = self.modes.split()
         member_modes = [n for n in names if ROLES[n] == "member"]
         # What each target is on each member mode, numbered as it first comes.
-        words = {n: [_word(n, target) for target in targets] for n in member_modes}
+        words = {n: [_word(n, target, "expert" in names) for target in targets] for n in member_modes}
         places = {n: {word: k for k, word in enumerate(dict.fromkeys(found))} for n, found in words.items()}
         cells = math.prod(map(len, places.values()))
         if member_modes and cells != len(targets):
-            layers, types = ({split_name(target)[k] for target in targets} for k in (0, 1))
+            sides = " x ".join(f"{len(found)} {n}s" for n, found in places.items())
             raise SpecError(
-                f"PhysicalFold '{self.modes}' needs every type in every layer, but {len(targets)} targets of shape "
-                f"{shape} fill {len(layers)} layers x {len(types)} types ({cells} cells). "
-                "Use the mode 'member' in place of 'layer' and 'type', or other targets."
+                f"PhysicalFold '{self.modes}' needs every type in every layer, of every expert, but {len(targets)} targets of "
+                f"shape {shape} fill {sides} ({cells} cells). Use the mode 'member' in place of these, or other targets."
             )
         if self.heads and shape[0] % self.heads:
             raise SpecError(
@@ -190,9 +215,23 @@ class PhysicalFold:
         return PhysicalGroup(modes, shape, members)
 
 
-def _word(mode: str, target: str) -> str:
-    """What a target is on a member mode: its layer, its type, or itself."""
-    return target if mode == "member" else split_name(target)[mode == "type"]
+def _apart(name: str, modes: Sequence[str]) -> tuple[str, ...]:
+    """What keeps a weight from sharing a network with others of its shape: what it is on member modes that the fold lacks."""
+    if "member" in modes:
+        return ()
+    if not any(ROLES[mode] == "member" for mode in modes):
+        return (name,)
+    rest = split_expert(name)[0] if "expert" in modes else name
+    return tuple(word for mode, word in zip(("layer", "type"), split_name(rest), strict=True) if mode not in modes)
+
+
+def _word(mode: str, target: str, experts: bool) -> str:
+    """What a target is on a member mode: its layer, its type, its expert, or itself."""
+    if mode == "member":
+        return target
+    if mode == "expert":
+        return split_expert(target)[1]
+    return split_name(split_expert(target)[0] if experts else target)[mode == "type"]
 
 
 @dataclass(frozen=True)

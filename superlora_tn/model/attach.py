@@ -255,10 +255,9 @@ def _put_on(model: nn.Module, handle: Tuned, name: str) -> None:
     handle._model = (model, name)
     model.add_module(name, handle)
     try:
-        mine = {id(p) for p in handle.parameters()}
-        others = {id(p) for m in model.modules() if isinstance(m, Tuned) for p in m.parameters()}
+        adapters = {id(p) for m in (handle, *model.modules()) if isinstance(m, Tuned) for p in m.parameters()}
         for own, parameter in model.named_parameters():
-            if id(parameter) not in mine | others:
+            if id(parameter) not in adapters:
                 handle._frozen.append((own, parameter, was_trainable(parameter)))
                 freeze(parameter, handle._holder)
         for parameter_name in handle._base.also:

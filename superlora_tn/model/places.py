@@ -45,6 +45,10 @@ class Place:
         under_fsdp: whether FSDP2 shards it.
         tied: further modules whose weight is the same parameter, meant together with this one.
         span: which rows of the module's weight are meant; None means all.
+        parameter: the name of a parameter that is no known layer's weight; empty for the module's own weight.
+        slot: which matrix of a parameter that holds a stack of them.
+        stack: how many matrices the parameter holds, where all of them are meant.
+        loose: whether only its name, or an ending of it, means it, and no pattern.
     """
 
     module: nn.Module
@@ -54,18 +58,22 @@ class Place:
     under_fsdp: bool = False
     tied: tuple[Place, ...] = ()
     span: Span | None = None
+    parameter: str = ""
+    slot: int | None = None
+    stack: int = 0
+    loose: bool = False
 
     @property
     def is_supported(self) -> bool:
         """Whether it can be adapted, as far as its type tells."""
-        return bool(self.part) or is_supported(self.module)
+        return bool(self.part or self.parameter) or is_supported(self.module)
 
     @property
     def is_linear(self) -> bool:
         """Whether it counts as a linear layer; of an attention its out_proj alone."""
         if self.part:
             return self.part == "out_proj"
-        if self.tied or self.span is not None:
+        if self.tied or self.span is not None or self.parameter:
             return False
         return isinstance(self.module, nn.Linear) or type(self.module).__name__ == "Conv1D"
 
@@ -73,8 +81,9 @@ class Place:
 def places(model: nn.Module, rows: Mapping[str, Span] | None = None) -> dict[str, Place]:
     """The modules of a model by name, and what else a target may name.
 
-    That is: behind each `nn.MultiheadAttention` its projections, behind a fused layer that is known its blocks, and modules
-    that are tied to one another, joined by ``+``.
+    That is: behind each `nn.MultiheadAttention` its projections, behind a fused layer that is known its blocks, behind modules
+    that are no known layers their parameters and, of a stack of matrices, each of these, and modules that are tied to one
+    another, joined by ``+``.
 
     Args:
         model: the model.
@@ -95,6 +104,8 @@ def places(model: nn.Module, rows: Mapping[str, Span] | None = None) -> dict[str
             for part in PARTS:
                 held, home = (module.out_proj, f"{name}.out_proj") if part == "out_proj" else (module, name)
                 found[f"{name}.{part}".lstrip(".")] = Place(held, home.lstrip("."), part, module, under_fsdp)
+        elif not isinstance(module, Adapter) and not is_supported(module):
+            found |= _parameters(found.get(name) or Place(module, name))
         blocks = declared_rows.get(name, {})
         if not blocks and is_fusable(module) and (known := blocks_in(parent, name.rpartition(".")[2])) is not None:
             blocks = _spans(name, module, known)
@@ -104,6 +115,28 @@ def places(model: nn.Module, rows: Mapping[str, Span] | None = None) -> dict[str
         for count in range(2, len(names) + 1):
             found |= {"+".join(some): _joined([found[name] for name in some]) for some in combinations(names, count)}
     return found
+
+
+def _parameters(place: Place) -> dict[str, Place]:
+    """The parameters of a module that are matrices or stacks of them; those of experts are meant by patterns, too."""
+    found: dict[str, Place] = {}
+    for own, parameter in place.module._parameters.items():
+        if parameter is None or parameter.ndim not in (2, 3) or not parameter.is_floating_point():
+            continue
+        name = f"{place.home}.{own}".lstrip(".")
+        if parameter.ndim == 2:
+            found[name] = replace(place, parameter=own, loose=True)
+        elif len(parameter) > 1:
+            loose = not is_experts(place.module, len(parameter))
+            found[name] = replace(place, parameter=own, stack=len(parameter), loose=loose)
+            found |= {f"{name}.{k}": replace(place, parameter=own, slot=k, loose=loose) for k in range(len(parameter))}
+    return found
+
+
+def is_experts(module: nn.Module, count: int) -> bool:
+    """Whether a module holds so many experts, as far as it says."""
+    said = [module.__dict__.get(name) for name in ("num_experts", "num_local_experts", "n_experts")]
+    return count in said or type(module).__name__.endswith(("Experts", "Expert", "ExpertGLU"))
 
 
 def _spans(name: str, module: Any, blocks: Rows) -> dict[str, Span]:

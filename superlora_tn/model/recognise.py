@@ -58,6 +58,7 @@ def register(layer: type[nn.Module], kind: Kind, *methods: str) -> None:
 register(nn.Linear, LINEAR)
 for _convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
     register(_convolution, CONVOLUTION, "_conv_forward")
+register(nn.Bilinear, Held())
 register(nn.Embedding, TABLE)
 register(nn.EmbeddingBag, BAG)
 
@@ -267,7 +268,9 @@ def writable(layer: Any, hook: object, x: Tensor, y: Tensor) -> Tensor | None:
 
 def _untouched(layer: Any, x: Tensor, y: Tensor) -> Tensor | None:
     """W of a plain layer of which nobody else has seen x or y."""
-    if type(layer) is not nn.Linear or not is_plain(layer) or functional.linear is not _LINEAR or _keeps_outputs():
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__ or nn.Linear.forward is not _FORWARD:
+        return None
+    if functional.linear is not _LINEAR or _keeps_outputs():
         return None
     if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks or _global_hooks():
         return None
@@ -281,6 +284,7 @@ def _untouched(layer: Any, x: Tensor, y: Tensor) -> Tensor | None:
 
 # nn.Linear.forward looks it up at each call, and some libraries put their own in its place.
 _LINEAR = torch._C._nn.linear
+_FORWARD = nn.Linear.forward
 
 
 def _keeps_outputs() -> bool:

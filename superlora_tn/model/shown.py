@@ -44,6 +44,8 @@ def show(module: nn.Module, block: Block) -> None:
         LayerError: the module's class cannot be replaced, or the parameter is computed from others.
     """
     block.kind.stored(module)
+    if block.kind.slot is not None:
+        block.member.adapter.stack_up()
     blocks: dict[str, tuple[Block, ...]] = dict(module.__dict__.get(SLOT, {}))
     blocks[block.kind.parameter] = (*blocks.get(block.kind.parameter, ()), block)
     _put(module, blocks)
@@ -88,6 +90,8 @@ class _Shows:
 def _showing(plain: type, names: tuple[str, ...]) -> type:
     """The subclass of a module's class in which these parameters are properties."""
     body: dict[str, Any] = {name: property(_getter(name)) for name in names}
+    if issubclass(plain, nn.RNNBase):  # it reads all its weights from a list of its own
+        body = {"_flat_weights": property(_flat_weights, _keep_flat_weights)}
     body |= {
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
@@ -116,6 +120,17 @@ def _getter(name: str) -> Any:
     return read
 
 
+def _flat_weights(module: Any) -> list[Any]:
+    """The weights of an LSTM or GRU in its order, W + dW where it is shown."""
+    shown = module.__dict__[SLOT]
+    return [_read(module, name) if name in shown else module._parameters.get(name) for name in module._flat_weights_names]
+
+
+def _keep_flat_weights(module: Any, weights: list[Any]) -> None:
+    """For the module's own class, when it has that again."""
+    module.__dict__["_flat_weights"] = weights
+
+
 def _read(module: nn.Module, name: str) -> Any:
     """What reading a shown parameter of a module gives."""
     stored = module._parameters.get(name)
@@ -123,12 +138,13 @@ def _read(module: nn.Module, name: str) -> Any:
     if stored is None or not blocks or (is_eager() and sys._getframe(2).f_code.co_name in MOVERS):
         return stored
     found = blocks[0].member.adapter.passes.current() if is_eager() else None
-    read = [stored, *(t for b in blocks for t in b.member.adapter.tensors())]
+    adapters = list({id(b.member.adapter): b.member.adapter for b in blocks}.values())
+    read = [stored, *(t for adapter in adapters for t in adapter.tensors())]
     if found is None or (now := state(read)) is None:
         with unseen() if is_eager() else nullcontext():
             return _updated(stored, blocks)
     # A module reads its weights several times in a row.
-    scales = [b.member.adapter.scale for b in blocks]
+    scales = [adapter.scale for adapter in adapters]
     key = (now, scales, stored.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     if found.shown[0] is not module:
         found.shown = (module, {})
@@ -141,9 +157,24 @@ def _read(module: nn.Module, name: str) -> Any:
 
 def _updated(stored: Tensor, blocks: list[Block]) -> Tensor:
     """W + dW, in W's dtype; untouched rows are W's own."""
+    if (whole := _stacked(stored, blocks)) is not None:
+        return whole
     slots = dict.fromkeys(block.kind.slot for block in blocks)
     new = {slot: _matrix(stored, [block for block in blocks if block.kind.slot == slot]) for slot in slots}
     return new[None] if None in new else torch.stack([new.get(k, stored[k]) for k in range(len(stored))])
+
+
+def _stacked(stored: Tensor, blocks: list[Block]) -> Tensor | None:
+    """W + dW of a stack whose matrices are all the members of one adapter, built at once."""
+    first, every = blocks[0], [(k, None) for k in range(len(stored))]
+    if first.kind.slot is None or [(block.kind.slot, block.kind.span) for block in blocks] != every:
+        return None
+    adapter = first.member.adapter
+    same = all(block.member.adapter is adapter for block in blocks)
+    delta = adapter.together([block.member for block in blocks]) if same else None
+    if delta is None:
+        return None
+    return (stored + (delta.mT if first.kind.transposed else delta)).to(stored.dtype)
 
 
 def _matrix(stored: Tensor, blocks: list[Block]) -> Tensor:

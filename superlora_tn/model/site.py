@@ -36,6 +36,8 @@ class UpdateHook:
     def __init__(self, target: Target, member: Member) -> None:
         self.target, self.member = target, member
         self.ran = False
+        self._prove = writable if isinstance(target.kind, RowsOf) else adopt
+        self._takes_all = target.kind.takes_all
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         """Some libraries copy hooks to another module and forget that this one takes keyword arguments."""
@@ -56,14 +58,12 @@ class UpdateHook:
             )
         rows = self.member.adapter.passes.rows if eager else None
         if rows is not None:
-            if self.target.kind.takes_all:
+            if self._takes_all:
                 raise LayerError(f"the rows of a batch cannot be told in what '{self.target.name}' is called with (bags).")
             return self._on_rows(layer, x, output, *rows)
-        kind = self.target.kind
-        prove = writable if isinstance(kind, RowsOf) else adopt
-        base = prove(layer, self, x, output) if eager else None
-        given: Any = (args, kwargs) if kind.takes_all else x
-        return kind.join(layer, self.member, given, output, base)
+        base = self._prove(layer, self, x, output) if eager else None
+        given: Any = (args, kwargs) if self._takes_all else x
+        return self.target.kind.join(layer, self.member, given, output, base)
 
     def _on_rows(self, layer: nn.Module, x: Tensor, output: Tensor, rows: tuple[int, ...], count: int) -> Tensor:
         """The output with the update added to some rows of the batch."""

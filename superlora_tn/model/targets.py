@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from superlora_tn.model.tables import Table, TableRows
 __all__ = ["AttachError", "Place", "Target", "Targets", "bind", "is_sharded", "match", "near", "places"]
 
 HEADS = ("score", "classifier")
+# Modules whose stacks are (which, in, out) and that do not say so themselves, as transformers' do by `is_transposed`.
+TRANSPOSED_STACKS = ("Llama4TextExperts",)
 # Modules that read a layer's weight without calling the layer: the names of those layers, by the module's full class name.
 READERS: Mapping[str, tuple[str, ...]] = {
     "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
@@ -84,8 +86,9 @@ def match(model: nn.Module, targets: Targets, exclude: Targets = (), only_layers
     """
     known_places = places(model, declared(model, targets) | declared(model, exclude))
     adaptable = [name for name, place in known_places.items() if place.is_supported]
-    out = set(_named(model, exclude, known_places, adaptable)) if exclude else set()
-    found = _together([n for n in _named(model, targets, known_places, adaptable) if n not in out], known_places)
+    out = set(_each(_named(model, exclude, known_places, adaptable), known_places)) if exclude else set()
+    named = _each(_named(model, targets, known_places, adaptable), known_places)
+    found = _together([n for n in named if n not in out], known_places)
     if only_layers is not None:
         found = [n for n in found if (number := re.search(r"\.(\d+)\.", f".{n}.")) and int(number[1]) in only_layers]
     if not found:
@@ -93,6 +96,15 @@ def match(model: nn.Module, targets: Targets, exclude: Targets = (), only_layers
     for name in found:
         _check(name, known_places[name])
     return found
+
+
+def _each(names: list[str], known: Mapping[str, Place]) -> list[str]:
+    """The names, stacks as each of their matrices, and none twice."""
+    found: dict[str, None] = {}
+    for name in names:
+        stack = known[name].stack
+        found |= dict.fromkeys([f"{name}.{k}" for k in range(stack)] if stack else [name])
+    return list(found)
 
 
 def _together(names: list[str], known: Mapping[str, Place]) -> list[str]:
@@ -116,20 +128,30 @@ def _named(model: nn.Module, targets: Targets, found: Mapping[str, Place], adapt
             raise AttachError(
                 f"targets={targets!r} is not a regular expression ({error}); a list matches by ending."
             ) from error
-        matched = [n for n in found if pattern.fullmatch(n) and not found[n].tied]
+        matched = [n for n in found if pattern.fullmatch(n) and not found[n].tied and not found[n].loose]
         # A pattern that is wide enough for a layer means the layer, not its blocks once more.
         whole = {n for n in matched if found[n].span is None}
         matched = [n for n in matched if found[n].span is None or n.rpartition(".")[0] not in whole]
         if not matched:
             raise AttachError(f"targets={targets!r} matches no module's whole name; {near(targets, adaptable)}.")
         return matched
-    wanted = set[str]()
+    wanted, endings = set[str](), _endings(found)
     for entry in _spelled(targets):
-        own = [n for n in found if n == entry or (n.endswith(f".{entry}") and ("+" in entry or not found[n].tied))]
+        own = [n for n in endings.get(entry, ()) if n == entry or "+" in entry or not found[n].tied]
         if not own:
             raise AttachError(f"the target '{entry}' matches no module; {near(entry, adaptable)}.")
         wanted |= set(own)
     return [n for n in found if n in wanted]
+
+
+def _endings(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by each of their endings, the whole ones too: looked up once an entry, where entries may be thousands."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        words = name.split(".")
+        for k in range(len(words)):
+            found.setdefault(".".join(words[k:]), []).append(name)
+    return found
 
 
 def _spelled(targets: Sequence[str | Rows]) -> list[str]:
@@ -154,7 +176,9 @@ def _output_layers(model: nn.Module) -> list[nn.Module]:
 
 def _check(name: str, place: Place) -> None:
     if not place.is_supported:
-        inside = f"its {', '.join(PARTS)}" if isinstance(place.module, nn.MultiheadAttention) else "the layers inside it"
+        own = [n for n, parameter in place.module._parameters.items() if parameter is not None and parameter.ndim in (2, 3)]
+        inside = f"its weights ({', '.join(f'{name}.{o}' for o in own[:4])})" if own else "the layers inside it"
+        inside = f"its {', '.join(PARTS)}" if isinstance(place.module, nn.MultiheadAttention) else inside
         raise AttachError(
             f"'{name}' is a {type(place.module).__name__}, which cannot be adapted; supported are {', '.join(supported())}. "
             f"Name {inside}."
@@ -171,6 +195,8 @@ def bind(name: str, place: Place, at: str | None = None) -> Target:
     try:
         if place.part:
             kind: Kind = _projection(place)
+        elif place.parameter:
+            kind = _parameter(place)
         else:
             kind = _block(kind_of(place.module, at or _reads_weights(place)), place)
         tied = tuple(Target(name, other.home, other.module, _turned(kind_of(other.module, at), place)) for other in place.tied)
@@ -224,6 +250,15 @@ def _projection(place: Place) -> Held:
     else:
         kind = Held(f"{place.part}_weight")
     kind.stored(place.module)
+    return kind
+
+
+def _parameter(place: Place) -> Held:
+    """A parameter of a module that is no known layer: (out, in), or of a stack (which, out, in)."""
+    module: Any = place.module
+    turned = place.slot is not None and (getattr(module, "is_transposed", False) or type(module).__name__ in TRANSPOSED_STACKS)
+    kind = Held(place.parameter, transposed=turned, slot=place.slot)
+    kind.stored(module)
     return kind
 
 

@@ -180,7 +180,8 @@ def _factors(equation: Equation, tensor: Tensor, generator: torch.Generator) -> 
             if group == chosen and own != opened:
                 break
             wanted = tensor if group == chosen else tensor.new_ones([dict(equation.sizes)[i] for i in own])
-            nodes = closed_form(_part(equation, group, own), wanted)
+            part = _part(equation, group, own)
+            nodes = closed_form(part, wanted) or next((made for _, made in _slices(part, wanted)), None)
             if nodes is None:
                 break
             found |= dict(zip(group, nodes, strict=True))

@@ -155,6 +155,13 @@ class Adapter(Placed, ABC):
         """dW of a member for a layer of this pass; a flat fold builds all of it once."""
         return self.delta_of(member)
 
+    def stack_up(self) -> None:
+        """Prepare for `together`."""
+
+    def together(self, members: Sequence[Member]) -> Tensor | None:
+        """dW of all members of the group in their order, (members, out, in), built at once; None where that is not possible."""
+        return None
+
     def halves(self, member: Member, rows: int, blocks: int = 1) -> tuple[Tensor, Tensor] | None:
         """dW as a product of two thin matrices, outer (out, bond), scale included, and inner (bond, in); see `contraction.cut`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -81,6 +82,7 @@ class PhysicalAdapter(Adapter):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._lookups: dict[Side, Lookup | None] = {}
+        self._every: Run | None = None
 
     def prepare(self) -> None:
         """See `Adapter.prepare`."""
@@ -102,6 +104,8 @@ class PhysicalAdapter(Adapter):
             member.place = self._place(positions, blocks[name.rpartition(".")[0]] > 1)
         for side in self._lookups:
             self.look_up(side)
+        if self._every is not None:
+            self.stack_up()
 
     def _place(self, positions: tuple[int, ...], has_siblings: bool) -> _Place:
         values = self.graph.member_values(positions)
@@ -135,6 +139,22 @@ class PhysicalAdapter(Adapter):
         """See `Adapter.current`; whoever reads a weight several times may take several gradients of what it reads."""
         scale = self.scale
         return lasting(lambda own: self._build(*self._nodes(member, list(own)), alpha=scale), self.tensors())
+
+    def stack_up(self) -> None:
+        """See `Adapter.stack_up`."""
+        if len(self.group.members) > 1:
+            plan = make_plan(self.graph, "delta", 1, self.profile, self.settings.optimize, fixed=False)
+            self._every = compiled(plan, self.settings.backend)
+
+    def together(self, members: Sequence[Member]) -> Tensor | None:
+        """See `Adapter.together`; whoever reads it may take several gradients of it."""
+        # Members are numbered as they come, so the cells of the member modes are in their order where these are in order.
+        places = list(self.group.members.values())
+        if self._every is None or [m.name for m in members] != list(self.group.members) or places != sorted(places):
+            return None
+        every, scale = self._every, self.scale
+        whole = lasting(lambda own: every(*own, alpha=scale), self.tensors())
+        return whole.reshape(len(members), *self.group.shape)
 
     def halves(self, member: Member, rows: int, blocks: int = 1) -> tuple[Tensor, Tensor] | None:
         """See `Adapter.halves`."""
@@ -216,12 +236,19 @@ class PhysicalAdapter(Adapter):
         if self.spec.dropout:
             # The layer's own gradient goes through x itself, so the two can no longer be one.
             cast_x, base = self.drop(cast_x, training), None
-        stage = next((stage for least, stage in self._runs if tokens >= least), self._runs[-1][1])
+        stage = self._stage(tokens)
         if stage.rest is None:
             found = self._multiply(cast_x, self.delta_of(member).to(dtype), out=out, base=base)
         else:
             found = self._apply_route(member, stage, x, cast_x, out, base)
         return found if out is not None else found.reshape(*x.shape[:-1], member.shape[0])
+
+    def _stage(self, tokens: int) -> _Stage:
+        """What so many tokens run."""
+        for least, stage in self._runs:
+            if tokens >= least:
+                return stage
+        raise AssertionError  # the last is from 0 on
 
     def _apply_route(
         self, member: Member, stage: _Stage, x: Tensor, cast_x: Tensor, out: Tensor | None, base: Tensor | None
