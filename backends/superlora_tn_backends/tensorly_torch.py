@@ -20,7 +20,7 @@ from tensorly.backend.pytorch_backend import PyTorchBackend
 from torch import Tensor
 
 from superlora_tn.contraction.plan import Plan
-from superlora_tn.update.eager import as_given, is_eager
+from superlora_tn.update.eager import as_given, is_differentiated, is_eager
 from superlora_tn_backends.products import matmul, weighted_sum
 from superlora_tn_backends.writer import backward_source, forward_source, run_source
 
@@ -90,7 +90,7 @@ class Program:
         with as_given(x):
             if not _is_fused((x, *nodes)):
                 return Carried(self._plain((x, *nodes), None, 1.0), x)
-            if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *nodes)):
+            if not is_differentiated() or not any(t.requires_grad for t in (x, *nodes)):
                 return Carried(cast(Tensor, self.run(x, *nodes)), x)
             box = _Box()
             value = cast(Tensor, _apply(_Carry, self, box, x, *nodes))
@@ -99,7 +99,7 @@ class Program:
     def _eager(
         self, tensors: tuple[Tensor, ...], out: Tensor | None, alpha: float, base: Tensor | None, carried: Carried | None
     ) -> Tensor:
-        if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+        if not is_differentiated() or not any(t.requires_grad for t in tensors):
             joined = (
                 self.run(*tensors, out=out, alpha=alpha) if base is None else self._forward(*tensors, out=out, alpha=alpha)[0]
             )

@@ -25,6 +25,11 @@ def is_eager() -> bool:
     return not (is_compiling() or _are_functorch_transforms_active() or _is_tracing() or forward_ad._current_level >= 0)
 
 
+def is_differentiated() -> bool:
+    """Whether operations on what requires a gradient are noted for a backward pass; never in `inference_mode`."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 def is_recorded() -> bool:
     """Whether a program is being recorded that will run for other numbers of tokens: no branch may hang on sizes of x."""
     return is_compiling() or _is_tracing()

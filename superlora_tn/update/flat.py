@@ -20,7 +20,7 @@ from superlora_tn.contraction.plan import make_plan
 from superlora_tn.declare.fold import FlatGroup
 from superlora_tn.declare.parts import SpecError
 from superlora_tn.update.base import Adapter, Member, Run
-from superlora_tn.update.eager import is_eager
+from superlora_tn.update.eager import is_differentiated, is_eager
 from superlora_tn.update.fixed_maps import fixed_map, widened
 from superlora_tn.update.passes import lasting
 
@@ -172,7 +172,7 @@ class FlatAdapter(Adapter):
         x = x if x.dtype == dtype else x.to(dtype)
         if self.spec.dropout:
             x, base = self.drop(x, training), None
-        if self.settings.recompute and is_eager() and torch.is_grad_enabled():
+        if self.settings.recompute and is_eager() and is_differentiated():
             base = None if out is None or out.is_complex() else base  # programs write to no complex output
             given = None if base is None or out is None else out.detach()
             arguments = (self, member, dtype, base, given, x, *self.tensors())

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from superlora_tn.update.eager import is_eager
+from superlora_tn.update.eager import is_differentiated, is_eager
 
 Made = Any  # what a pass keeps: a tensor, or tensors by key
 State = tuple[tuple[int, int, int], ...]
@@ -150,7 +150,7 @@ class Passes:
 
     def _check_ddp(self) -> None:
         """Layers are computed again in backward, by re-entrant checkpointing: gradients of shared nodes come one by one."""
-        if self.ddp and torch.is_grad_enabled():
+        if self.ddp and is_differentiated():
             self.ddp = False
             warnings.warn(
                 "layers that share factors run under DistributedDataParallel with re-entrant checkpointing: DDP takes the "
@@ -164,7 +164,7 @@ class Passes:
         if not is_eager() or (now := state(nodes)) is None:
             return None
         store = self._fixed
-        if store is None or torch.is_grad_enabled():
+        if store is None or is_differentiated():
             found = self.current()
             if found is None:
                 return None
@@ -284,7 +284,7 @@ def lasting(build: Callable[[Sequence[Tensor]], Tensor], nodes: Sequence[Tensor]
     """
     if not is_eager():
         return build(nodes)
-    if not torch.is_grad_enabled() or not any(n.requires_grad for n in nodes):
+    if not is_differentiated() or not any(n.requires_grad for n in nodes):
         with unseen():
             return build(nodes)
     result: Tensor = _Lasting.apply(build, *nodes)  # type: ignore[no-untyped-call]
