@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check thorough mutations format bench clean
+.PHONY: demo test check thorough mutations oldest docs format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; say make PYTHON=python3.12 ..."'
@@ -22,6 +22,18 @@ thorough: .venv/installed
 mutations: .venv/installed
 	$(BIN)/python tests/mutations.py
 
+# The oldest versions that pyproject.toml allows, in an environment of their own; PyPI's torch of that age brings CUDA.
+oldest:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check uv
+	.venv-oldest/bin/uv pip install -q --python .venv-oldest/bin/python --resolution lowest-direct -e '.[dev]'
+	# Today's pyparsing warns of what the oldest matplotlib calls.
+	.venv-oldest/bin/python -m pytest -p no:cacheprovider -W ignore::DeprecationWarning
+
+docs: .venv/installed
+	test -x $(BIN)/mkdocs || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,4 +44,4 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -15,7 +15,8 @@ from superlora_tn.declare.rows import Rows
 from superlora_tn.files.own import CheckpointError
 from superlora_tn.files.read import read
 from superlora_tn.model.attach import attach, load, tuned
-from superlora_tn.model.kinds import LayerError
+from superlora_tn.model.kinds import Kind, LayerError
+from superlora_tn.model.recognise import register_layer
 from superlora_tn.model.several import rows, use
 from superlora_tn.model.targets import AttachError, match
 from superlora_tn.model.tuned import Tuned
@@ -63,6 +64,7 @@ __all__ = [
     "Fastfood",
     "FlatFold",
     "Hadamard",
+    "Kind",
     "Kronecker",
     "LayerError",
     "Network",
@@ -109,6 +111,7 @@ __all__ = [
     "miss",
     "randlora",
     "read",
+    "register_layer",
     "rows",
     "share_lora",
     "superlora",

@@ -101,6 +101,14 @@ def test_the_readmes_figures_of_the_experiments_are_their_reports():
             assert figure in {f"{number:,.{places}f}" for number in known}, f"{link} does not say {figure}"
 
 
+def test_the_reference_has_every_public_name_once():
+    import superlora_tn
+
+    pages = "".join(page.read_text() for page in sorted((ROOT / "docs" / "reference").glob("*.md")))
+    named = re.findall(r"(?m)^::: superlora_tn\.(?:tools\.)?(\w+)$", pages)
+    assert sorted(named) == sorted(superlora_tn.__all__)
+
+
 def test_the_version_is_said_once_and_the_same():
     import superlora_tn
 

@@ -193,7 +193,7 @@ def test_a_new_layer_type_registers_a_kind() -> None:
         def join(self, layer: Scale, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
             return member.update(x, y)
 
-    recognise.register(Scale, Scaling())
+    recognise.register_layer(Scale, Scaling())
     layer, tuned, delta = adapted(Scale(), sl.lora(2))
     x = noise(5, 4, dtype=torch.float64)
     expected = x @ (layer.matrix + delta.T)

@@ -44,7 +44,7 @@ class _Known:
 _KNOWN: dict[type, _Known] = {}
 
 
-def register(layer: type[nn.Module], kind: Kind, *methods: str) -> None:
+def register_layer(layer: type[nn.Module], kind: Kind, *methods: str) -> None:
     """Say that layers of a type are of a kind; a layer whose `forward` (or other named methods) is another is tried first.
 
     Args:
@@ -55,19 +55,19 @@ def register(layer: type[nn.Module], kind: Kind, *methods: str) -> None:
     _KNOWN[layer] = _Known(kind, tuple((name, getattr(layer, name)) for name in ("forward", *methods)))
 
 
-register(nn.Linear, LINEAR)
+register_layer(nn.Linear, LINEAR)
 for _convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    register(_convolution, CONVOLUTION, "_conv_forward")
-register(nn.Bilinear, Held())
-register(nn.Embedding, TABLE)
-register(nn.EmbeddingBag, BAG)
+    register_layer(_convolution, CONVOLUTION, "_conv_forward")
+register_layer(nn.Bilinear, Held())
+register_layer(nn.Embedding, TABLE)
+register_layer(nn.EmbeddingBag, BAG)
 
 
 def _register_imported() -> None:
     """Types of libraries that are already imported; importing them is the user's choice."""
     module = sys.modules.get("transformers.pytorch_utils")
     if module is not None and module.Conv1D not in _KNOWN:
-        register(module.Conv1D, TRANSPOSED)
+        register_layer(module.Conv1D, TRANSPOSED)
 
 
 def known(layer: nn.Module) -> _Known | None:
