@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check thorough mutations oldest docs format clean
+.PHONY: demo test check thorough mutations oldest gpu docs format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; say make PYTHON=python3.12 ..."'
@@ -30,6 +30,11 @@ oldest:
 	# Today's pyparsing warns of what the oldest matplotlib calls.
 	.venv-oldest/bin/python -m pytest -p no:cacheprovider -W ignore::DeprecationWarning
 
+# The tests and benchmarks of a CUDA device, about ten minutes; benchmarks/gpu.sh does the same without network.
+gpu: .venv/installed
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/gpu.py --device cuda
+
 docs: .venv/installed
 	test -x $(BIN)/mkdocs || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
@@ -44,4 +49,4 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-oldest site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-gpu site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -96,7 +96,7 @@ def highest_live(run: Callable[[], Any]) -> int:
 def report(name: str, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Print rows as a table and write them as JSON."""
     keys = list(rows[0])
-    text = [keys, *([_cell(row.get(k)) for k in keys] for row in rows)]
+    text = [keys, *([cell(row.get(k)) for k in keys] for row in rows)]
     widths = [max(len(line[c]) for line in text) for c in range(len(keys))]
     for line in text:
         print("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)))
@@ -110,5 +110,5 @@ def report(name: str, args: argparse.Namespace, rows: list[dict[str, Any]]) -> N
     (RESULTS / f"{name}-{suffix}.json").write_text(json.dumps(body, indent=1) + "\n")
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
