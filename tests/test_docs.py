@@ -89,13 +89,13 @@ def test_the_readmes_table_of_variants_has_the_commands_counts():
     assert table == {name: counts[name] for name in table}
 
 
-def test_the_readmes_figures_of_the_experiments_are_their_reports():
+def test_the_figures_of_the_experiments_are_their_reports():
     """Each figure behind a link to a report, up to the next link, stands in that report, where it may have more digits."""
-    text = (ROOT / "README.md").read_text()
-    found = re.findall(r"\]\((docs/results/\w+/report\.md)\):(.*?)\n(?:-|\n)", text, re.DOTALL)
+    text = (ROOT / "docs" / "reproduce.md").read_text()
+    found = re.findall(r"\]\((results/\w+/report\.md)\):(.*?)\n(?:-|\n)", text, re.DOTALL)
     assert len(found) == 3
     for link, words in found:
-        known = [float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\.?\d*", (ROOT / link).read_text())]
+        known = [float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\.?\d*", (ROOT / "docs" / link).read_text())]
         for figure in re.findall(r"\d[\d,]*\d(?:\.\d+)?(?![\w.])", words):
             places = len(figure.partition(".")[2])
             assert figure in {f"{number:,.{places}f}" for number in known}, f"{link} does not say {figure}"
@@ -107,6 +107,10 @@ def test_the_reference_has_every_public_name_once():
     pages = "".join(page.read_text() for page in sorted((ROOT / "docs" / "reference").glob("*.md")))
     named = re.findall(r"(?m)^::: superlora_tn\.(?:tools\.)?(\w+)$", pages)
     assert sorted(named) == sorted(superlora_tn.__all__)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 100
 
 
 def test_the_version_is_said_once_and_the_same():
