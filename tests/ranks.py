@@ -1,0 +1,308 @@
+"""What `test_distributed` runs in each of several processes: ``python ranks.py RANK WORLD FOLDER``.
+
+Every scenario runs in all ranks one after another; what it returns, or how it failed, is written to ``FOLDER/<rank>.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import load as dcp_load
+from torch.distributed.checkpoint import save as dcp_save
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import superlora_tn as sl
+
+WIDTH, ROWS, STEPS = 8, 8, 3
+SPECS = {
+    "lora": sl.lora(2, alpha=4),
+    "lokr": sl.lokr(1),
+    "lotr": sl.lotr(2),
+    "vera": sl.vera(3),
+    "lorta": sl.lorta(2, groups=2),
+    "fastfood": sl.lorta(2, projection=sl.Fastfood(0.5, seed=1)),
+}
+Scenario = Callable[[Path], Any]
+SCENARIOS: dict[str, Scenario] = {}
+
+
+def scenario(function: Scenario) -> Scenario:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+class Net(nn.Module):
+    """Three layers that read one x, and one behind them; the three may be checkpointed."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.parts = nn.ModuleDict({k: nn.Linear(WIDTH, WIDTH) for k in ("q", "k", "v")})
+        self.last, self.reentrant = nn.Linear(WIDTH, WIDTH), reentrant
+        self.double()
+
+    def _first(self, x: Tensor) -> Tensor:
+        return torch.tanh(sum(part(x) for part in self.parts.values()))  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.last(self._first(x))
+        return self.last(checkpoint(self._first, x, use_reentrant=self.reentrant))
+
+
+def attached(
+    spec: sl.AdapterSpec, model: nn.Module | None = None, seed: int | None = 0, **options: Any
+) -> tuple[Any, sl.Tuned]:
+    """The net with an adapter whose dW is not zero."""
+    model = Net() if model is None else model
+    tuned = sl.attach(model, spec, "all-linear", seed=seed, dtype=torch.float64)
+    with torch.no_grad():
+        for node in tuned.parameters():
+            node.add_(0.1)
+    return model, tuned
+
+
+def batch() -> Tensor:
+    """All rows; each rank takes its own."""
+    return torch.linspace(-1, 1, ROWS * WIDTH, dtype=torch.float64).reshape(ROWS, WIDTH).sin()
+
+
+def trained(model: nn.Module, nodes: Sequence[nn.Parameter], x: Tensor) -> list[float]:
+    """Losses of a few steps; the mean over all rows is the mean of the ranks' means."""
+    optimizer, losses = torch.optim.AdamW(nodes, lr=1e-2), []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = (model(x.clone().requires_grad_()) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        whole = loss.detach().clone()
+        dist.all_reduce(whole)
+        losses.append(float(whole) / dist.get_world_size())
+    return losses
+
+
+def whole(tensor: Tensor) -> Tensor:
+    full = getattr(tensor, "full_tensor", None)
+    return (tensor if full is None else full()).detach()
+
+
+def compared(spec: sl.AdapterSpec, wrap: Callable[[Any, sl.Tuned], nn.Module], reentrant: bool | None = None) -> float:
+    """How far losses and nodes are from one process's after a few steps, relative to the largest number."""
+    model, tuned = attached(spec, Net(reentrant))
+    wrapped = wrap(model, tuned)
+    losses = trained(wrapped, list(tuned.parameters()), batch().chunk(dist.get_world_size())[dist.get_rank()])
+    alone, own = attached(spec, Net(reentrant))
+    expected = trained(alone, list(own.parameters()), batch())
+    found = [whole(p) for p in tuned.parameters()]
+    pairs = zip([*found, torch.tensor(losses)], [*own.parameters(), torch.tensor(expected)], strict=True)
+    return max(float((a - b).detach().abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """FSDP2, a unit each layer and the rest one."""
+    for layer in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+        fully_shard(layer, mesh=mesh())
+    return fully_shard(model, mesh=mesh())
+
+
+def refused(call: Callable[[], Any], *errors: type[Exception]) -> str:
+    """The error's words; an empty text where there was none."""
+    try:
+        call()
+    except errors as error:
+        return str(error)
+    return ""
+
+
+def caught(call: Callable[[], Any]) -> list[str]:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in found if w.category is UserWarning]
+
+
+# --- scenarios ---
+
+
+@scenario
+def ddp(folder: Path) -> Any:
+    return {name: compared(spec, lambda m, _: DistributedDataParallel(m)) for name, spec in SPECS.items()}
+
+
+@scenario
+def ddp_checkpointed(folder: Path) -> Any:
+    return {name: compared(spec, lambda m, _: DistributedDataParallel(m), False) for name, spec in SPECS.items()}
+
+
+@scenario
+def ddp_static_graph_and_reentrant(folder: Path) -> Any:
+    wrap = lambda m, _: DistributedDataParallel(m, static_graph=True)  # noqa: E731
+    return {name: compared(spec, wrap, True) for name, spec in SPECS.items()}
+
+
+@scenario
+def ddp_reentrant_is_warned_of(folder: Path) -> Any:
+    def step(spec: sl.AdapterSpec) -> None:
+        model, _ = attached(spec, Net(True))
+        DistributedDataParallel(model)(batch().requires_grad_()).square().mean().backward()
+
+    return {name: caught(lambda spec=SPECS[name]: step(spec)) for name in ("lora", "lotr", "lorta")}
+
+
+@scenario
+def fsdp2_attached_before(folder: Path) -> Any:
+    return {name: compared(spec, lambda m, _: sharded(m)) for name, spec in SPECS.items()}
+
+
+@scenario
+def fsdp2_adapter_ignored(folder: Path) -> Any:
+    """The base is sharded, the adapter is whole in each process, and its gradients are averaged by a hook."""
+
+    def wrap(model: nn.Module, tuned: sl.Tuned) -> nn.Module:
+        fully_shard(model, mesh=mesh(), ignored_params=set(tuned.parameters()))
+        for node in tuned.parameters():
+            node.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(dist.get_world_size())))
+        return model
+
+    return {name: compared(spec, wrap) for name, spec in SPECS.items()}
+
+
+@scenario
+def fsdp2_attached_after(folder: Path) -> Any:
+    model = sharded(Net())
+    return caught(lambda: attached(sl.lora(2), model))
+
+
+@scenario
+def fsdp1(folder: Path) -> Any:
+    def wrap(model: nn.Module, tuned: sl.Tuned) -> nn.Module:
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+    def step(spec: sl.AdapterSpec) -> float:
+        model, tuned = attached(spec)
+        wrapped = wrap(model, tuned)
+        losses = trained(wrapped, list(tuned.parameters()), batch().chunk(dist.get_world_size())[dist.get_rank()])
+        alone, own = attached(spec)
+        expected = trained(alone, list(own.parameters()), batch())
+        with FullyShardedDataParallel.summon_full_params(wrapped):
+            pairs = [(p.detach().reshape(q.shape), q) for p, q in zip(tuned.parameters(), own.parameters(), strict=True)]
+            pairs.append((torch.tensor(losses), torch.tensor(expected)))
+            return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+    return {name: step(spec) for name, spec in SPECS.items()}
+
+
+@scenario
+def saved_while_sharded(folder: Path) -> Any:
+    """Every rank saves into one folder; the file holds the whole adapter."""
+    found = {}
+    for name, spec in SPECS.items():
+        model, tuned = attached(spec)
+        expected = {t: tuned.delta(t) for t in tuned.targets}
+        sharded(model)
+        tuned.save(folder / name)
+        dist.barrier()
+        again = sl.load(Net(), folder / name)
+        found[name] = max(float((again.delta(t) - d).abs().max() / d.abs().max()) for t, d in expected.items())
+    return found
+
+
+@scenario
+def merge_while_sharded(folder: Path) -> Any:
+    model, tuned = attached(sl.lora(2))
+    sharded(model)
+    words = refused(tuned.merge, sl.AttachError)
+    model.unshard()  # type: ignore[operator]
+    return [words, refused(tuned.merge, sl.AttachError), tuned.merged]
+
+
+@scenario
+def drawn_without_a_seed(folder: Path) -> Any:
+    torch.manual_seed(dist.get_rank() + 100)
+    model = Net()
+    torch.manual_seed(dist.get_rank() + 100)
+    tuned = sl.attach(model, sl.lotr(2), "all-linear")
+    return [float(node.double().sum()) for node in tuned.parameters()]
+
+
+@scenario
+def found_in_wrappers(folder: Path) -> Any:
+    """`sl.tuned` of the wrapped model is the handle."""
+    found = {}
+    model, handle = attached(sl.lora(2))
+    found["ddp"] = sl.tuned(DistributedDataParallel(model)) is handle
+    model, handle = attached(sl.lora(2))
+    found["compiled ddp"] = sl.tuned(torch.compile(DistributedDataParallel(model), backend="eager")) is handle
+    model, handle = attached(sl.lora(2))
+    found["fsdp2"] = sl.tuned(sharded(model)) is handle
+    model, handle = attached(sl.lora(2))
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    found["fsdp1"] = sl.tuned(wrapped) is handle
+    return found
+
+
+@scenario
+def distributed_checkpoint(folder: Path) -> Any:
+    """Written by all ranks, read by one and by all."""
+    model, tuned = attached(sl.lotr(2))
+    expected = {t: tuned.delta(t) for t in tuned.targets}
+    sharded(model)
+    dcp_save({"model": get_model_state_dict(model)}, checkpoint_id=folder / "dcp")
+    dist.barrier()
+    other, again = attached(sl.lotr(2), seed=5)
+    sharded(other)
+    state = {"model": get_model_state_dict(other)}
+    dcp_load(state, checkpoint_id=folder / "dcp")
+    set_model_state_dict(other, state["model"])
+    again.save(folder / "again")
+    dist.barrier()
+    found = sl.load(Net(), folder / "again")
+    return max(float((found.delta(t) - d).abs().max()) for t, d in expected.items())
+
+
+@scenario
+def tensor_parallel(folder: Path) -> Any:
+    """Attached before it is parallelised, or refused."""
+    model = Net()
+    parallelize_module(model, mesh(), {"parts.q": ColwiseParallel(), "last": RowwiseParallel()})
+    words = refused(lambda: sl.attach(model, sl.lora(2), ["parts.q"]), sl.AttachError)
+    other = refused(lambda: sl.attach(model, sl.lora(2), ["last"]), sl.AttachError)
+    tuned = sl.attach(model, sl.lora(2), ["parts.k"], dtype=torch.float64)  # the others may be adapted
+    return [words, other, list(tuned.targets)]
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", rank=rank, world_size=world, store=store, timeout=timedelta(seconds=60))
+    results: dict[str, Any] = {}
+    for name, run in SCENARIOS.items():
+        try:
+            results[name] = run(folder)
+        except Exception:
+            results[name] = {"failed": traceback.format_exc()}
+        (folder / f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
