@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
-from models import TARGETS, Tiny
+import torch
+from models import TARGETS, Tiny, noise, perturb
 
 import superlora_tn as sl
 
@@ -37,3 +40,33 @@ def test_a_flat_fold_takes_its_splits_from_the_kronecker() -> None:
     assert spec.fold.splits == 2
     assert spec == sl.AdapterSpec(sl.Kronecker(sl.Tucker(2), sl.CP(2)), sl.FlatFold(order=3, groups=2, splits=2))
     assert sl.AdapterSpec(sl.Tucker(2), sl.FlatFold()).fold.splits == 1
+
+
+PRESETS = sorted(
+    name
+    for name, value in vars(sl).items()
+    if inspect.isfunction(value) and value.__module__ in ("superlora_tn.network.variants", "superlora_tn.network.relatives")
+)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_drops_the_adapters_input_while_it_trains(name: str) -> None:
+    """With nearly all dropped, the rest is scaled up to the same mean: two calls differ, none does in evaluation."""
+    assert len(PRESETS) == 27
+    make = getattr(sl, name)
+    known = inspect.signature(make).parameters
+    settings = {"rank": 2} if "rank" in known else {}
+    settings |= {"heads": 2} if name == "cara" else {}
+    assert make(**settings).dropout == 0.0
+    model = Tiny()
+    tuned = sl.attach(model, make(**settings, dropout=0.5), ["q_proj", "k_proj"], seed=0)
+    perturb(tuned)
+    x = noise(2, 3, 12)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_a_budget_buys_with_dropout_and_rslora() -> None:
+    bought = sl.superlora(order=3, budget=500, alpha=2.0, rslora=True, dropout=0.1).choose([(16, 16)] * 4).spec
+    assert (bought.dropout, bought.rslora) == (0.1, True)

@@ -29,52 +29,52 @@ def frozen(indices: str) -> Node:
     return Node(indices, init="uniform", trainable=False)
 
 
-def adalora(rank: int, alpha: float | None = None) -> AdapterSpec:
+def adalora(rank: int, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """AdaLoRA's form: ``dW[o i] = P[o r] lam[r] Q[r i]``, lam zero (Zhang et al. 2023; PEFT's AdaLoRA, whose pruning of
     ranks is training, not a network). Count: r (out + in + 1) a weight.
     """
-    return AdapterSpec(Network("o i", {"r": rank}, P="o r", lam=Node("r", init="zeros"), Q="r i"), alpha=alpha)
+    return AdapterSpec(Network("o i", {"r": rank}, P="o r", lam=Node("r", init="zeros"), Q="r i"), alpha=alpha, dropout=dropout)
 
 
-def lora_fa(rank: int, alpha: float | None = None) -> AdapterSpec:
+def lora_fa(rank: int, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """LoRA-FA: ``dW[o i] = B[o r] A[r i]``, A frozen, B zero (Zhang et al. 2023, arXiv 2308.03303). Count: r out a weight."""
-    return AdapterSpec(Network("o i", {"r": rank}, B=Node("o r", init="zeros"), A=frozen("r i")), alpha=alpha)
+    return AdapterSpec(Network("o i", {"r": rank}, B=Node("o r", init="zeros"), A=frozen("r i")), alpha=alpha, dropout=dropout)
 
 
-def krona(factor: int = -1, alpha: float | None = None) -> AdapterSpec:
+def krona(factor: int = -1, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """KronA: ``dW[(o1 o2) (i1 i2)] = W1[o1 i1] W2[o2 i2]``, W1 zero (Edalati et al. 2022).
 
     Count: o1 i1 + o2 i2 a weight, sides split by PEFT's rule.
     """
-    return AdapterSpec(Kronecker(Dense(), Dense(), factor=factor), alpha=alpha)
+    return AdapterSpec(Kronecker(Dense(), Dense(), factor=factor), alpha=alpha, dropout=dropout)
 
 
-def fact_tt(rank: int, alpha: float | None = None) -> AdapterSpec:
+def fact_tt(rank: int, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """FacT-TT: ``dW[m o i] = U[o r] G[m r s] V[i s]``, V zero (Jie and Deng 2023). Count: r (out + in) + M r^2."""
     network = Network("m o i", {"r": rank, "s": rank}, U="o r", G="m r s", V=Node("i s", init="zeros"))
-    return AdapterSpec(network, MEMBERS, alpha=alpha)
+    return AdapterSpec(network, MEMBERS, alpha=alpha, dropout=dropout)
 
 
-def fact_tk(rank: int, member_rank: int = 4, alpha: float | None = None) -> AdapterSpec:
+def fact_tk(rank: int, member_rank: int = 4, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """FacT-TK: ``dW[m o i] = C[k r s] P[m k] U[o r] V[i s]``, V zero, k of size `member_rank` (Jie and Deng 2023).
 
     Count: r (out + in) + M k + k r^2.
     """
     sizes = {"k": member_rank, "r": rank, "s": rank}
     network = Network("m o i", sizes, C="k r s", P="m k", U="o r", V=Node("i s", init="zeros"))
-    return AdapterSpec(network, MEMBERS, alpha=alpha)
+    return AdapterSpec(network, MEMBERS, alpha=alpha, dropout=dropout)
 
 
-def lorta_cp(rank: int, heads: int | None = None, alpha: float | None = None) -> AdapterSpec:
+def lorta_cp(rank: int, heads: int | None = None, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """LoRTA of Hounie et al. 2024 (arXiv 2410.04060; not the paper's LoRTA): a CP over layer, type, head, out and in.
 
     ``dW[l t (h o') i] = L[l r] T[t r] H[h r] B[o' r] A[i r]``, B zero. Count: r (L + T + h + out / h + in).
     """
     modes = "layer type out in" if heads is None else "layer type head out in"
-    return AdapterSpec(CP(rank), PhysicalFold(modes, heads), alpha=alpha)
+    return AdapterSpec(CP(rank), PhysicalFold(modes, heads), alpha=alpha, dropout=dropout)
 
 
-def cara(rank: int, heads: int = 1, alpha: float | None = None) -> AdapterSpec:
+def cara(rank: int, heads: int = 1, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """CaRA: a CP with weights over all attention weights of a model (Veeramacheneni et al. 2025).
 
     ``dW[m (h o') i] = lam[r] M[m r] H[h r] B[o' r] A[i r]``, B zero. Count: r (1 + M + h + out / h + in).
@@ -86,7 +86,9 @@ def cara(rank: int, heads: int = 1, alpha: float | None = None) -> AdapterSpec:
         "B": Node("o r", init="zeros"),
         "A": "i r",
     }
-    return AdapterSpec(Network("m h o i", {"r": rank}, **nodes), PhysicalFold("member head out in", heads), alpha=alpha)
+    return AdapterSpec(
+        Network("m h o i", {"r": rank}, **nodes), PhysicalFold("member head out in", heads), alpha=alpha, dropout=dropout
+    )
 
 
 def tenslora(
@@ -95,6 +97,7 @@ def tenslora(
     heads: int | None = None,
     cp: bool = False,
     alpha: float | None = None,
+    dropout: float = 0.0,
 ) -> AdapterSpec:
     """TensLoRA: a Tucker (its core zero) or CP over out, in and any of layer, type and head (Marmoret et al. 2025).
 
@@ -102,19 +105,21 @@ def tenslora(
     """
     if cp and isinstance(rank, tuple):
         raise SpecError(f"tenslora was given the ranks {rank} for a CP, which has one; give one number.")
-    return AdapterSpec(CP(rank) if cp and isinstance(rank, int) else Tucker(rank), PhysicalFold(modes, heads), alpha=alpha)
+    return AdapterSpec(
+        CP(rank) if cp and isinstance(rank, int) else Tucker(rank), PhysicalFold(modes, heads), alpha=alpha, dropout=dropout
+    )
 
 
-def metatt(rank: int, heads: int | None = None, alpha: float | None = None) -> AdapterSpec:
+def metatt(rank: int, heads: int | None = None, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """MetaTT: one tensor train over in, layer, type (4D), head (5D) and out (Lopez-Piqueres et al. 2025), out's core zero.
 
     Count: r (in + out / h) + r^2 (L + T + h), h left out in 4D.
     """
     modes = "in layer type out" if heads is None else "in layer type head out"
-    return AdapterSpec(TensorTrain(rank), PhysicalFold(modes, heads), alpha=alpha)
+    return AdapterSpec(TensorTrain(rank), PhysicalFold(modes, heads), alpha=alpha, dropout=dropout)
 
 
-def tt_lora(rank: int, splits: int = 3, alpha: float | None = None) -> AdapterSpec:
+def tt_lora(rank: int, splits: int = 3, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """TT-LoRA: a tensor train over out and in, each split into `splits` sides (Anjum et al. 2024), the last core zero.
 
     ``dW[(o1 .. ok) (i1 .. ik)] = G1[o1 b1] G2[b1 o2 b2] .. G2k[b ik]``.
@@ -125,10 +130,12 @@ def tt_lora(rank: int, splits: int = 3, alpha: float | None = None) -> AdapterSp
     nodes = {f"G{k + 1}": f"{bonds[k]} {side} {bonds[k + 1]}".strip() for k, side in enumerate(sides)}
     last = Node(nodes.pop(f"G{2 * splits}"), init="zeros")
     modes = f"({' '.join(sides[:splits])}) ({' '.join(sides[splits:])})"
-    return AdapterSpec(Network(modes, dict.fromkeys(bonds[1:-1], rank), **nodes, **{f"G{2 * splits}": last}), alpha=alpha)
+    return AdapterSpec(
+        Network(modes, dict.fromkeys(bonds[1:-1], rank), **nodes, **{f"G{2 * splits}": last}), alpha=alpha, dropout=dropout
+    )
 
 
-def loretta(rank: int, bond: int = 4, splits: int = 3, alpha: float | None = None) -> AdapterSpec:
+def loretta(rank: int, bond: int = 4, splits: int = 3, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """LoRETTA_rep: LoRA whose B and A are tensor trains, out and in split into `splits` sides (Yang et al. 2024).
 
     ``dW = B A``, B[(o1 .. ok) r] and A[r (i1 .. ik)] trains with bonds of size `bond`; B's last core zero.
@@ -143,26 +150,28 @@ def loretta(rank: int, bond: int = 4, splits: int = 3, alpha: float | None = Non
             nodes[f"{'B' if mode == 'o' else 'A'}{k + 1}"] = Node(indices, init="zeros") if zero else indices
     sizes = {"r": rank, **{f"{mode}b{k + 1}": bond for mode in "oi" for k in range(splits - 1)}}
     sides = {mode: " ".join(f"{mode}{k + 1}" for k in range(splits)) for mode in "oi"}
-    return AdapterSpec(Network(f"({sides['o']}) ({sides['i']})", sizes, **nodes), alpha=alpha)
+    return AdapterSpec(Network(f"({sides['o']}) ({sides['i']})", sizes, **nodes), alpha=alpha, dropout=dropout)
 
 
-def tied_lora(rank: int, alpha: float | None = None) -> AdapterSpec:
+def tied_lora(rank: int, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """Tied-LoRA (TL6): ``dW[m o i] = v[m o] B[o r] u[m r] A[r i]``, B and A shared and trained, v zero (Renduchintala et al.
     2023). Count: r (out + in) + M (out + r).
     """
     nodes: dict[str, str | Node] = {"v": Node("m o", init="zeros"), "B": "o r", "u": Node("m r", init="ones"), "A": "r i"}
-    return AdapterSpec(Network("m o i", {"r": rank}, **nodes), MEMBERS, alpha=alpha)
+    return AdapterSpec(Network("m o i", {"r": rank}, **nodes), MEMBERS, alpha=alpha, dropout=dropout)
 
 
-def share_lora(rank: int, alpha: float | None = None) -> AdapterSpec:
+def share_lora(rank: int, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """ShareLoRA: ``dW[m o i] = B[m o r] A[r i]``, A shared by the weights of a shape, B zero (Song et al. 2024).
 
     Count: r (M out + in).
     """
-    return AdapterSpec(Network("m o i", {"r": rank}, B=Node("m o r", init="zeros"), A="r i"), MEMBERS, alpha=alpha)
+    return AdapterSpec(
+        Network("m o i", {"r": rank}, B=Node("m o r", init="zeros"), A="r i"), MEMBERS, alpha=alpha, dropout=dropout
+    )
 
 
-def compacter(rank: int, terms: int = 4, alpha: float | None = None) -> AdapterSpec:
+def compacter(rank: int, terms: int = 4, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """Compacter's weight form: a sum of Kronecker products, the first factors shared (Karimi Mahabadi et al. 2021).
 
     ``dW[m (n1 o) (n2 i)] = A[n n1 n2] S[m n o r] T[m n r i]``, n of size `terms` like n1 and n2, S zero.
@@ -170,27 +179,27 @@ def compacter(rank: int, terms: int = 4, alpha: float | None = None) -> AdapterS
     """
     nodes: dict[str, str | Node] = {"A": "n n1 n2", "S": Node("m n o r", init="zeros"), "T": "m n r i"}
     sizes = {"n": terms, "n1": terms, "n2": terms, "r": rank}
-    return AdapterSpec(Network("m (n1 o) (n2 i)", sizes, **nodes), MEMBERS, alpha=alpha)
+    return AdapterSpec(Network("m (n1 o) (n2 i)", sizes, **nodes), MEMBERS, alpha=alpha, dropout=dropout)
 
 
-def gralora(rank: int, blocks: int = 2, alpha: float | None = None) -> AdapterSpec:
+def gralora(rank: int, blocks: int = 2, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """GraLoRA: dW in blocks x blocks parts, each a LoRA of its own (Jung et al. 2025; PEFT's GraLoRA without its hybrid part).
 
     ``dW[(a o) (b i)] = B[a b o r] A[a b r i]``, B zero; r is the rank of a part, PEFT's r / k. Count: r k (out + in) a weight.
     """
     nodes: dict[str, str | Node] = {"B": Node("a b o r", init="zeros"), "A": "a b r i"}
-    return AdapterSpec(Network("(a o) (b i)", {"a": blocks, "b": blocks, "r": rank}, **nodes), alpha=alpha)
+    return AdapterSpec(Network("(a o) (b i)", {"a": blocks, "b": blocks, "r": rank}, **nodes), alpha=alpha, dropout=dropout)
 
 
-def miss(rank: int, alpha: float | None = None) -> AdapterSpec:
+def miss(rank: int, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """MiSS: a thin matrix repeated over in: ``dW[o (k r)] = D[o r]``, D zero (Kang and Yin 2025; PEFT's MiSS where in is a
     multiple of the rank). Count: r out a weight.
     """
     nodes = {"D": Node("o r", init="zeros"), "repeat": Node("k", init="ones", trainable=False)}
-    return AdapterSpec(Network("o (k r)", {"r": rank}, **nodes), alpha=alpha)
+    return AdapterSpec(Network("o (k r)", {"r": rank}, **nodes), alpha=alpha, dropout=dropout)
 
 
-def randlora(rank: int, bases: int = 4, alpha: float | None = None) -> AdapterSpec:
+def randlora(rank: int, bases: int = 4, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """RandLoRA: a sum of scaled random bases, of full rank in all (Albert et al. 2025).
 
     ``dW[m o i] = B[n o r] lam[m n r] A[r i] gam[m n i]``, B and A frozen and shared, lam zero. Count: M n (r + in).
@@ -201,14 +210,14 @@ def randlora(rank: int, bases: int = 4, alpha: float | None = None) -> AdapterSp
         "A": frozen("r i"),
         "gam": Node("m n i", init="ones"),
     }
-    return AdapterSpec(Network("m o i", {"n": bases, "r": rank}, **nodes), MEMBERS, alpha=alpha)
+    return AdapterSpec(Network("m o i", {"n": bases, "r": rank}, **nodes), MEMBERS, alpha=alpha, dropout=dropout)
 
 
-def abba(rank: int, second: int | None = None, alpha: float | None = None) -> AdapterSpec:
+def abba(rank: int, second: int | None = None, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """ABBA's form: the elementwise product of two LoRAs, of ranks that may differ, the second at zero (Singhal et al. 2025,
     whose start from the weight's SVD is `decompose`'s). Count: (r1 + r2) (out + in) a weight.
     """
-    return AdapterSpec(Hadamard(CP(rank), CP(rank if second is None else second)), alpha=alpha)
+    return AdapterSpec(Hadamard(CP(rank), CP(rank if second is None else second)), alpha=alpha, dropout=dropout)
 
 
 RELATIVES = {
