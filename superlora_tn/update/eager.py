@@ -12,6 +12,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 NOTHING = nullcontext()
+# Which devices have autocast; asked once, as Dynamo does not trace the question in all releases.
+CASTS = {kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "meta", "mps", "xpu", "xla")}
 
 
 def is_eager() -> bool:
@@ -41,5 +43,5 @@ def as_given(tensor: Tensor) -> AbstractContextManager[Any]:
     if not is_compiling() and not torch._C._is_any_autocast_enabled():
         return NOTHING
     kind = tensor.device.type
-    casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    casting = CASTS.get(kind) is not False and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if casting else NOTHING
