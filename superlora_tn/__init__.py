@@ -21,6 +21,7 @@ from superlora_tn.model.several import rows, use
 from superlora_tn.model.targets import AttachError, match
 from superlora_tn.model.tuned import Tuned
 from superlora_tn.network.budget import Budget, Choice, fit, within
+from superlora_tn.network.convolved import conv_lokr, conv_lora
 from superlora_tn.network.expand import lower
 from superlora_tn.network.relatives import (
     abba,
@@ -87,6 +88,8 @@ __all__ = [
     "cara",
     "choose",
     "compacter",
+    "conv_lokr",
+    "conv_lora",
     "dense",
     "fact_tk",
     "fact_tt",

@@ -17,8 +17,8 @@ CORE, BACKENDS = ROOT / "superlora_tn", ROOT / "backends" / "superlora_tn_backen
 # Folders from the ground up, and in each its rooms from the ground up; what is in none of them stands on top.
 HOUSE = {
     "declare": [["bounds", "cache", "divisors"], ["parts"], ["maps", "fold", "rows"], ["codec"]],
-    "network": [["graph"], ["expand"], ["spec"], ["budget"], ["variants", "relatives"]],
-    "contraction": [["profile"], ["layout", "exact"], ["search"], ["plan"], ["sharing", "cut"], ["backend"]],
+    "network": [["graph"], ["expand"], ["spec"], ["budget"], ["variants", "relatives", "convolved"]],
+    "contraction": [["profile"], ["layout", "exact"], ["search"], ["plan"], ["sharing", "cut"], ["chain", "backend"]],
     "update": [
         ["eager", "initialise", "placed"],
         ["passes", "walsh"],
@@ -47,6 +47,7 @@ HOUSE = {
     "model": [
         ["spans", "blocks", "buffers", "describe", "trainer"],
         ["kinds"],
+        ["convolutions"],
         ["tried", "shown", "tables"],
         ["packed"],
         ["recognise"],
@@ -55,7 +56,7 @@ HOUSE = {
         ["weights", "site"],
         ["merging"],
         ["tuned"],
-        ["beside", "several"],
+        ["beside", "several", "kernels"],
         ["attach"],
     ],
     "tools": [

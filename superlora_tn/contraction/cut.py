@@ -46,7 +46,11 @@ class Halves:
         grouped convolution the inner half is used once for each of `blocks` groups of inputs.
         """
         d_out, d_in = shape
-        return 2 * rows * self.bond * (d_out + blocks * d_in) < d_out * d_in * (rows + self.bond)
+        return 2 * self.cost(shape, rows, blocks) < d_out * d_in * (rows + self.bond)
+
+    def cost(self, shape: tuple[int, int], rows: int, blocks: int = 1) -> int:
+        """Multiplications and additions of one call by the halves, half of the FLOPs."""
+        return rows * self.bond * (shape[0] + blocks * shape[1])
 
 
 @kept(4096, KEPT_NODES, lambda _, graph, *__, **___: len(graph.nodes))

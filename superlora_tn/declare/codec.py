@@ -16,6 +16,7 @@ KINDS: dict[str, type] = {k.__name__: k for k in (*PARTS, Node, PhysicalFold, Fl
 # Fields that came after adapters had been saved without them; where they are missing, their defaults say what was meant.
 LATER = {
     "FlatFold": frozenset({"multiple"}),
+    "PhysicalFold": frozenset({"kernel"}),
     "Fastfood": frozenset({"order", "scaling"}),
     **dict.fromkeys(("CP", "Tucker", "TensorTrain"), frozenset({"over"})),
 }

@@ -17,11 +17,17 @@ ROLES = {
     "out": "out",
     "head": "out",
     "in": "in",
+    "kernel": "in",
+    "kd": "in",
+    "kh": "in",
+    "kw": "in",
     "layer": "member",
     "type": "member",
     "expert": "member",
     "member": "member",
 }
+
+KERNEL = ("kernel", "kd", "kh", "kw")
 
 
 @dataclass(frozen=True)
@@ -155,13 +161,19 @@ class PhysicalFold:
     group of its own; without any member mode each weight is. With `expert` the experts of a layer share the network, and
     are no part of its layer or type.
 
+    A convolution's kernel is part of `in`, which is then (channels x kernel), or apart from it: in all one mode (`kernel`), or
+    one each for depth, height and width (`kd kh kw`). A Kronecker product does not split these.
+
     Args:
         modes: mode names separated by spaces, in the network's order.
         heads: how many heads `out` is split into; needed exactly with a `head` mode.
+        kernel: the sizes of the kernel, (height, width) or the like, where it has modes; None lets `attach` take those of
+            each layer, layers of one size together. A matrix has a kernel of ().
     """
 
     modes: str = "out in"
     heads: int | None = None
+    kernel: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         names = self.modes.split() if isinstance(self.modes, str) else []
@@ -182,6 +194,47 @@ class PhysicalFold:
             check_count("PhysicalFold", "heads", self.heads, 1 << 20)
         if "head" in names and names.index("head") > names.index("out"):
             raise SpecError(f"PhysicalFold '{self.modes}' has 'out' before 'head'; out = head x rest, so write 'head out'.")
+        self._check_kernel([n for n in names if n == "in" or n in KERNEL])
+
+    def _check_kernel(self, names: list[str]) -> None:
+        """Raise unless the kernel's modes stand in the order of memory, and have sizes where sizes are given."""
+        own = names[1:] if names[0] == "in" else []
+        if names != ["in", *(["kernel"] if "kernel" in names else [n for n in KERNEL if n in names])]:
+            raise SpecError(
+                f"PhysicalFold was given the modes '{self.modes}'; a kernel stands behind 'in', as 'in kernel', or as the last "
+                "of 'in kd kh kw'."
+            )
+        if self.kernel is None:
+            return
+        if not isinstance(self.kernel, tuple) or len(self.kernel) > 3:
+            raise SpecError(f"PhysicalFold was given kernel={shown(self.kernel)}; give sizes such as (3, 3), or None.")
+        for size in self.kernel:
+            check_count("PhysicalFold", "each size of kernel", size, 1 << 20)
+        if self.kernel and (not own or (own != ["kernel"] and len(own) < len(self.kernel))):
+            raise SpecError(
+                f"PhysicalFold '{self.modes}' was given kernel={self.kernel}, for which it lacks modes; write 'in kernel', or "
+                "one of 'kd kh kw' for each size."
+            )
+
+    @property
+    def kernel_modes(self) -> tuple[str, ...]:
+        """The modes of the kernel."""
+        return tuple(n for n in self.modes.split() if n in KERNEL)
+
+    def _kernel_sizes(self, target: str, d_in: int) -> dict[str, int]:
+        """The size of `in` and of each mode of the kernel."""
+        own = self.kernel_modes
+        if own and self.kernel is None:
+            raise SpecError(
+                f"PhysicalFold '{self.modes}' has modes for a kernel, whose sizes are in no shape (out, in); attach takes them "
+                "from the layers, elsewhere give them: kernel=(3, 3)."
+            )
+        kernel = self.kernel or ()
+        cells = math.prod(kernel)
+        if d_in % cells:
+            raise SpecError(f"in={d_in} of '{target:.80}' does not hold a kernel of {kernel}: {cells} does not divide it.")
+        sizes = (cells,) if own == ("kernel",) else ((1,) * len(own) + kernel)[len(kernel) :]
+        return {"in": d_in // cells, **dict(zip(own, sizes, strict=True))}
 
     def lay_out(self, shapes: Mapping[str, Shape], ratio: float = 1.0) -> tuple[PhysicalGroup, ...]:
         """Sort targets (name -> (out, in)) into groups and give each group its modes."""
@@ -208,7 +261,7 @@ class PhysicalFold:
             raise SpecError(
                 f"out={shape[0]} of '{targets[0]}' does not split into heads={self.heads}; {self.heads} must divide it."
             )
-        sizes = {"out": shape[0] // (self.heads or 1), "in": shape[1], "head": self.heads or 1}
+        sizes = {"out": shape[0] // (self.heads or 1), "head": self.heads or 1, **self._kernel_sizes(targets[0], shape[1])}
         sizes |= {n: len(found) for n, found in places.items()}
         modes = tuple(Mode(n, sizes[n], ROLES[n]) for n in names)
         members = {t: tuple(places[n][words[n][k]] for n in member_modes) for k, t in enumerate(targets)}

@@ -162,6 +162,9 @@ def _tucker(left: _Node, rights: Sequence[_Node]) -> _Piece | None:
     slower = not channels.inward or all(c.stride > k.stride or k.size == 1 for c in channels.inward for k in core.inward)
     if channels.bonds != (second,) or not slower:
         return None
+    if all(k.size == 1 for k in core.inward):  # a pointwise convolution's, whose kernel is no axis anywhere
+        matrix = core.laid([first], [second], core.inward)[..., 0] @ channels.laid([second], channels.inward)
+        return _Piece("low", left.out, inner, {"a": left.laid(left.out, [first]), "b": matrix})
     fields = {
         "a": left.laid([first], left.out),
         "t": core.laid([first], [second], *[[k] for k in core.inward]),

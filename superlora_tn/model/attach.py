@@ -25,6 +25,7 @@ from superlora_tn.files.own import CheckpointError, Entry, Saved
 from superlora_tn.files.read import read
 from superlora_tn.model.beside import also_trained
 from superlora_tn.model.buffers import Snapshot
+from superlora_tn.model.kernels import by_kernel
 from superlora_tn.model.kinds import Held
 from superlora_tn.model.merging import forget_compiled
 from superlora_tn.model.places import declared
@@ -119,7 +120,8 @@ def attach(
     named = _named(model, spec, targets, exclude, only_layers)
     beside = also_trained(model, also)
     rows = declared(model, targets)
-    return _attach(model, _Request(_bought(model, named, at, rows), name, dtype, at, seed, settings, beside, rows))
+    entries = by_kernel(model, _bought(model, named, at, rows), at, rows)
+    return _attach(model, _Request(entries, name, dtype, at, seed, settings, beside, rows))
 
 
 def _named(

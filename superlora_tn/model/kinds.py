@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,8 @@ from torch.nn import functional
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.rows import Span
 from superlora_tn.model.spans import cut, joined, put
-from superlora_tn.update.base import NOMINAL_TOKENS, Member, Side
-from superlora_tn.update.eager import is_eager, is_recorded
+from superlora_tn.update.base import Member, Side
+from superlora_tn.update.eager import is_eager
 
 
 class LayerError(TypeError):
@@ -24,7 +23,6 @@ class LayerError(TypeError):
 
 # Weights of these dtypes hold W itself; others hold it packed or quantised.
 WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
-CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
 
 
 class Kind(ABC):
@@ -62,6 +60,10 @@ class Kind(ABC):
     def refusal(self, layer: Any) -> str:
         """Why the weight cannot hold W + dW, to be read behind its name; empty where it can."""
         return ""
+
+    def kernel(self, layer: Any) -> tuple[int, ...]:
+        """The sizes of its kernel, which `in` holds behind the channels; () for a matrix."""
+        return ()
 
     @property
     def rounds(self) -> bool:
@@ -142,43 +144,6 @@ class Transposed(Linear):
     def write(self, layer: Any, matrix: Tensor) -> None:
         """Transposed."""
         layer.weight.copy_(matrix.t())
-
-
-class Convolution(Kind):
-    """``y = conv(x, W) + b``; the kernel's axes belong to `in`: (out, in / groups * kernel)."""
-
-    def shape(self, layer: Any) -> Shape:
-        """(out, in / groups * kernel)."""
-        d_in = layer.in_channels // layer.groups
-        for side in layer.kernel_size:
-            d_in *= side
-        return layer.out_channels, d_in
-
-    def read(self, layer: Any) -> Tensor:
-        """The kernel, flattened behind `out`."""
-        return layer.weight.flatten(1)  # type: ignore[no-any-return]
-
-    def write(self, layer: Any, matrix: Tensor) -> None:
-        """A kernel in channels_last memory stays so."""
-        layer.weight.copy_(matrix.reshape(layer.weight.shape))
-
-    def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
-        """y + conv(x, dW), with the layer's own padding, stride, dilation and groups.
-
-        Where dW is a product of thin matrices, x goes through the inner one as a kernel, then through the outer one,
-        position by position, as LoRA on convolutions does.
-        """
-        x = member.drop(x, layer.training).to(y.dtype)
-        rows = NOMINAL_TOKENS if is_recorded() else y.numel() // layer.out_channels
-        found = member.halves(rows, layer.groups)
-        inner = member.current() if found is None else found[1].repeat(layer.groups, 1)
-        # The layer's own method pads as padding_mode says, and knows its number of dimensions.
-        kernel = inner.reshape(-1, *layer.weight.shape[1:]).to(y.dtype)
-        more: Tensor = layer._conv_forward(x, kernel, None)
-        if found is not None:
-            point = found[0].reshape(*found[0].shape, *(1 for _ in layer.weight.shape[2:]))
-            more = CONVOLUTIONS[layer.weight.ndim](more, point.to(y.dtype), groups=layer.groups)
-        return y + more
 
 
 @dataclass(frozen=True)
@@ -360,10 +325,14 @@ class Held(Kind):
         """All else stays as it is."""
         put(self.matrix(self.stored(layer)), self.span, matrix)
 
+    def kernel(self, layer: Any) -> tuple[int, ...]:
+        """Of a convolution."""
+        return tuple(layer.kernel_size) if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else ()
+
     def owners(self, layer: Any) -> dict[str, Tensor] | None:
         """The one parameter."""
         found = layer._parameters.get(self.parameter)
         return None if found is None else {self.parameter: found}
 
 
-LINEAR, TRANSPOSED, CONVOLUTION, OPAQUE = Linear(), Transposed(), Convolution(), Opaque()
+LINEAR, TRANSPOSED, OPAQUE = Linear(), Transposed(), Opaque()

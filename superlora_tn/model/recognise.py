@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrize import is_parametrized
 
+from superlora_tn.model.convolutions import CONVOLUTION, TRANSPOSED_CONVOLUTION, Convolution, TransposedConvolution
 from superlora_tn.model.kinds import (
-    CONVOLUTION,
     LINEAR,
     TRANSPOSED,
     WIDE,
-    Convolution,
     Held,
     Kind,
     LayerError,
@@ -58,6 +57,8 @@ def register_layer(layer: type[nn.Module], kind: Kind, *methods: str) -> None:
 register_layer(nn.Linear, LINEAR)
 for _convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
     register_layer(_convolution, CONVOLUTION, "_conv_forward")
+for _turned in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+    register_layer(_turned, TRANSPOSED_CONVOLUTION)
 register_layer(nn.Bilinear, Held())
 register_layer(nn.Embedding, TABLE)
 register_layer(nn.EmbeddingBag, BAG)
@@ -124,17 +125,27 @@ def kind_of(layer: nn.Module, at: str | None = None) -> Kind:
         raise LayerError(f"is a {type(layer).__name__} that has no shape yet; run the model once before it is adapted.")
     if found is None or _is_packed(layer, found.kind):
         return _opaque(layer, at, None if found is None else found.kind)
+    if isinstance(found.kind, TransposedConvolution) and (at == "weight" or not _runs_own(layer)):
+        raise LayerError(
+            f"is a {type(layer).__name__}, which is adapted at its output and with torch's own forward alone; leave out "
+            "at='weight', or leave it out."
+        )
     held = Held(transposed=isinstance(found.kind, Transposed | Table))
     if at == "weight" or not is_linear(layer):
         held.stored(layer)
         return held
-    if is_plain(layer) or "_hf_hook" in layer.__dict__:  # accelerate's hooks move weights in and out
+    if _runs_own(layer):
         return found.kind
     if type(found.kind) is Table:
         return _scaled_table(layer, found.kind) or (found.kind if at == "output" else held)
     if at == "output":
         return found.kind
     return found.kind if _tried(layer, found.kind) else held
+
+
+def _runs_own(layer: nn.Module) -> bool:
+    """Whether it runs what its kind stands for, as it is or through accelerate's hooks, which move weights in and out."""
+    return is_plain(layer) or "_hf_hook" in layer.__dict__
 
 
 def _scaled_table(layer: Any, kind: Table) -> Table | None:

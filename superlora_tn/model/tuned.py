@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from superlora_tn.declare.parts import check_number
 from superlora_tn.files.own import CheckpointError, Entry, Saved, read, tensor_name
 from superlora_tn.files.writes import Beside, Format, Report, save_as
 from superlora_tn.model.buffers import Snapshot
+from superlora_tn.model.convolutions import kernels_of
 from superlora_tn.model.describe import share_of, summary
-from superlora_tn.model.kinds import Convolution, Held
+from superlora_tn.model.kinds import Held
 from superlora_tn.model.merging import check_finite, check_unchanged, forget_compiled, leave, put_back
 from superlora_tn.model.tables import Table
 from superlora_tn.model.targets import AttachError, Target, near
@@ -347,7 +348,7 @@ class Tuned(Placed):
         adapters = enumerate(self._adapters())
         pairs = ((k, pair) for k, a in adapters for pair in zip(a.graph.nodes, a.tensors(), strict=True))
         tensors = {tensor_name(k, node): tensor.detach() for k, (node, tensor) in pairs}
-        kernels = {n: cast(Any, t.layer).kernel_size for n, t in self._targets.items() if isinstance(t.kind, Convolution)}
+        kernels = kernels_of(self._targets.values(), format)
         tables = {name: False for name, target in self._targets.items() if isinstance(target.kind, Table)}
         beside = Beside(replaced=self._base.to_save(), known=self._base.known)
         more: Any = {"kernels": kernels, "embeddings": tables, "beside": beside, **options}

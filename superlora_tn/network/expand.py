@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from superlora_tn.declare.bounds import KEPT_NODES, MAX_GRAPH_NODES
 from superlora_tn.declare.cache import kept
-from superlora_tn.declare.fold import FlatGroup, Group, Mode, factorise
+from superlora_tn.declare.fold import KERNEL, FlatGroup, Group, Mode, factorise
 from superlora_tn.declare.parts import (
     CP,
     GROUP,
@@ -253,11 +253,13 @@ def _(part: TensorTrain, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft
 
 @expand.register
 def _(part: Kronecker, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
-    splits = [a.split(factorise(a.size, len(part.parts), part.factor)) for a in axes]
+    # A kernel stays whole, with the last part, which holds the fastest channels.
+    splits = {a: a.split(factorise(a.size, len(part.parts), part.factor)) for a in axes if a.root not in KERNEL}
     drafts = []
     for k, inner in enumerate(part.parts):
-        nodes = expand(inner, tuple(s[k] for s in splits), f"{prefix}k{k + 1}_")
-        drafts += [replace(d, zero=d.zero and k == 0) for d in nodes]
+        last = k == len(part.parts) - 1
+        own = tuple(splits[a][k] if a in splits else a for a in axes if a in splits or last)
+        drafts += [replace(d, zero=d.zero and k == 0) for d in expand(inner, own, f"{prefix}k{k + 1}_")]
     return drafts
 
 

@@ -48,6 +48,18 @@ class Settings:
     recompute: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Links:
+    """dW of a convolution as a chain of thin layers, scale included; see `contraction.chain.Chain`, whose names these are."""
+
+    before: Tensor | None
+    core: Tensor
+    after: Tensor | None
+    left: Tensor | None
+    terms: int
+    sizes: tuple[int, int, int, int]
+
+
 class Adapter(Placed, ABC):
     """The trainable network of one group of weights.
 
@@ -169,6 +181,19 @@ class Adapter(Placed, ABC):
         """
         return None
 
+    def links(self, member: Member, rows: int, before: int, blocks: int = 1) -> Links | None:
+        """dW of a convolution as a chain of thin layers.
+
+        None where its network holds no kernel apart, or the call goes faster through two halves or dW itself.
+
+        Args:
+            member: which weight.
+            rows: positions of the output.
+            before: positions of the input.
+            blocks: groups of the layer's channels.
+        """
+        return None
+
     def look_up(self, side: Side) -> None:
         """Prepare for `lookup` on a side."""
 
@@ -233,6 +258,10 @@ class Member:
     def halves(self, rows: int, blocks: int = 1) -> tuple[Tensor, Tensor] | None:
         """dW as two thin matrices, see `Adapter.halves`."""
         return self.adapter.halves(self, rows, blocks)
+
+    def links(self, rows: int, before: int, blocks: int = 1) -> Links | None:
+        """dW as a chain of thin layers, see `Adapter.links`."""
+        return self.adapter.links(self, rows, before, blocks)
 
     def update(self, x: Tensor, out: Tensor | None, base: Tensor | None = None, training: bool = True) -> Tensor:
         """``out + x dW^T``, see `Adapter.update`."""

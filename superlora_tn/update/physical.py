@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from superlora_tn.contraction.backend import compiled
-from superlora_tn.contraction.cut import halves
+from superlora_tn.contraction.chain import chain
+from superlora_tn.contraction.cut import Half, halves
 from superlora_tn.contraction.plan import Route, choose, make_plan
 from superlora_tn.contraction.profile import Device
 from superlora_tn.contraction.search import Optimizer
 from superlora_tn.contraction.sharing import Scheme, scheme
 from superlora_tn.declare.fold import PhysicalGroup, Shape
 from superlora_tn.network.graph import Graph
-from superlora_tn.update.base import NOMINAL_TOKENS, TOKEN_STEPS, Adapter, Member, Run, Side
+from superlora_tn.update.base import NOMINAL_TOKENS, TOKEN_STEPS, Adapter, Links, Member, Run, Side
 from superlora_tn.update.eager import is_eager, is_recorded
 from superlora_tn.update.lookup import Lookup, lookup
 from superlora_tn.update.passes import lasting, state
@@ -95,6 +96,9 @@ class PhysicalAdapter(Adapter):
         self._inside = sorted({k for root in self._scheme.roots for k in root.leaves})
         self._multiply = self._dense(self.group.shape)
         self._halves = None if route == "delta" else halves(self.graph, *settings)
+        self._chain = None if route == "delta" else chain(self.graph, *settings)
+        own = () if self._chain is None else self._chain.parts
+        self._chain_runs = {id(half): compiled(half.plan, backend) for half in own}
         parts = () if self._halves is None else (self._halves.outer, self._halves.inner)
         self._half_runs = [(half.nodes, compiled(half.plan, backend)) for half in parts]
         for name, positions in self.group.members.items():
@@ -166,6 +170,24 @@ class PhysicalAdapter(Adapter):
             for (own, run), alpha in zip(self._half_runs, (self.scale, 1.0), strict=True)
         )
         return outer, inner
+
+    def links(self, member: Member, rows: int, before: int, blocks: int = 1) -> Links | None:
+        """See `Adapter.links`."""
+        found, cut = self._chain, self._halves
+        if found is None or not found.fits(blocks):
+            return None
+        if self.settings.route is None:
+            cost, shape = found.cost(rows, before, blocks), self.group.shape
+            if not found.pays(shape, rows, before, blocks) or (cut is not None and cut.cost(shape, rows, blocks) < cost):
+                return None
+        nodes = self._nodes(member, self.tensors())
+
+        def build(half: Half | None, alpha: float = 1.0) -> Tensor | None:
+            return None if half is None else self._chain_runs[id(half)](*(nodes[k] for k in half.nodes), alpha=alpha)
+
+        core = build(found.core, self.scale)
+        assert core is not None
+        return Links(build(found.before), core, build(found.after), build(found.left), found.terms, found.sizes)
 
     def look_up(self, side: Side) -> None:
         """See `Adapter.look_up`."""
