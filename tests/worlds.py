@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import Any
 
 import numpy as np
@@ -118,9 +118,15 @@ def _mapped(spec: sl.AdapterSpec, map_: nn.Module | None, vector: Tensor, length
     if isinstance(spec.projection, sl.Shuffle):
         return vector[torch.from_numpy(tables["order"].astype(int))]
     assert isinstance(spec.projection, sl.Fastfood)
-    matrix = oracle.fastfood_matrix(tables["flips"], tables["order"].astype(int), tables["weights"], length)
-    mapped = torch.from_numpy(np.ascontiguousarray(matrix)) @ vector
+    mapped = _fastfood(*(tables[name].tobytes() for name in ("flips", "order", "weights")), length) @ vector
     return torch.tanh(mapped) if spec.projection.tanh else mapped
+
+
+@lru_cache(maxsize=8)
+def _fastfood(flips: bytes, order: bytes, weights: bytes, length: int) -> Tensor:
+    """The map's matrix, made once for the same tables."""
+    signs, places, factors = (np.frombuffer(data) for data in (flips, order, weights))
+    return torch.from_numpy(np.ascontiguousarray(oracle.fastfood_matrix(signs, places.astype(int), factors, length)))
 
 
 # --- the model, plain ------------------------------------------------------------------------------------------------
