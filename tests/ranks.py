@@ -101,16 +101,28 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor if full is None else full()).detach()
 
 
-def compared(spec: sl.AdapterSpec, wrap: Callable[[Any, sl.Tuned], nn.Module], reentrant: bool | None = None) -> float:
+def share() -> Tensor:
+    """This rank's rows."""
+    return batch().chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def off(nodes: Sequence[Tensor], losses: list[float], own: Sequence[Tensor], expected: list[float]) -> float:
+    """How far nodes and losses are from the expected ones, relative to the largest number of each."""
+    found = [*nodes, torch.tensor(losses, dtype=torch.float64)]
+    pairs = zip(found, [*own, torch.tensor(expected, dtype=torch.float64)], strict=True)
+    return max(float((a.reshape(b.shape) - b).detach().abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def compared(
+    spec: sl.AdapterSpec, wrap: Callable[[Any, sl.Tuned], nn.Module], reentrant: bool | None = None, split: bool = True
+) -> float:
     """How far losses and nodes are from one process's after a few steps, relative to the largest number."""
     model, tuned = attached(spec, Net(reentrant))
     wrapped = wrap(model, tuned)
-    losses = trained(wrapped, list(tuned.parameters()), batch().chunk(dist.get_world_size())[dist.get_rank()])
+    losses = trained(wrapped, list(tuned.parameters()), share() if split else batch())
     alone, own = attached(spec, Net(reentrant))
     expected = trained(alone, list(own.parameters()), batch())
-    found = [whole(p) for p in tuned.parameters()]
-    pairs = zip([*found, torch.tensor(losses)], [*own.parameters(), torch.tensor(expected)], strict=True)
-    return max(float((a - b).detach().abs().max() / b.abs().max()) for a, b in pairs)
+    return off([whole(p) for p in tuned.parameters()], losses, list(own.parameters()), expected)
 
 
 def mesh() -> DeviceMesh:
@@ -122,6 +134,18 @@ def sharded(model: nn.Module) -> nn.Module:
     for layer in [m for m in model.modules() if isinstance(m, nn.Linear)]:
         fully_shard(layer, mesh=mesh())
     return fully_shard(model, mesh=mesh())
+
+
+def averaged(tuned: sl.Tuned) -> None:
+    """Gradients of a whole adapter are averaged over the ranks as they come."""
+    for node in tuned.parameters():
+        node.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(dist.get_world_size())))
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """Tensor parallel as it is usual: columns, what is between by element, then rows."""
+    styles = {f"parts.{k}": ColwiseParallel() for k in "qkv"} | {"last": RowwiseParallel()}
+    return parallelize_module(model, mesh(), styles)
 
 
 def refused(call: Callable[[], Any], *errors: type[Exception]) -> str:
@@ -179,8 +203,7 @@ def fsdp2_adapter_ignored(folder: Path) -> Any:
 
     def wrap(model: nn.Module, tuned: sl.Tuned) -> nn.Module:
         fully_shard(model, mesh=mesh(), ignored_params=set(tuned.parameters()))
-        for node in tuned.parameters():
-            node.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(dist.get_world_size())))
+        averaged(tuned)
         return model
 
     return {name: compared(spec, wrap) for name, spec in SPECS.items()}
@@ -188,8 +211,17 @@ def fsdp2_adapter_ignored(folder: Path) -> Any:
 
 @scenario
 def fsdp2_attached_after(folder: Path) -> Any:
-    model = sharded(Net())
-    return caught(lambda: attached(sl.lora(2), model))
+    """It is warned of, as nothing averages the adapter's gradients; with a hook that does it trains as one process."""
+    words, found = [], {}
+    for name, spec in SPECS.items():
+        model = sharded(Net())
+        words += caught(lambda spec=spec, model=model: attached(spec, model))
+        averaged(sl.tuned(model))
+        nodes = list(sl.tuned(model).parameters())
+        losses = trained(model, nodes, share())
+        alone, own = attached(spec)
+        found[name] = off(nodes, losses, list(own.parameters()), trained(alone, list(own.parameters()), batch()))
+    return [words, found]
 
 
 @scenario
@@ -200,13 +232,11 @@ def fsdp1(folder: Path) -> Any:
     def step(spec: sl.AdapterSpec) -> float:
         model, tuned = attached(spec)
         wrapped = wrap(model, tuned)
-        losses = trained(wrapped, list(tuned.parameters()), batch().chunk(dist.get_world_size())[dist.get_rank()])
+        losses = trained(wrapped, list(tuned.parameters()), share())
         alone, own = attached(spec)
         expected = trained(alone, list(own.parameters()), batch())
         with FullyShardedDataParallel.summon_full_params(wrapped):
-            pairs = [(p.detach().reshape(q.shape), q) for p, q in zip(tuned.parameters(), own.parameters(), strict=True)]
-            pairs.append((torch.tensor(losses), torch.tensor(expected)))
-            return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+            return off(list(tuned.parameters()), losses, list(own.parameters()), expected)
 
     return {name: step(spec) for name, spec in SPECS.items()}
 
@@ -281,13 +311,46 @@ def distributed_checkpoint(folder: Path) -> Any:
 
 @scenario
 def tensor_parallel(folder: Path) -> Any:
-    """Attached before it is parallelised, or refused."""
-    model = Net()
-    parallelize_module(model, mesh(), {"parts.q": ColwiseParallel(), "last": RowwiseParallel()})
-    words = refused(lambda: sl.attach(model, sl.lora(2), ["parts.q"]), sl.AttachError)
-    other = refused(lambda: sl.attach(model, sl.lora(2), ["last"]), sl.AttachError)
-    tuned = sl.attach(model, sl.lora(2), ["parts.k"], dtype=torch.float64)  # the others may be adapted
-    return [words, other, list(tuned.targets)]
+    """Attached before: all ranks see all rows, and train what one process does."""
+    return {name: compared(spec, lambda m, _: parallel(m), split=False) for name, spec in SPECS.items()}
+
+
+@scenario
+def tensor_parallel_gradient_of_x(folder: Path) -> Any:
+    found = {}
+    for name, spec in SPECS.items():
+        slopes = []
+        for change in (parallel, lambda m: m):
+            x = batch().requires_grad_()
+            change(attached(spec)[0])(x).square().mean().backward()
+            slopes.append(x.grad)
+        found[name] = float((slopes[0] - slopes[1]).abs().max() / slopes[1].abs().max())
+    return found
+
+
+@scenario
+def tensor_parallel_refused(folder: Path) -> Any:
+    """Attached after; merged; with dropout; by rows of a batch."""
+    model = parallel(Net())
+    found = {name: refused(lambda name=name: sl.attach(model, sl.lora(2), [name]), sl.AttachError) for name in ("q", "last")}
+    model, tuned = attached(sl.lora(2))
+    found["merge"] = refused(parallel(model) and tuned.merge, sl.AttachError)
+    with sl.rows(model, ["superlora"] * ROWS):
+        found["rows"] = refused(lambda: model(batch()), sl.LayerError)
+    model = parallel(attached(sl.lora(2, dropout=0.5))[0])
+    found["dropout"] = refused(lambda: model(batch()), sl.LayerError)
+    return found
+
+
+@scenario
+def tensor_parallel_saved(folder: Path) -> Any:
+    model, tuned = attached(sl.lokr(1))
+    expected = {t: tuned.delta(t) for t in tuned.targets}
+    parallel(model)
+    tuned.save(folder / "parallel")
+    dist.barrier()
+    again = sl.load(Net(), folder / "parallel")
+    return all(torch.equal(again.delta(t), d) for t, d in expected.items())
 
 
 def main(rank: int, world: int, folder: Path) -> None:

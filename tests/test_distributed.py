@@ -98,7 +98,9 @@ def test_fsdp2_adapter_ignored(found: list[Any]) -> None:
 
 
 def test_fsdp2_attached_after(found: list[Any]) -> None:
-    assert all(any("Attach first, then shard" in words for words in rank) for rank in found)
+    for words, trained in found:
+        assert len([w for w in words if "Attach first, then shard" in w]) == len(SPECS)
+        as_one_process([trained])
 
 
 def test_fsdp1(found: list[Any]) -> None:
@@ -138,10 +140,24 @@ def test_distributed_checkpoint(found: list[Any], results: tuple[list[dict[str, 
 
 
 def test_tensor_parallel(found: list[Any]) -> None:
-    for column, row, others in found:
-        assert "'parts.q' has a weight that is a DTensor" in column
-        assert "'last' has a weight that is a DTensor" in row
-        assert others == ["parts.k"]
+    as_one_process(found)
+
+
+def test_tensor_parallel_gradient_of_x(found: list[Any]) -> None:
+    as_one_process(found)
+
+
+def test_tensor_parallel_refused(found: list[Any]) -> None:
+    for rank in found:
+        assert "'parts.q' has a weight that is a DTensor" in rank["q"]
+        assert "'last' has a weight that is a DTensor" in rank["last"]
+        assert "the weight of 'parts.q' is sharded over processes" in rank["merge"]
+        assert "'parts.q' is tensor parallel" in rank["rows"]
+        assert "'parts.q' is tensor parallel" in rank["dropout"]
+
+
+def test_tensor_parallel_saved(found: list[Any]) -> None:
+    assert found == [True, True]
 
 
 LAUNCHED = """

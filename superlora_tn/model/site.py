@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from superlora_tn.model.kinds import LayerError, RowsOf
+from superlora_tn.model.kinds import LayerError, Linear, RowsOf
 from superlora_tn.model.recognise import adopt, writable
-from superlora_tn.model.targets import Target
+from superlora_tn.model.targets import Target, is_sharded
 from superlora_tn.update.base import Member
 from superlora_tn.update.eager import is_eager
 from superlora_tn.update.passes import Passes
@@ -57,6 +57,8 @@ class UpdateHook:
                 "where its weight is read (at='weight'), or leave it out."
             )
         rows = self.member.adapter.passes.rows if eager else None
+        if type(output) is not Tensor and is_sharded(output):
+            return self._on_shards(layer, x, output, rows is not None)
         if rows is not None:
             if self._takes_all:
                 raise LayerError(f"the rows of a batch cannot be told in what '{self.target.name}' is called with (bags).")
@@ -78,6 +80,19 @@ class UpdateHook:
         index = torch.tensor([row * each + k for row in rows for k in range(each)], device=x.device)
         updated = self.target.kind.join(layer, self.member, x.index_select(0, index), output.index_select(0, index), None)
         return output.index_copy(0, index, updated)
+
+    def _on_shards(self, layer: nn.Module, x: Any, output: Any, by_rows: bool) -> Any:
+        """Tensor parallel: each process computes the whole update, from all of x, and keeps the part that is its own."""
+        from torch.distributed.tensor import DTensor, Replicate  # here, as importing it takes longer than this library
+
+        adapter = self.member.adapter
+        if type(self.target.kind) is not Linear or by_rows or (adapter.spec.dropout and layer.training):
+            raise LayerError(
+                f"'{self.target.name}' is tensor parallel; there only linear layers are adapted, without dropout, and all rows "
+                "of a batch alike. Leave it out."
+            )
+        update = self.member.update(x.full_tensor() if is_sharded(x) else x, None, None, layer.training)
+        return output + DTensor.from_local(update, output.device_mesh, [Replicate()] * output.device_mesh.ndim, run_check=False)
 
     def _check_real(self, x: Tensor) -> None:
         if x.device.type != "meta" and is_empty(self.member.adapter.tensors()):
