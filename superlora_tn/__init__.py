@@ -47,6 +47,7 @@ from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.network.variants import dense, loha, lokr, lonkr, lora, lorta, lotr, superlora, vera
 from superlora_tn.tools import geometry
 from superlora_tn.tools.measure import calibrate
+from superlora_tn.tools.origins import eva, lora_ga, olora, orthogonal, pissa, start
 from superlora_tn.verification import Certificate, VerifyError, verify, verify_reductions
 
 __version__ = "0.1.0"
@@ -91,6 +92,7 @@ __all__ = [
     "conv_lokr",
     "conv_lora",
     "dense",
+    "eva",
     "fact_tk",
     "fact_tt",
     "fit",
@@ -103,6 +105,7 @@ __all__ = [
     "lonkr",
     "lora",
     "lora_fa",
+    "lora_ga",
     "loretta",
     "lorta",
     "lorta_cp",
@@ -112,11 +115,15 @@ __all__ = [
     "match",
     "metatt",
     "miss",
+    "olora",
+    "orthogonal",
+    "pissa",
     "randlora",
     "read",
     "register_layer",
     "rows",
     "share_lora",
+    "start",
     "superlora",
     "tenslora",
     "tied_lora",

@@ -21,7 +21,7 @@ def summary(adapters: Sequence[Adapter]) -> list[str]:
         alike.setdefault(_describe(adapter), []).append(adapter)
     for (kinds, modes, ranks, route, price), group in alike.items():
         members = sum(len(a.group.members) for a in group)
-        parameters = sum(a.graph.num_parameters for a in group)
+        parameters = sum(a.num_parameters for a in group)
         rows.append((f"{len(group)}", f"{members} ({kinds})", modes, ranks, f"{parameters:,}", route, price))
     return table(rows, "groups parameters")
 

@@ -92,7 +92,7 @@ class Tuned(Placed):
     @property
     def num_parameters(self) -> int:
         """Trainable parameters of all adapters."""
-        return sum(a.graph.num_parameters for a in self._adapters())
+        return sum(a.num_parameters for a in self._adapters())
 
     def _adapters(self) -> Iterator[Adapter]:
         for adapter in self.adapters:
@@ -381,11 +381,7 @@ class Tuned(Placed):
             raise CheckpointError(f"this base has no '{wrong}' of shape {tuple(saved.buffers[wrong].shape)}, as was saved.")
         with torch.inference_mode(False), torch.no_grad():
             for k, adapter in enumerate(self._adapters()):
-                for node, own in zip(adapter.graph.nodes, adapter.tensors(), strict=True):
-                    value = saved.tensors[tensor_name(k, node)]
-                    if not keep_dtype and own.dtype != value.dtype:
-                        own.data = own.data.to(value.dtype)
-                    own.copy_(value)
+                adapter.write([saved.tensors[tensor_name(k, node)] for node in adapter.graph.nodes], keep_dtype)
         self._base.put(saved.buffers)
 
     def __str__(self) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from superlora_tn.contraction.layout import Equation
 from superlora_tn.contraction.plan import sub_network
-from superlora_tn.declare.fold import FlatGroup, Group, PhysicalGroup
+from superlora_tn.declare.fold import KERNEL, FlatGroup, Group, PhysicalGroup
 from superlora_tn.declare.maps import Compose, Projection, Shuffle
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
@@ -105,7 +105,7 @@ class PhysicalFrame(Frame):
         self.equation = equation_of(graph, fixed=False)
         self.places = (Place(tuple((slice(None),) * len(n.shape) for n in graph.nodes)),)
         names = [m.name for m in group.modes if m.role != "member"]
-        parts: list[str] = [name for name in ("head", "out", "in") if name in names]
+        parts: list[str] = [name for name in ("head", "out", "in", *KERNEL) if name in names]
         size = {m.name: m.size for m in group.modes}
         self._parted = [size[name] for name in parts]  # the shape of a weight with its heads apart
         self._order = [parts.index(name) for name in names]

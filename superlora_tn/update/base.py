@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from superlora_tn.declare.parts import Dense, SpecError
 from superlora_tn.network.expand import lower
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.network.sums import Block, blocks
 from superlora_tn.update.initialise import first_values
 from superlora_tn.update.passes import Passes
 from superlora_tn.update.placed import Placed
@@ -82,6 +83,9 @@ class Adapter(Placed, ABC):
         self.active = True
         self.passes = Passes() if passes is None else passes
         self._names = tuple(f"node_{n.name}" for n in graph.nodes)
+        # Of an adapter that departs from values: how each node is padded to the graph's, and where the values lie.
+        self._pads: list[list[int]] | None = None
+        self._ends: tuple[Block, ...] = ()
         self.members = {name: Member(self, name) for name in group.members}
 
     @abstractmethod
@@ -110,10 +114,68 @@ class Adapter(Placed, ABC):
         self.prepare()
 
     def refill(self, generator: torch.Generator | None) -> None:
-        """Write first values into the tensors that are there."""
+        """Write first values into the tensors that are there; an adapter that departs from values gets these again."""
+        nodes = self._own()
+        first = self._departure() if self._pads is not None else self._first(nodes[0].device, generator)
         with torch.no_grad():
-            for own, value in zip(self.tensors(), self._first(self.tensors()[0].device, generator), strict=True):
+            for own, value in zip(nodes, first, strict=True):
                 own.copy_(value.to(device=own.device, dtype=own.dtype))
+
+    def write(self, values: Sequence[Tensor], keep_dtype: bool = True) -> None:
+        """Write values of the graph's nodes into the tensors that are there, in their dtype or in that of the values."""
+        for k, (own, value) in enumerate(zip(self._own(), values, strict=True)):
+            if not keep_dtype and own.dtype != value.dtype:
+                own.data = own.data.to(value.dtype)
+            if self._pads is None:
+                own.copy_(value)
+                continue
+            corner = tuple(slice(0, size) for size in own.shape)
+            own.copy_(value[corner])
+            rest = self._buffers[f"origin_{self.graph.nodes[k].name}"]
+            assert rest is not None
+            rest.copy_(value)[corner] = 0
+
+    def depart(self, spec: AdapterSpec, graph: Graph, values: Sequence[Tensor]) -> None:
+        """From now on dW is the network at its nodes less the network at these values, at which the nodes start.
+
+        Both are one network of larger bonds (see `network.sums`), of which a block trains and the other keeps the values.
+
+        Args:
+            spec: declares the sum of two such adapters.
+            graph: of the sum.
+            values: of all nodes, in graph order.
+
+        Raises:
+            SpecError: the sum is no network of this form.
+        """
+        nodes = self._own()
+        shapes = [tuple(node.shape) for node in nodes]
+        _, self._ends = blocks(graph, [shapes, shapes])
+        with torch.inference_mode(False), torch.no_grad():
+            for k, (node, own, value, end) in enumerate(zip(graph.nodes, nodes, values, self._ends, strict=True)):
+                own.copy_(value)
+                origin = torch.zeros(node.shape, dtype=own.dtype, device=own.device)
+                origin[end] = -own if k == 0 else own
+                self.register_buffer(f"origin_{node.name}", origin)
+        self._pads = [
+            [side for size, small in zip(reversed(node.shape), reversed(shape), strict=True) for side in (0, size - small)]
+            for node, shape in zip(graph.nodes, shapes, strict=True)
+        ]
+        self.spec, self.graph = spec, graph
+        self.prepare()
+
+    def _departure(self) -> list[Tensor]:
+        """The values that the nodes started at."""
+        found = [self._buffers[f"origin_{node.name}"] for node in self.graph.nodes]
+        cut = [origin[end] for origin, end in zip(found, self._ends, strict=True) if origin is not None]
+        return [-cut[0], *cut[1:]]
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable numbers."""
+        if self._pads is None:
+            return self.graph.num_parameters
+        return sum(own.numel() for own, node in zip(self._own(), self.graph.nodes, strict=True) if node.trainable)
 
     def _first(self, device: torch.device, generator: torch.Generator | None) -> Sequence[Tensor]:
         if device.type == "meta":
@@ -127,6 +189,17 @@ class Adapter(Placed, ABC):
 
     def tensors(self) -> list[Tensor]:
         """The nodes' tensors in graph order."""
+        own = self._own()
+        if self._pads is None:
+            return own
+        buffers = self._buffers
+        return [
+            functional.pad(node, pad) + cast(Tensor, buffers[f"origin_{name[5:]}"])
+            for node, pad, name in zip(own, self._pads, self._names, strict=True)
+        ]
+
+    def _own(self) -> list[Tensor]:
+        """The parameters and frozen nodes themselves."""
         # The module's own tables, since getattr and get_parameter cost more than a small matmul.
         parameters, buffers = self._parameters, self._buffers
         try:

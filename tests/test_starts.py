@@ -1,0 +1,319 @@
+"""Starts from the weights or the data: the output stays, the start is what its paper and PEFT say, the rest goes on."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import noise, perturb
+from optional import library
+from torch import Tensor, nn
+
+import superlora_tn as sl
+from superlora_tn.network.sums import blocks, summed
+
+RANK, ALPHA = 4, 6.0
+
+
+def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 12)).to(dtype)
+
+
+def batches(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [noise(40, 12, seed=k, dtype=dtype) + 0.3 for k in range(3)]
+
+
+def loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).square().mean()
+
+
+def starts(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    return {
+        "pissa": sl.pissa(),
+        "olora": sl.olora(),
+        "orthogonal": sl.orthogonal(3),
+        "eva": sl.eva(batches(dtype)),
+        "lora_ga": sl.lora_ga(batches(dtype), loss),
+    }
+
+
+def attached(model: nn.Module, spec: sl.AdapterSpec | None = None, **more: Any) -> sl.Tuned:
+    spec = sl.lora(RANK, alpha=ALPHA) if spec is None else spec
+    return sl.attach(model, spec, ["0", "2"], dtype=next(model.parameters()).dtype, seed=1, **more)
+
+
+def pairs(tuned: sl.Tuned) -> list[tuple[Tensor, Tensor]]:
+    """B (out, r) and A (r, in) of each weight that train."""
+    nodes = [p.detach() for p in tuned.parameters()]
+    return [(b, a.T) for b, a in zip(nodes[::2], nodes[1::2], strict=True)]
+
+
+@pytest.mark.parametrize("name", starts())
+def test_the_output_stays_and_everything_is_as_before(name: str, tmp_path: Path) -> None:
+    model = net()
+    x, weights = noise(5, 12, seed=9, dtype=torch.float64), copy.deepcopy(model.state_dict())
+    before = model(x)
+    tuned = attached(model)
+    count = tuned.num_parameters
+    assert sl.start(tuned, starts()[name]) is tuned
+    torch.testing.assert_close(model(x), before)
+    assert tuned.num_parameters == count == sum(p.numel() for p in tuned.parameters())
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+
+    # It trains, and forward, dW, merge and files are one thing.
+    optimizer = torch.optim.SGD(tuned.parameters(), lr=0.1)
+    for batch in batches():
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        optimizer.step()
+    after = model(x)
+    assert not torch.allclose(after, before, atol=1e-4)
+    functional = copy.deepcopy(weights)
+    for target in ("0", "2"):
+        functional[f"{target}.weight"] += tuned.delta(target).detach()
+    torch.testing.assert_close(torch.func.functional_call(net(), functional, x), after)
+    tuned.merge()
+    torch.testing.assert_close(model(x), after)
+    tuned.unmerge()
+    tuned.save(tmp_path / "own")
+    tuned.save(tmp_path / "peft", format="peft")
+    tuned.replace(tmp_path / "own")
+    torch.testing.assert_close(model(x), after)
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied(x), after)
+    tuned.detach()
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+    for folder in ("own", "peft"):
+        again = sl.load(model, tmp_path / folder)
+        torch.testing.assert_close(model(x), after)
+        assert again.num_parameters == (count if name in ("orthogonal", "eva") else 2 * count)
+        again.detach()
+
+
+@pytest.mark.parametrize("name", starts())
+def test_a_state_dict_goes_on_where_it_stopped(name: str) -> None:
+    model = net()
+    perturb(sl.start(attached(model), starts()[name]))
+    again = net()
+    sl.start(attached(again), starts()[name])
+    again.load_state_dict(model.state_dict())
+    x = noise(5, 12, seed=9, dtype=torch.float64)
+    assert torch.equal(again(x), model(x))
+
+
+def test_reset_goes_back_to_the_start() -> None:
+    model = net()
+    tuned = sl.start(attached(model), sl.pissa())
+    first = [p.detach().clone() for p in tuned.parameters()]
+    perturb(tuned)
+    tuned.reset_parameters()
+    assert all(torch.equal(p, value) for p, value in zip(tuned.parameters(), first, strict=True))
+
+
+def test_pissa_is_the_nearest_of_its_rank() -> None:
+    model = net()
+    tuned = sl.start(attached(model), sl.pissa())
+    for (b, a), layer in zip(pairs(tuned), (model[0], model[2]), strict=True):
+        u, s, v = np.linalg.svd(layer.weight.detach().numpy())
+        np.testing.assert_allclose(ALPHA / RANK * (b @ a).numpy(), u[:, :RANK] * s[:RANK] @ v[:RANK], atol=1e-12)
+        # Balanced: B'B = AA'.
+        np.testing.assert_allclose((b.T @ b).numpy(), (a @ a.T).numpy(), atol=1e-12)
+
+
+def test_olora_is_a_part_of_qr() -> None:
+    model = net()
+    tuned = sl.start(attached(model), sl.olora())
+    for (b, a), layer in zip(pairs(tuned), (model[0], model[2]), strict=True):
+        np.testing.assert_allclose((b.T @ b).numpy(), np.eye(RANK), atol=1e-12)
+        np.testing.assert_allclose(a.numpy(), (b.T @ layer.weight.detach()).numpy(), atol=1e-12)
+
+
+def test_orthogonal_halves() -> None:
+    for b, a in pairs(sl.start(attached(net()), sl.orthogonal(5))):
+        assert min(float(b.norm()), float(a.norm())) > 0.1
+        assert float((b @ a).norm()) < 1e-14
+    with pytest.raises(sl.SpecError, match="choose an even one"):
+        sl.start(attached(net(), sl.lora(3)), sl.orthogonal())
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_eva_is_a_principal_component_analysis(whiten: bool) -> None:
+    model = net()
+    inputs = {0: torch.cat(batches()), 1: model[:2](torch.cat(batches())).detach()}
+    tuned = sl.start(attached(model), sl.eva(batches(), whiten))
+    for k, (b, a) in enumerate(pairs(tuned)):
+        x = inputs[k].numpy()
+        _, s, v = np.linalg.svd(x - x.mean(0), full_matrices=False)
+        expected = v[:RANK] / (np.sqrt(s[:RANK, None]) if whiten else 1)
+        # A vector's sign is free.
+        np.testing.assert_allclose(np.abs(a.numpy()), np.abs(expected), atol=1e-9)
+        assert not b.any()
+
+
+@pytest.mark.parametrize("scale", ["stable", "weight_svd", "gd_scale", "unit"])
+@pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
+def test_lora_ga_is_from_the_gradient(direction: str, scale: str) -> None:
+    model, plain = net(), net()
+    for batch in batches():
+        loss(plain, batch).backward()
+    tuned = sl.start(attached(model), sl.lora_ga(batches(), loss, direction, scale))
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "superlora" not in n)
+    for (b, a), layer in zip(pairs(tuned), (plain[0], plain[2]), strict=True):
+        gradient, weight = layer.weight.grad.numpy(), layer.weight.detach().numpy()
+        u, s, v = np.linalg.svd(gradient)
+        numbers = np.arange(2 * RANK)
+        of_b, of_a = {
+            "ArB2r": (numbers[RANK:], numbers[:RANK]),
+            "A2rBr": (numbers[:RANK], numbers[RANK:]),
+            "ArBr": (numbers[::2], numbers[1::2]),
+        }[direction]
+        b_scale, a_scale = {
+            "stable": (len(weight) ** 0.25 / 4, 1),
+            "weight_svd": (np.linalg.norm(weight, 2) / s[of_b[0]], 1),
+            "gd_scale": (RANK / ALPHA, RANK / ALPHA),
+            "unit": (1, 1),
+        }[scale]
+        # The sign of a pair of vectors is free, and B and A take theirs from different pairs.
+        bound = 1e-9 * float(b.abs().max())
+        np.testing.assert_allclose(np.abs(b.numpy()), np.abs(b_scale * u[:, of_b] * s[of_b]), atol=bound)
+        np.testing.assert_allclose(np.abs(a.numpy()), np.abs(a_scale * v[of_a]), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora", "lora_ga", "eva"])
+def test_the_starts_are_pefts(name: str) -> None:
+    peft = library("peft")
+    model = net(torch.float32)
+    more: dict[str, Any] = {}
+    theirs = copy.deepcopy(model)
+    if name == "lora_ga":
+        more["lora_ga_config"] = peft.LoraGAConfig()
+    if name == "eva":
+        more["eva_config"] = peft.EvaConfig(rho=1.0)
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0", "2"], init_lora_weights=name, **more)
+    # Directions that stand apart: PEFT's incremental decomposition forgets a little of the others.
+    data = torch.cat(batches(torch.float32)) * 0.4 ** torch.arange(12)
+    if name == "lora_ga":
+        peft.preprocess_loraga(theirs, config, lambda: loss(theirs, data.clone().requires_grad_()).backward())
+    wrapped = peft.get_peft_model(theirs, config, low_cpu_mem_usage=name == "eva")
+    if name == "eva":
+        run: dict[str, Any] = {
+            "forward_fn": lambda m, b: m(b),
+            "prepare_model_inputs_fn": None,
+            "prepare_layer_inputs_fn": None,
+        }
+        peft.initialize_lora_eva_weights(wrapped, [data, data], show_progress_bar=False, **run)
+    how = {"eva": sl.eva([data]), "lora_ga": sl.lora_ga([data], loss)}.get(name) or starts()[name]
+    tuned = sl.start(attached(model), how)
+    for (b, a), target in zip(pairs(tuned), ("0", "2"), strict=True):
+        own = wrapped.base_model.model.get_submodule(target)
+        peft_a = own.lora_A["default"].weight.detach()
+        if name == "eva":
+            # The same space; PEFT's vectors come from a randomised decomposition in float32.
+            torch.testing.assert_close(a.T @ a, peft_a.T @ peft_a, rtol=1e-3, atol=1e-3)
+            continue
+        if name == "lora_ga":  # signs are free, as above
+            peft_b = own.lora_B["default"].weight.detach()
+            torch.testing.assert_close(b.abs(), peft_b.abs(), rtol=1e-2, atol=1e-4)
+            torch.testing.assert_close(a.abs(), peft_a.abs(), rtol=1e-2, atol=2e-3)
+            continue
+        # PEFT computes in float32.
+        torch.testing.assert_close(ALPHA / RANK * b @ a, own.get_delta_weight("default").detach(), rtol=1e-4, atol=2e-5)
+
+
+NETWORKS = {
+    "lora of rank 1": sl.lora(1, alpha=2),
+    "rslora": sl.lora(4, alpha=3, rslora=True),
+    "lora, nodes": sl.AdapterSpec(sl.Network("o i", {"r": 3}, A="r i", B=sl.Node("o r", init="zeros")), alpha=0.5),
+    "lotr": sl.AdapterSpec(sl.Tucker(3, factors="out in"), sl.PhysicalFold("member out in"), alpha=2),
+    "train": sl.AdapterSpec(sl.TensorTrain(3), sl.PhysicalFold("out member in")),
+    "tucker": sl.AdapterSpec(sl.Tucker((2, 3, 2)), sl.PhysicalFold("member out in"), alpha=-1),
+    "two bonds": sl.AdapterSpec(sl.Network("o i", {"r": 2, "s": 3}, B="o r", C="r s", A=sl.Node("s i", init="zeros"))),
+    "dense": sl.dense(),
+    "flat": sl.AdapterSpec(sl.Tucker(2), sl.FlatFold(3, groups=2)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_pissa_of_other_networks_starts_nearest_to_the_weights(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
+    x = noise(5, 8, dtype=torch.float64)
+    before, weights = model(x), [model[k].weight.detach().clone() for k in (0, 2)]
+    tuned = attached(model, NETWORKS[name])
+    trained = tuned.num_parameters
+    sl.start(tuned, sl.pissa())
+    assert tuned.num_parameters == trained
+    torch.testing.assert_close(model(x), before)
+    with torch.no_grad():
+        for adapter in tuned.adapters:
+            for buffer in adapter.buffers():
+                buffer.zero_()
+    # Without what is taken off, dW is dW0: nearer to W than nothing is.
+    for k, weight in zip(("0", "2"), weights, strict=True):
+        assert float((tuned.delta(k).detach() - weight).norm()) < float(weight.norm())
+
+
+@pytest.mark.parametrize("spec", [sl.lokr(2), sl.loha(2), sl.vera(2)], ids=["lokr", "loha", "vera"])
+def test_products_have_no_such_start(spec: sl.AdapterSpec) -> None:
+    tuned = attached(net(), spec)
+    with pytest.raises(sl.SpecError):
+        sl.start(tuned, sl.pissa())
+    assert not [n for n, _ in tuned.named_buffers() if "origin" in n]
+
+
+def test_what_cannot_start_says_why() -> None:
+    tuned = attached(net())
+    sl.start(tuned, sl.pissa())
+    with pytest.raises(sl.AttachError, match="departs from a start already"):
+        sl.start(tuned, sl.pissa())
+    with pytest.raises(sl.AttachError, match="no batch reached '0'"):
+        sl.start(attached(net()), sl.eva([]))
+    with pytest.raises(sl.AttachError, match="given no batch"):
+        sl.start(attached(net()), sl.lora_ga([], loss))
+    with pytest.raises(sl.SpecError, match="choose a lower rank"):
+        sl.start(attached(net(), sl.lora(8)), sl.lora_ga(batches(), loss))
+    with pytest.raises(sl.SpecError, match="plain low-rank pairs"):
+        sl.start(attached(net(), sl.AdapterSpec(sl.Tucker(2))), sl.olora())
+    with pytest.raises(sl.SpecError, match="choose of ArBr"):
+        sl.lora_ga([], loss, direction="up")
+    held = sl.attach(net(), sl.lora(2), ["0"], at="weight", dtype=torch.float64)
+    with pytest.raises(sl.AttachError, match="whose inputs alone"):
+        sl.start(held, sl.eva(batches()))
+
+
+def test_a_sum_of_networks_is_one_of_larger_bonds() -> None:
+    for spec in (one for name, one in NETWORKS.items() if name != "dense"):
+        other = summed([spec, spec, spec])
+        assert other.scale == pytest.approx(spec.scale)
+        shapes = {"a": (8, 8), "b": (8, 8)}
+        for (_, big), (_, small) in zip(other.lay_out(shapes), spec.lay_out(shapes), strict=True):
+            found = blocks(big, [[n.shape for n in small.nodes]] * 3)
+            for k, node in enumerate(big.nodes):
+                taken = torch.zeros(node.shape)
+                for own in found:
+                    taken[own[k]] += 1
+                assert taken.max() == 1  # no two lie on one another
+    with pytest.raises(sl.SpecError, match="different folds"):
+        summed([sl.lora(2), sl.lotr(2)])
+    with pytest.raises(sl.SpecError, match="no network of their form"):
+        summed([sl.lora(2), sl.dense()])
+
+
+@pytest.mark.parametrize("spec", [sl.lora(2), sl.conv_lora(2), sl.conv_lora(2, tucker=True)], ids=["lora", "conv", "tucker"])
+def test_convolutions_start_from_their_kernels(spec: sl.AdapterSpec) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 4, 1)).double()
+    x = noise(2, 4, 6, 6, dtype=torch.float64)
+    before = model(x)
+    tuned = sl.start(attached(model, spec), sl.pissa())
+    torch.testing.assert_close(model(x), before)
+    perturb(tuned)
+    after = model(x)
+    assert not torch.allclose(after, before, atol=1e-3)
+    tuned.merge()
+    torch.testing.assert_close(model(x), after)
