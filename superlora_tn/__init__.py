@@ -46,6 +46,7 @@ from superlora_tn.network.relatives import (
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.network.variants import dense, loha, lokr, lonkr, lora, lorta, lotr, superlora, vera
 from superlora_tn.tools import geometry
+from superlora_tn.tools.combine import Combined, combine
 from superlora_tn.tools.measure import calibrate
 from superlora_tn.tools.origins import eva, lora_ga, olora, orthogonal, pissa, start
 from superlora_tn.verification import Certificate, VerifyError, verify, verify_reductions
@@ -60,6 +61,7 @@ __all__ = [
     "Certificate",
     "CheckpointError",
     "Choice",
+    "Combined",
     "Compose",
     "Dense",
     "Device",
@@ -88,6 +90,7 @@ __all__ = [
     "calibrate",
     "cara",
     "choose",
+    "combine",
     "compacter",
     "conv_lokr",
     "conv_lora",

@@ -67,6 +67,7 @@ HOUSE = {
         ["fitting"],
         ["decompose"],
         ["convert", "origins"],
+        ["combine"],
     ],
 }
 ROOMS = [(folder, room) for folder, storeys in HOUSE.items() for rooms in storeys for room in rooms]

@@ -51,11 +51,11 @@ def convert(
         SpecError: the other declaration does not fit the weights' shapes.
     """
     entries = [source] if isinstance(source, Entry) else list(source)
-    known = _Source(entries, tensors)
+    known = Source(entries, tensors)
     return fit_weights(known.shapes, known.delta, to, Settings(steps, tolerance, restarts), seed, None, progress, known.grown)
 
 
-class _Source:
+class Source:
     """An adapter's groups with their nodes in float64, and dW of one group at a time.
 
     Attributes:

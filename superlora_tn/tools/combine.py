@@ -1,0 +1,331 @@
+"""Several adapters as one: their weighted sum exactly, or its nearest of a declaration, or a merge that settles conflicts.
+
+The sum of networks of one structure is such a network, its bonds the sums of theirs (`network.sums`): LoRA of ranks 4 and 8 is
+LoRA of rank 12. Adapters of different structures, or on different weights, are summed weight by weight as thin factors, which
+are exact for any network. All else makes dW of each weight and fits a declaration to it, with the error it reports.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from superlora_tn.declare.fold import Shape
+from superlora_tn.declare.parts import CP, SpecError, check_number, check_rank, reference_rank
+from superlora_tn.declare.rows import Span
+from superlora_tn.files.own import CheckpointError, Entry, Saved, tensor_name, write
+from superlora_tn.files.read import read
+from superlora_tn.files.thin import Filled, filled, thin
+from superlora_tn.model.attach import load
+from superlora_tn.model.several import handles
+from superlora_tn.model.targets import AttachError, near
+from superlora_tn.model.tuned import Tuned
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.network.sums import blocks, summed
+from superlora_tn.network.variants import dense, lora
+from superlora_tn.tools.convert import Source
+from superlora_tn.tools.decompose import deltas, fit_weights
+from superlora_tn.tools.fitting import Settings
+
+How = Literal["cat", "svd", "ties", "dare", "dare_ties", "magnitude"]
+Merge = Callable[[Sequence[Tensor], Sequence[float], float, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Several adapters as one; print it.
+
+    Attributes:
+        entries: the declarations with their weights.
+        tensors: the nodes, float64, by ``group<k>.<node>``.
+        errors: of each weight ``||dW - wanted|| / ||wanted||`` in the Frobenius norm; rounding alone where it is exact.
+    """
+
+    entries: tuple[Entry, ...]
+    tensors: Mapping[str, Tensor]
+    errors: Mapping[str, float]
+
+    @property
+    def error(self) -> float:
+        """The largest."""
+        return max(self.errors.values())
+
+    def deltas(self) -> dict[str, Tensor]:
+        """dW of each weight, (out, in), scale included."""
+        return dict(_deltas(self.entries, self.tensors))
+
+    def write(self, folder: str | PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+        """Save as an adapter.
+
+        Args:
+            folder: made where it does not exist.
+            dtype: of the saved nodes.
+        """
+        write(folder, self.entries, {name: tensor.to(dtype).contiguous() for name, tensor in self.tensors.items()})
+
+    def attach(self, model: nn.Module, name: str = "combined", dtype: torch.dtype = torch.float32) -> Tuned:
+        """Attach to a model, as `load` does; the adapters it was made from stay as they are, so `use` it alone.
+
+        Args:
+            model: their base.
+            name: of the handle.
+            dtype: of the nodes.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.write(folder, dtype)
+            return load(model, folder, name=name)
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{len(e.targets)} x {e.spec.network}" for e in self.entries)
+        return f"{len(self.errors)} weights ({kinds}), largest relative error {self.error:.2e}"
+
+
+def combine(
+    weights: Mapping[str, float],
+    how: How = "cat",
+    *,
+    model: nn.Module | None = None,
+    to: AdapterSpec | None = None,
+    rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+) -> Combined:
+    """Several adapters as one new adapter; strengths set by `use` do not count, and weights that one lacks get the others'.
+
+    Args:
+        weights: of each adapter: by its name on `model`, or without a model by its folder.
+        how: ``"cat"`` is the weighted sum, exactly. The others make dW of each weight and fit `to`: ``"svd"`` the weighted sum,
+            ``"magnitude"`` with the smallest numbers of each adapter's dW dropped, ``"dare"`` with random ones dropped and the
+            rest scaled up (Yu et al. 2023, arXiv 2311.03099), ``"ties"`` with the smallest dropped and of the rest the mean of
+            those of the winning sign (Yadav et al. 2023, arXiv 2306.01708), ``"dare_ties"`` likewise with random ones dropped.
+            These are PEFT's ``svd``, ``magnitude_prune_svd``, ``dare_linear_svd``, ``ties_svd`` and ``dare_ties_svd``.
+        model: that carries the adapters.
+        to: the new declaration; None takes LoRA of `rank`.
+        rank: None takes the largest of the adapters' own.
+        density: the part of dW's numbers that is kept, above 0 up to 1; of ``"cat"`` and ``"svd"`` nothing is dropped.
+        seed: of what is dropped by chance.
+
+    Returns:
+        Something to write, or to attach under a name.
+
+    Raises:
+        AttachError: a name that the model does not carry, or weights of one name and different shapes.
+        CheckpointError: a folder that is no adapter of this library, or one with parameters that train beside.
+        SpecError: a setting out of its range, or a declaration that does not fit.
+    """
+    if how != "cat" and how not in MERGES:
+        raise SpecError(f"combine was given how={how!r}; choose of cat, {', '.join(MERGES)}.")
+    if not weights:
+        raise SpecError("combine was given no adapter; give weights such as {'style': 0.7, 'subject': 0.3}.")
+    for name, weight in weights.items():
+        check_number("combine", f"weight of '{name}'", weight)
+    check_number("combine", "density", density)
+    if not 0 < density <= 1:
+        raise SpecError(f"combine was given density={density}; it is above 0 and at most 1.")
+    parts = [_Part(_saved(name, model), float(weight)) for name, weight in weights.items()]
+    shapes, rows = _targets(parts)
+    if how == "cat":
+        if to is not None or rank is not None:
+            raise SpecError("combine(how='cat') is exact, of the ranks that takes; for other ranks choose how='svd'.")
+        entries, tensors = _stacked(parts) or _thin(parts, shapes)
+    else:
+        spec = lora(_rank(parts, rank)) if to is None else to
+        entries, tensors = (Entry(spec, shapes),), {}
+    order = {name: k for k, name in enumerate(shapes)}
+
+    def wanted(name: str) -> Tensor:
+        """dW of a weight; it is wanted by the fit and again for its error, so what is drawn for it is its own."""
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + order[name])
+        own = [part for part in parts if name in part.source.shapes]
+        given, factors = [part.source.delta(name) for part in own], [part.weight for part in own]
+        return MERGES.get(how, _sum)(given, factors, density, generator)
+
+    if not tensors:
+        tensors = dict(fit_weights(shapes, wanted, entries[0].spec, Settings(200, 1e-5, 3), seed).tensors)
+    placed = tuple(Entry(e.spec, e.targets, {n: s for n, s in rows.items() if n in e.targets}) for e in entries)
+    errors = {name: _relative(delta, wanted(name)) for name, delta in _deltas(placed, tensors)}
+    return Combined(placed, tensors, errors)
+
+
+def _deltas(entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """dW of each weight, one group after the other."""
+    first = 0
+    for entry in entries:
+        laid = entry.spec.lay_out(entry.targets)
+        names = [(f"group{k}.{n.name}", f"group{first + k}.{n.name}") for k, (_, g) in enumerate(laid) for n in g.nodes]
+        yield from deltas(entry.spec, entry.targets, {own: tensors[name] for own, name in names})
+        first += len(laid)
+
+
+class _Part:
+    """One of the adapters, with its weight."""
+
+    def __init__(self, saved: Saved, weight: float) -> None:
+        self.saved, self.weight = saved, weight
+        self.source = Source(saved.entries, saved.tensors)
+
+    def thin(self) -> Iterable[Filled]:
+        """Each weight's network, its nodes in float64."""
+        return filled(self.saved.entries, {name: tensor.double().cpu() for name, tensor in self.saved.tensors.items()})
+
+
+def _saved(name: str, model: nn.Module | None) -> Saved:
+    if model is None:
+        found = read(name)
+        if not isinstance(found, Saved):
+            raise CheckpointError(
+                f"{name} is an adapter of another library; load() it into a model, and combine it by its name."
+            )
+        saved = found
+    else:
+        known = handles(model)
+        if name not in known:
+            raise AttachError(f"the model carries no adapter named '{name}'; {near(name, list(known))}.")
+        handle = known[name]
+        pairs = ((k, p) for k, a in enumerate(handle._adapters()) for p in zip(a.graph.nodes, a.tensors(), strict=True))
+        saved = Saved(handle.entries, {tensor_name(k, n): t.detach() for k, (n, t) in pairs}, handle._base.to_save())
+    if saved.buffers:
+        raise CheckpointError(
+            f"'{name}' has parameters or buffers of the base beside it ({next(iter(saved.buffers))}), whose sum means nothing; "
+            "combine adapters that have none."
+        )
+    return saved
+
+
+def _targets(parts: Sequence[_Part]) -> tuple[dict[str, Shape], dict[str, Span]]:
+    """The shapes of all weights, and the rows of those that are blocks."""
+    shapes, rows = dict[str, Shape](), dict[str, Span]()
+    for part in parts:
+        for name, shape in part.source.shapes.items():
+            span = part.saved.rows.get(name)
+            if name in shapes and (shapes[name], rows.get(name)) != (shape, span):
+                raise AttachError(f"'{name}' is {shapes[name]} in one adapter and {shape} in another; they are of two bases.")
+            shapes[name] = shape
+            if span is not None:
+                rows[name] = span
+    return shapes, rows
+
+
+def _stacked(parts: Sequence[_Part]) -> tuple[tuple[Entry, ...], dict[str, Tensor]] | None:
+    """The sum as a network of the adapters' own structure; None where they differ, or it has no such sum."""
+    first = parts[0].saved.entries
+    alike = all([e.targets for e in part.saved.entries] == [e.targets for e in first] for part in parts)
+    if not alike:
+        return None
+    try:
+        specs = [summed([part.saved.entries[k].spec for part in parts]) for k in range(len(first))]
+        tensors: dict[str, Tensor] = {}
+        k = 0
+        for number, spec in enumerate(specs):
+            factors = [part.weight * part.saved.entries[number].spec.scale / spec.scale for part in parts]
+            for _, graph in spec.lay_out(first[number].targets):
+                values = [[part.saved.tensors[tensor_name(k, node)].double().cpu() for node in graph.nodes] for part in parts]
+                places = blocks(graph, [[tuple(v.shape) for v in own] for own in values])
+                for j, node in enumerate(graph.nodes):
+                    whole = torch.zeros(node.shape, dtype=torch.float64)
+                    for factor, own, place in zip(factors, values, places, strict=True):
+                        whole[place[j]] += own[j] * (factor if j == 0 else 1.0)
+                    tensors[tensor_name(k, node)] = whole
+                k += 1
+    except (SpecError, ZeroDivisionError):
+        return None
+    return tuple(Entry(spec, own.targets) for spec, own in zip(specs, first, strict=True)), tensors
+
+
+def _thin(parts: Sequence[_Part], shapes: Mapping[str, Shape]) -> tuple[tuple[Entry, ...], dict[str, Tensor]]:
+    """The sum as LoRA, of each weight's own rank; dense where that is no larger."""
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in shapes}
+    for part in parts:
+        for own in part.thin():
+            up, down = thin(own).exact()
+            pairs[own.name].append((part.weight * own.scale * up, down))
+    made: dict[AdapterSpec, dict[str, list[Tensor]]] = {}
+    for name, own_pairs in pairs.items():
+        up, down = torch.cat([u for u, _ in own_pairs], 1), torch.cat([d for _, d in own_pairs], 0)
+        d_out, d_in = shapes[name]
+        if up.shape[1] * (d_out + d_in) >= d_out * d_in:
+            made.setdefault(dense(), {})[name] = [up @ down]
+        else:
+            made.setdefault(AdapterSpec(CP(up.shape[1], over="keep")), {})[name] = [up, down.T]
+    entries = tuple(Entry(spec, {name: shapes[name] for name in own}) for spec, own in made.items())
+    tensors: dict[str, Tensor] = {}
+    k = 0
+    for entry in entries:
+        for group, graph in entry.spec.lay_out(entry.targets):
+            values = made[entry.spec][next(iter(group.members))]
+            tensors |= {tensor_name(k, n): v.reshape(n.shape) for n, v in zip(graph.nodes, values, strict=True)}
+            k += 1
+    return entries, tensors
+
+
+def _rank(parts: Sequence[_Part], rank: int | None) -> int:
+    """The rank of the new LoRA."""
+    if rank is not None:
+        check_rank("combine", rank)
+        return rank
+    found = [reference_rank(entry.spec.network) for part in parts for entry in part.saved.entries]
+    known = [r for r in found if r is not None]
+    if not known:
+        raise SpecError("combine was given adapters without a declared rank; say rank=..., or to=a declaration.")
+    return max(known)
+
+
+def _sum(given: Sequence[Tensor], weights: Sequence[float], density: float, generator: torch.Generator) -> Tensor:
+    return sum((weight * delta for delta, weight in zip(given, weights, strict=True)), torch.zeros_like(given[0]))
+
+
+def _largest(delta: Tensor, density: float) -> Tensor:
+    """The largest numbers alone."""
+    kept = delta.abs().flatten().topk(int(density * delta.numel())).indices
+    mask = torch.zeros(delta.numel(), dtype=torch.bool)
+    mask[kept] = True
+    return delta * mask.reshape(delta.shape)
+
+
+def _some(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """Some numbers by chance, scaled up, so that the expectation is dW's."""
+    return delta * torch.bernoulli(torch.full_like(delta, density), generator=generator) / density
+
+
+def _elected(given: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Of each number the mean over the adapters whose sign is that of the sum."""
+    stack, factors = torch.stack(list(given)), torch.tensor(weights, dtype=torch.float64).reshape(-1, 1, 1)
+    chosen = stack.sign() == torch.where(stack.sum(0) >= 0, 1.0, -1.0)
+    return (stack * factors * chosen).sum(0) / chosen.sum(0).clamp_min(1)
+
+
+def _ties(given: Sequence[Tensor], weights: Sequence[float], density: float, generator: torch.Generator) -> Tensor:
+    return _elected([_largest(delta, density) for delta in given], weights)
+
+
+def _dare_ties(given: Sequence[Tensor], weights: Sequence[float], density: float, generator: torch.Generator) -> Tensor:
+    return _elected([_some(delta, density, generator) for delta in given], weights)
+
+
+def _dare(given: Sequence[Tensor], weights: Sequence[float], density: float, generator: torch.Generator) -> Tensor:
+    return _sum([_some(delta, density, generator) for delta in given], weights, density, generator)
+
+
+def _magnitude(given: Sequence[Tensor], weights: Sequence[float], density: float, generator: torch.Generator) -> Tensor:
+    return _sum([_largest(delta, density) for delta in given], weights, density, generator)
+
+
+MERGES: Mapping[str, Merge] = {
+    "svd": _sum,
+    "ties": _ties,
+    "dare": _dare,
+    "dare_ties": _dare_ties,
+    "magnitude": _magnitude,
+}
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    missed, norm = float((found - wanted).norm()), float(wanted.norm())
+    return missed / norm if norm else 0.0 if not missed else math.inf

@@ -1,0 +1,244 @@
+"""Several adapters as one: exact sums, merges that settle conflicts, and what PEFT's `add_weighted_adapter` gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import noise, perturb
+from optional import library
+from torch import Tensor, nn
+
+import superlora_tn as sl
+
+# Of the sums: rounding of float64 alone, over at most 32 terms of a few units.
+EXACT = 1e-12
+
+
+def train(ranks: tuple[int, ...]) -> sl.AdapterSpec:
+    return sl.AdapterSpec(sl.TensorTrain(ranks, over="cap"), sl.PhysicalFold("member out in"))
+
+
+def net() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"a": nn.Linear(10, 12), "b": nn.Linear(10, 12), "c": nn.Linear(6, 8)}).double()
+
+
+def carrying(first: sl.AdapterSpec, second: sl.AdapterSpec, targets: tuple[Any, Any] = ("[abc]", "[abc]")) -> nn.ModuleDict:
+    model = net()
+    for k, (name, spec) in enumerate((("style", first), ("subject", second))):
+        perturb(sl.attach(model, spec, targets[k], name=name, dtype=torch.float64, seed=k), seed=k)
+    return model
+
+
+def wanted(model: nn.Module, weights: dict[str, float]) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for name, weight in weights.items():
+        handle = sl.tuned(model, name)
+        for target in handle.targets:
+            delta = weight * handle.delta(target).detach().numpy()
+            found[target] = found.get(target, 0) + delta
+    return found
+
+
+SAME = {
+    "lora": (sl.lora(2, alpha=3), sl.lora(3, alpha=1, rslora=True), {"rank": 5}),
+    "lotr": (sl.lotr(2), sl.lotr(3, alpha=2), {"rank": 5}),
+    "cp": (sl.lorta_cp(2), sl.lorta_cp(4), {"rank": 6}),
+    "train": (train((2, 3)), train((1, 2)), {"rank": (3, 5)}),
+    "flat": (sl.lorta(2, groups=2), sl.lorta(2, groups=2, alpha=4), {"rank": 4}),
+    "dense": (sl.dense(), sl.dense(alpha=2), {}),
+    "fact": (sl.fact_tt(2), sl.fact_tt(1), {}),
+    "share": (sl.share_lora(2), sl.share_lora(2), {}),
+}
+WEIGHTS = {"style": 0.7, "subject": -1.3}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_the_sum_of_one_structure_is_exact_and_of_that_structure(case: str, tmp_path: Path) -> None:
+    first, second, more = SAME[case]
+    model = carrying(first, second)
+    expected = wanted(model, WEIGHTS)
+    found = sl.combine(WEIGHTS, model=model)
+    assert found.error < EXACT
+    assert {type(e.spec.network) for e in found.entries} == {type(first.network)}
+    assert all(e.spec.fold == first.fold for e in found.entries)
+    for name, value in more.items():
+        assert getattr(found.entries[0].spec.network, name) == value
+    for name, delta in found.deltas().items():
+        np.testing.assert_allclose(delta.numpy(), expected[name], atol=1e-12)
+
+    handle = found.attach(model, "both", dtype=torch.float64)
+    x = noise(4, 10, dtype=torch.float64)
+    with sl.use(model, WEIGHTS):
+        before = model["a"](x)
+    with sl.use(model, "both"):
+        torch.testing.assert_close(model["a"](x), before, rtol=1e-5, atol=1e-5)  # attached from float64, through the file
+    assert set(handle.targets) == set("abc")
+
+    for name in WEIGHTS:
+        sl.tuned(model, name).save(tmp_path / name)
+    again = sl.combine({str(tmp_path / name): weight for name, weight in WEIGHTS.items()})
+    for name, delta in again.deltas().items():
+        np.testing.assert_allclose(delta.numpy(), expected[name], atol=1e-12)
+
+
+OTHERS = {
+    "lora and loha": (sl.lora(2), sl.loha(1), ("[abc]", "[abc]")),
+    "lora and lokr": (sl.lora(2, alpha=3), sl.lokr(2), ("[abc]", "[bc]")),
+    "other targets": (sl.lora(2), sl.lora(2), ("[ab]", "[bc]")),
+    "vera": (sl.vera(2), sl.vera(2), ("[abc]", "[abc]")),
+    "flat and lotr": (sl.lorta(2), sl.lotr(2), ("[abc]", "[ab]")),
+    "loha": (sl.loha(1), sl.loha(2), ("[abc]", "[abc]")),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_the_sum_of_others_is_exact_through_thin_factors(case: str) -> None:
+    model = carrying(*OTHERS[case])
+    found = sl.combine(WEIGHTS, model=model)
+    expected = wanted(model, WEIGHTS)
+    assert found.error < EXACT
+    assert set(found.errors) == set(expected)
+    for name, delta in found.deltas().items():
+        np.testing.assert_allclose(delta.numpy(), expected[name], atol=1e-12)
+
+
+def test_ranks_add_where_structures_differ() -> None:
+    model = carrying(sl.lora(1), sl.loha(1), ("a", "[ab]"))
+    found = sl.combine(WEIGHTS, model=model)
+    assert {tuple(e.targets): e.spec.network.rank for e in found.entries} == {("a",): 2, ("b",): 1}
+
+
+def svd(matrix: np.ndarray, rank: int) -> np.ndarray:
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    return u[:, :rank] * s[:rank] @ v[:rank]
+
+
+def test_svd_is_the_nearest_of_a_rank_and_says_how_near() -> None:
+    model = carrying(sl.lora(2), sl.lora(3))
+    expected = wanted(model, WEIGHTS)
+    for rank in (None, 2):
+        found = sl.combine(WEIGHTS, "svd", model=model, rank=rank)
+        for name, delta in found.deltas().items():
+            best = svd(expected[name], rank or 3)
+            np.testing.assert_allclose(delta.numpy(), best, atol=1e-9)
+            missed = np.linalg.norm(best - expected[name]) / np.linalg.norm(expected[name])
+            assert found.errors[name] == pytest.approx(missed, rel=1e-6)
+    other = sl.combine(WEIGHTS, "svd", model=model, to=sl.lotr(4))
+    assert 0 < other.error < 1
+    assert other.entries[0].spec == sl.lotr(4)
+
+
+def large(delta: np.ndarray, density: float) -> np.ndarray:
+    kept = np.zeros(delta.size)
+    kept[np.argsort(-np.abs(delta), axis=None)[: int(density * delta.size)]] = 1
+    return delta * kept.reshape(delta.shape)
+
+
+@pytest.mark.parametrize("how", ["ties", "magnitude"])
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_pruned_merges_are_their_papers(how: Any, density: float) -> None:
+    model = carrying(sl.lora(2), sl.lora(3))
+    found = sl.combine(WEIGHTS, how, model=model, to=sl.dense(), density=density)
+    assert found.error < EXACT
+    for name, delta in found.deltas().items():
+        parts = [large(sl.tuned(model, n).delta(name).detach().numpy(), density) for n in WEIGHTS]
+        total = parts[0] + parts[1]
+        if how == "ties":
+            winner = np.where(total >= 0, 1, -1)
+            expected = np.zeros_like(total)
+            for k in np.ndindex(total.shape):
+                own = [w * p[k] for w, p in zip(WEIGHTS.values(), parts, strict=True) if np.sign(p[k]) == winner[k]]
+                expected[k] = sum(own) / max(len(own), 1)
+        else:
+            expected = sum(w * p for w, p in zip(WEIGHTS.values(), parts, strict=True))
+        np.testing.assert_allclose(delta.numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["dare", "dare_ties"])
+def test_dare_drops_by_chance_and_keeps_the_mean(how: Any) -> None:
+    model = carrying(sl.lora(2), sl.lora(3), ("a", "a"))
+    dare = [sl.combine({"style": 1.0}, how, model=model, to=sl.dense(), density=0.4, seed=k).deltas()["a"] for k in range(400)]
+    delta = sl.tuned(model, "style").delta("a").detach()
+    for one in dare[:5]:
+        kept = one != 0
+        torch.testing.assert_close(one[kept], (delta / 0.4)[kept])
+    assert not torch.equal(dare[0], dare[1])
+    again = sl.combine({"style": 1.0}, how, model=model, to=sl.dense(), density=0.4, seed=0).deltas()["a"]
+    assert torch.equal(again, dare[0])
+    # A kept number's variance is delta^2 (1/0.4 - 1); six standard deviations of the mean of 400, for 120 numbers.
+    assert bool(((torch.stack(dare).mean(0) - delta).abs() < 6 * delta.abs() * (1.5 / 400) ** 0.5).all())
+
+
+@pytest.mark.parametrize(
+    ("how", "theirs", "density"),
+    [
+        ("cat", "cat", 1.0),
+        ("svd", "svd", 1.0),
+        ("ties", "ties_svd", 0.4),
+        ("magnitude", "magnitude_prune_svd", 0.4),
+        ("dare", "dare_linear_svd", 1.0),
+        ("dare_ties", "dare_ties_svd", 1.0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The density")
+def test_combinations_are_pefts(how: Any, theirs: str, density: float) -> None:
+    peft = library("peft")
+    model = net()
+    wrapped = peft.get_peft_model(net(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["a", "b"]), adapter_name="style")
+    wrapped.add_adapter("subject", peft.LoraConfig(r=3, lora_alpha=3, target_modules=["a", "b"]))
+    own = wrapped.base_model.model
+    for name, rank in (("style", 2), ("subject", 3)):
+        handle = sl.attach(model, sl.lora(rank, alpha=3), ["a", "b"], name=name, dtype=torch.float64)
+        perturb(handle, seed=rank)
+        nodes = [p.detach() for p in handle.parameters()]
+        with torch.no_grad():
+            for k, target in enumerate("ab"):
+                own[target].lora_B[name].weight.data = nodes[2 * k].clone()
+                own[target].lora_A[name].weight.data = nodes[2 * k + 1].T.clone()
+    more: dict[str, Any] = {} if how in ("cat", "svd") else {"density": density}
+    wrapped.add_weighted_adapter(["style", "subject"], [0.7, 0.3], "both", combination_type=theirs, **more)
+    found = sl.combine({"style": 0.7, "subject": 0.3}, how, model=model, density=density)
+    for target, delta in found.deltas().items():
+        # PEFT keeps the new nodes in float32.
+        expected: Tensor = own[target].get_delta_weight("both").detach().double()
+        torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_combined_says_why(tmp_path: Path) -> None:
+    model = carrying(sl.lora(2), sl.dense())
+    for weights, how, more, error, said in (
+        ({"style": 1.0}, "sum", {}, sl.SpecError, "choose of cat, svd"),
+        ({}, "cat", {}, sl.SpecError, "no adapter"),
+        ({"styl": 1.0}, "cat", {}, sl.AttachError, "carries no adapter named 'styl'"),
+        ({"style": float("nan")}, "cat", {}, sl.SpecError, "weight of 'style'"),
+        ({"style": 1.0}, "ties", {"density": 0.0}, sl.SpecError, "above 0 and at most 1"),
+        ({"style": 1.0}, "cat", {"rank": 2}, sl.SpecError, "choose how='svd'"),
+        ({"subject": 1.0}, "svd", {}, sl.SpecError, "without a declared rank"),
+    ):
+        with pytest.raises(error, match=said):
+            sl.combine(weights, how, model=model, **more)
+    beside = sl.attach(net(), sl.lora(2), ["a"], also=["b.bias"])
+    beside.save(tmp_path / "beside")
+    with pytest.raises(sl.CheckpointError, match="beside it"):
+        sl.combine({str(tmp_path / "beside"): 1.0})
+    beside.detach()
+    other = nn.ModuleDict({"a": nn.Linear(4, 4)})
+    sl.attach(other, sl.lora(2), ["a"]).save(tmp_path / "other")
+    sl.tuned(model, "style").save(tmp_path / "style")
+    with pytest.raises(sl.AttachError, match="they are of two bases"):
+        sl.combine({str(tmp_path / "other"): 1.0, str(tmp_path / "style"): 1.0})
+
+
+def test_a_started_adapter_is_combined_with_what_it_departs_from() -> None:
+    model = net()
+    handle = sl.start(sl.attach(model, sl.lora(2), ["a", "b"], name="style", dtype=torch.float64), sl.pissa())
+    perturb(handle)
+    found = sl.combine({"style": 2.0}, model=model)
+    for name, delta in found.deltas().items():
+        np.testing.assert_allclose(delta.numpy(), 2 * handle.delta(name).detach().numpy(), atol=1e-12)
+    assert "2 weights" in str(found)
