@@ -19,6 +19,7 @@ QUESTIONS = {
     "flat_memory": "How much memory does a flat fold's step peak at on ViT-B, beside dense fine-tuning?",
     "vit_step": "What does a whole ViT-B/16 training step cost?",
     "attach_large": "How long do planning and attaching take at Llama-3.1-405B's shapes?",
+    "scale": "What do adapters of Llama-3.1-405B on 512 GPUs hold, move and compute? (docs/scale.md)",
     "route_ranking": "Does the price rank the routes as the clock does? (settings where it does not)",
     "hadamard": "What does the fast Walsh-Hadamard transform cost beside plain copies?",
 }
@@ -46,6 +47,8 @@ slower: joined factors (in, r1 r2) by either library, and the joined factors kep
 and in, x goes through the two halves; LoKr's cannot and builds dW.""",
     "against": """`--checkout` was the last version before passes (86ac75e). Both sides take turns, 80 rounds each; a side's
 overhead is uncertain by about 0.01 of the frozen step, which is a large part of the smallest ones.""",
+    "scale": """Counted on the meta device, for 8192 tokens a GPU; only the two last columns are times. The base's figures are
+in `results/scale_base-cpu-warm.json`.""",
     "memory": "Exact, from torch's record of allocations. The gradients of the adapter's parameters are included.",
 }
 

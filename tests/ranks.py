@@ -189,7 +189,9 @@ def ddp_reentrant_is_warned_of(folder: Path) -> Any:
         model, _ = attached(spec, Net(True))
         DistributedDataParallel(model)(batch().requires_grad_()).square().mean().backward()
 
-    return {name: caught(lambda spec=SPECS[name]: step(spec)) for name in ("lora", "lotr", "lorta")}
+    words = {name: caught(lambda spec=SPECS[name]: step(spec)) for name in ("lora", "lotr", "lorta")}
+    own = {"lora": SPECS["lora"], "loha": sl.loha(2), "lokr": SPECS["lokr"]}  # no node of two layers
+    return [words, {name: compared(spec, lambda m, _: DistributedDataParallel(m), True) for name, spec in own.items()}]
 
 
 @scenario
