@@ -38,3 +38,28 @@ def test_the_accelerators_benchmark_runs_on_the_cpu(tmp_path: Path) -> None:
     assert not [row for row in found["rows"] if "failed" in row]
     assert all(f"{name} " in printed for name in names)
     assert found["quick"]
+
+
+@pytest.mark.parametrize("library_name", ["torch", "transformers", "diffusers"])
+def test_models_that_are_tried_are_all_right(library_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short version of `docs/models_tried.md`: some models of each library, two declarations."""
+    library(library_name)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import tried_models as tried
+
+    short = {"Sequential, Conv1d", "LSTM", "GPT2LMHeadModel", "Qwen2MoeForCausalLM", "SwinModel", "DiTTransformer2DModel"}
+    found = [one for one in tried.models([library_name]) if one.name in short]
+    assert found
+    for one in found:
+        for name in ("lokr", "lotr"):
+            cells = tried.cell(one, tried.SPECS[name])
+            assert cells.pop("attach").endswith(" weights"), (one.name, name, cells)
+            assert set(cells.values()) == {"ok"}, (one.name, name, cells)
+
+
+def test_the_page_of_tried_models_is_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import tried_models as tried
+
+    found = json.loads((ROOT / "benchmarks" / "results" / "models.json").read_text())
+    assert (ROOT / "docs" / "models_tried.md").read_text() == tried.page(found["rows"], found["machine"])

@@ -111,6 +111,10 @@ class Program:
             this["act"] = ""
         if self.wants == "later" and (self.where != "siblings" or self.act or not trains):
             this["wants"] = "yes" if trains else "no"
+        if this["wants"] == "later" and this["loss"] == "again":
+            # What was recorded before x wanted a gradient has x in its second derivatives or not, in torch too, by the order in
+            # which its product is taken: (x A) B saves x A where A is frozen, x (A B) saves x.
+            this["loss"] = "grad"
         if not trains:
             this["wants"] = "no"
         if self.where == "layer":
