@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import noise, perturb
 from optional import library
+from safetensors.torch import save_file
 from test_halves import multiply_adds
 from test_layers import CONVOLUTIONS, FUNCTION, Convolution, padded
 from torch import Tensor, nn
@@ -144,7 +145,7 @@ CHAINS = {
 def test_the_chain_is_as_thin_as_the_network(name: str) -> None:
     spec = replace(SPECS[name], fold=replace(SPECS[name].fold, kernel=(3, 3)))
     [(_, graph)] = spec.lay_out({"layer": (16, 8 * 9)})
-    found = chain(graph, CPU, "dp")
+    found = chain(graph, 9, CPU, "dp")
     if CHAINS[name] is None or name == "lora":
         assert (found is None) == (CHAINS[name] is None)
         return
@@ -155,8 +156,12 @@ def test_the_chain_is_as_thin_as_the_network(name: str) -> None:
 def test_a_chain_of_what_has_no_kernel_or_no_thin_part_is_none() -> None:
     shapes = {"layer": (16, 72)}
     dense = sl.AdapterSpec(sl.Dense(), sl.PhysicalFold("out in kernel", kernel=(3, 3)))
-    for spec in (sl.lora(2), sl.lokr(2), dense, replace(dense, fold=sl.PhysicalFold("out in kernel", kernel=(1, 1)))):
-        assert chain(spec.lay_out(shapes)[0][1], CPU, "dp") is None
+    for spec in (sl.lora(2), sl.loha(2), dense, replace(dense, fold=sl.PhysicalFold("out in kernel", kernel=(1, 1)))):
+        assert chain(spec.lay_out(shapes)[0][1], 9, CPU, "dp") is None
+    # LoKr's rule splits 72 as (8, 9), and 24 * 9 as (12, 18): there, and not in 20 * 9 = (12, 15), channels stay whole.
+    for d_in, sizes in ((72, (4, 8, 4, 1)), (216, (4, 12, 4, 2)), (180, None)):
+        found = chain(sl.lokr(2).lay_out({"layer": (16, d_in)})[0][1], 9, CPU, "dp")
+        assert (found and found.sizes) == sizes
 
 
 def cost(spec: sl.AdapterSpec, layer: nn.Conv2d, x: Tensor) -> tuple[int, int]:
@@ -362,3 +367,38 @@ def test_the_splits_are_those_of_peft(tucker: bool) -> None:
             node.copy_(_of_lycoris(name.rpartition("node_")[2], own, "").reshape(node.shape))
     wanted = theirs.base_model.model[0].get_delta_weight("default").flatten(1)
     torch.testing.assert_close(tuned.delta("layer"), wanted)
+
+
+@pytest.mark.parametrize("case", ["lokr", "lokr, both", "lokr, factor"])
+def test_a_file_of_lycoris_runs_as_a_chain(case: str, tmp_path: Path) -> None:
+    lycoris = library("lycoris")
+    _, _, more = LYCORIS[case]
+    layer = nn.Conv2d(36, 64, 3, padding=1)
+    theirs = lycoris.modules.lokr.LokrModule(
+        "lycoris_layer", layer, 1.0, 2, 3, bypass_mode=True, **{**more, "use_tucker": False}
+    )
+    with torch.no_grad():
+        for k, parameter in enumerate(theirs.parameters()):
+            parameter.copy_(noise(*parameter.shape, seed=k))
+    save_file({f"lycoris_layer.{n}": t.contiguous() for n, t in theirs.state_dict().items()}, tmp_path / "x.safetensors")
+    model = nn.ModuleDict({"layer": layer}).requires_grad_(False)
+    x = noise(1, 36, 8, 8).requires_grad_()
+    before = multiply_adds(layer, x)
+    tuned = sl.load(model, tmp_path / "x.safetensors")
+    found = layer(x) - F.conv2d(x, layer.weight, layer.bias, padding=1)
+    # float32, outputs of some tens.
+    torch.testing.assert_close(found, theirs.bypass_forward_diff(x), rtol=1e-4, atol=1e-3)
+    [(sized, _)] = [c for a in tuned.adapters for c in a._chains.values()]
+    assert sized.sizes[1] * sized.sizes[3] == 36
+    assert multiply_adds(layer, x) - before < 0.5 * before
+
+
+@pytest.mark.parametrize("name", ["tucker", "lokr, thin"])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_chains_compile_whole(kind: Any, name: str) -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(kind(8, 8, 3, stride=2))
+    perturb(sl.attach(model, SPECS[name], ["0"], route="apply"))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x = noise(2, 8, 7, 9)
+    torch.testing.assert_close(compiled(x), model(x))

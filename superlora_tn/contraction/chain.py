@@ -3,6 +3,9 @@
 ``dW[(o1 o2) (i1 i2) k] = left[o1 i1] W[o2 i2 k]`` with ``W = after core before``: x meets `before` position by position, the
 core as a small kernel, `after` and `left` position by position again. LoKr's left is w1, and of a Tucker the core is the core;
 of a CP it has one kernel for each of its terms (a depthwise convolution). Nothing of dW's size is built.
+
+The kernel is where the modes, or the digits of `in`, say so; else it lies in the last digit of `in`, behind some channels, as
+in LoKr's files, and the nodes with that digit are the core.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ class Chain:
 
     Attributes:
         before: (bond, i2), position by position.
-        core: (bond or o2, bond / terms or i2, kernel), in `terms` groups.
+        core: (bond or o2, bond / terms or i2, kernel), in `terms` groups; its last two axes may be one.
         after: (o2, bond).
         left: (o1, i1).
         terms: how many groups of the core's channels do not mix.
@@ -46,9 +49,14 @@ class Chain:
     kernel: int
 
     @property
+    def links(self) -> tuple[Half | None, Half, Half | None, Half | None]:
+        """All four, first to last."""
+        return self.before, self.core, self.after, self.left
+
+    @property
     def parts(self) -> tuple[Half, ...]:
         """Those that are there, in order."""
-        return tuple(half for half in (self.before, self.core, self.after, self.left) if half is not None)
+        return tuple(half for half in self.links if half is not None)
 
     def fits(self, blocks: int) -> bool:
         """Whether it works for a layer whose channels are in so many blocks that do not mix."""
@@ -78,12 +86,17 @@ class Chain:
 
 
 @kept(4096, KEPT_NODES, lambda _, graph, *__, **___: len(graph.nodes))
-def chain(graph: Graph, device: Device, optimize: Optimizer) -> Chain | None:
-    """The chain of one member of a physical fold; None where its kernel has no index, or the network no such form."""
-    positions = tuple(i for mode, own in graph.modes if mode.name in KERNEL for i in own)
+def chain(graph: Graph, kernel: int, device: Device, optimize: Optimizer) -> Chain | None:
+    """The chain of one member of a physical fold; None where the network has no such form.
+
+    Args:
+        graph: the network.
+        kernel: positions of the kernel, the fastest part of `in`.
+    """
+    positions, mixed = _positions(graph, kernel)
     indices = [set(graph.indices_of(node, fixed=True)) for node in graph.nodes]
-    inner = _connected(indices, set(positions))
-    if not positions or not inner:
+    inner = _connected(indices, set(positions + mixed))
+    if not inner:
         return None
     rest = [k for k in range(len(indices)) if k not in inner]
     out, channels = graph.open("out"), tuple(i for i in graph.open("in") if i not in positions)
@@ -92,11 +105,12 @@ def chain(graph: Graph, device: Device, optimize: Optimizer) -> Chain | None:
     i1, i2 = _apart(channels, held)
     if o1 + o2 != out or i1 + i2 != channels or not set(o2 + i2 + positions) <= held or (not rest and o1 + i1):
         return None
-    found = _cut(indices, inner, o2, i2, positions)
-    if found is None or not (rest or found[0][0] or found[0][2]):
+    found = _cut(indices, inner, o2, i2, positions + mixed)
+    # Without others beside it, a core with the channels in it is no more than the inner one of two halves.
+    if found is None or not (rest or (found[0][0] or found[0][2] if positions else False)):
         return None
     sides, terms, taken, given = found
-    size = graph.size
+    size, inside = graph.size, kernel if mixed else 1
 
     def half(nodes: Sequence[int], *result: Indices) -> Half:
         equation = sub_network(graph, [graph.nodes[k] for k in nodes], result)
@@ -105,14 +119,26 @@ def chain(graph: Graph, device: Device, optimize: Optimizer) -> Chain | None:
     before, core, after = sides
     return Chain(
         half(before, terms + taken, i2) if before else None,
-        half(core, terms + given, taken, positions),
+        half(core, terms + given, taken, *((positions,) if positions else ())),
         half(after, o2, terms + given) if after else None,
         half(rest, o1, i1) if rest else None,
         volume(terms, size),
-        (volume(o1, size), volume(i1, size), volume(o2, size), volume(i2, size)),
-        (volume(terms + taken, size), volume(terms + given, size)),
-        volume(positions, size),
+        (volume(o1, size), volume(i1, size), volume(o2, size), volume(i2, size) // inside),
+        (volume(terms + taken, size) // inside, volume(terms + given, size)),
+        kernel,
     )
+
+
+def _positions(graph: Graph, kernel: int) -> tuple[Indices, Indices]:
+    """The indices of a kernel; or the last one of `in`, where it holds channels and kernel; both empty where neither is so."""
+    named = tuple(i for mode, own in graph.modes if mode.name in KERNEL for i in own)
+    if named or kernel == 1:
+        return named, ()
+    inward = graph.open("in")
+    for k in range(1, len(inward) + 1):
+        if volume(inward[-k:], graph.size) == kernel:
+            return inward[-k:], ()
+    return ((), inward[-1:]) if inward and graph.size[inward[-1]] % kernel == 0 else ((), ())
 
 
 def _connected(indices: Sequence[set[str]], start: set[str]) -> list[int]:
@@ -135,7 +161,8 @@ def _cut(
     indices: Sequence[set[str]], inner: Sequence[int], o2: Indices, i2: Indices, positions: Indices
 ) -> tuple[tuple[list[int], list[int], list[int]], Indices, Indices, Indices] | None:
     """The component's nodes before, in and behind the core; the core's terms, and what else it takes and gives."""
-    out, channels, kernel = set(o2), set(i2), set(positions)
+    out, kernel = set(o2), set(positions)
+    channels = set(i2) - kernel
     before = [k for k in inner if indices[k] & channels and not indices[k] & (out | kernel)]
     after = [k for k in inner if indices[k] & out and not indices[k] & (channels | kernel)]
     core = [k for k in inner if k not in before and k not in after]

@@ -285,8 +285,7 @@ def _hook(model: nn.Module, handle: Tuned) -> None:
             if isinstance(side.kind, Held):
                 show(side.layer, Block(side.kind, member))
             else:
-                if side.kind.looks_up is not None:
-                    member.adapter.look_up(side.kind.looks_up)
+                side.kind.ready(side.layer, member)
                 sites.append(UpdateHook(side, member))
                 hooks.append(side.layer.register_forward_hook(sites[-1], with_kwargs=True))
     hooks += watchers(model, sites)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -38,6 +39,10 @@ class Convolution(Kind):
         """Its sizes."""
         return tuple(layer.kernel_size)
 
+    def ready(self, layer: Any, member: Member) -> None:
+        """Chains are for the positions of its kernel."""
+        member.adapter.link_up(math.prod(layer.kernel_size))
+
     def read(self, layer: Any) -> Tensor:
         """The kernel, flattened behind `out`."""
         return layer.weight.flatten(1)  # type: ignore[no-any-return]
@@ -56,7 +61,7 @@ class Convolution(Kind):
         rows, before = y.numel() // layer.out_channels, x.numel() // layer.in_channels
         if is_recorded():
             rows = before = NOMINAL_TOKENS
-        links = member.links(rows, before, layer.groups) if self.is_own(layer) else None
+        links = member.links(math.prod(layer.kernel_size), rows, before, layer.groups) if self.is_own(layer) else None
         if links is not None:
             batch = x if x.ndim == layer.weight.ndim else x[None]
             more = self._linked(layer, links, batch, y)
@@ -95,7 +100,7 @@ class Convolution(Kind):
         h = x.reshape(batch * blocks * i1, i2, *x.shape[2:])
         if links.before is not None:
             h = _pointwise(layer, h, links.before)
-        core = links.core.reshape(*links.core.shape[:2], *layer.kernel_size).to(x.dtype)
+        core = links.core.reshape(len(links.core), -1, *layer.kernel_size).to(x.dtype)
         h = self.grouped(layer, h, core, links.terms, y)
         sides = h.shape[2:]
         if links.left is None:

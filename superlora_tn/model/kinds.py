@@ -85,6 +85,11 @@ class Kind(ABC):
         """On which side of dW `join` looks rows up, where it does."""
         return None
 
+    def ready(self, layer: Any, member: Member) -> None:
+        """Let the adapter prepare what `join` asks of it."""
+        if self.looks_up is not None:
+            member.adapter.look_up(self.looks_up)
+
     @property
     def takes_all(self) -> bool:
         """Whether `join` takes for x all that the layer was called with, as (arguments, keywords)."""

@@ -204,11 +204,18 @@ class Adapter(Placed, ABC):
         parameters, buffers = self._parameters, self._buffers
         try:
             return [parameters[name] if name in parameters else buffers[name] for name in self._names]  # type: ignore[misc]
-        except KeyError as error:
-            raise SpecError(
-                f"the adapter's node {str(error)[6:-1]!r} is no parameter any more (pruned, parametrized or deleted); "
-                "adapters keep their nodes as plain parameters. Undo that, or train the network you want from the start."
-            ) from error
+        except KeyError:
+            return [self._viewed(name) for name in self._names]
+
+    def _viewed(self, name: str) -> Tensor:
+        """A node where FSDP1 has put a view of its flat parameter in its place, as it does in backward."""
+        node = self._parameters.get(name, self._buffers.get(name, self.__dict__.get(name)))
+        if node is not None and (name not in self.__dict__ or (type(node) is Tensor and node._is_view())):
+            return node
+        raise SpecError(
+            f"the adapter's node {name[5:]!r} is no parameter any more (pruned, parametrized or deleted); adapters keep their "
+            "nodes as plain parameters. Undo that, or train the network you want from the start."
+        )
 
     def delta(self, target: str) -> Tensor:
         """dW of a target, scale included, shape (out, in), in the parameters' dtype, from the nodes alone."""
@@ -254,13 +261,17 @@ class Adapter(Placed, ABC):
         """
         return None
 
-    def links(self, member: Member, rows: int, before: int, blocks: int = 1) -> Links | None:
+    def link_up(self, kernel: int) -> None:
+        """Prepare for `links` of so many positions of a kernel."""
+
+    def links(self, member: Member, kernel: int, rows: int, before: int, blocks: int = 1) -> Links | None:
         """dW of a convolution as a chain of thin layers.
 
         None where its network holds no kernel apart, or the call goes faster through two halves or dW itself.
 
         Args:
             member: which weight.
+            kernel: positions of its kernel.
             rows: positions of the output.
             before: positions of the input.
             blocks: groups of the layer's channels.
@@ -332,9 +343,9 @@ class Member:
         """dW as two thin matrices, see `Adapter.halves`."""
         return self.adapter.halves(self, rows, blocks)
 
-    def links(self, rows: int, before: int, blocks: int = 1) -> Links | None:
+    def links(self, kernel: int, rows: int, before: int, blocks: int = 1) -> Links | None:
         """dW as a chain of thin layers, see `Adapter.links`."""
-        return self.adapter.links(self, rows, before, blocks)
+        return self.adapter.links(self, kernel, rows, before, blocks)
 
     def update(self, x: Tensor, out: Tensor | None, base: Tensor | None = None, training: bool = True) -> Tensor:
         """``out + x dW^T``, see `Adapter.update`."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from superlora_tn.contraction.backend import compiled
-from superlora_tn.contraction.chain import chain
-from superlora_tn.contraction.cut import Half, halves
+from superlora_tn.contraction.chain import Chain, chain
+from superlora_tn.contraction.cut import halves
 from superlora_tn.contraction.plan import Route, choose, make_plan
 from superlora_tn.contraction.profile import Device
 from superlora_tn.contraction.search import Optimizer
@@ -84,6 +84,7 @@ class PhysicalAdapter(Adapter):
         super().__init__(*arguments)
         self._lookups: dict[Side, Lookup | None] = {}
         self._every: Run | None = None
+        self._chains: dict[int, tuple[Chain, list[Run]] | None] = {}
 
     def prepare(self) -> None:
         """See `Adapter.prepare`."""
@@ -96,9 +97,6 @@ class PhysicalAdapter(Adapter):
         self._inside = sorted({k for root in self._scheme.roots for k in root.leaves})
         self._multiply = self._dense(self.group.shape)
         self._halves = None if route == "delta" else halves(self.graph, *settings)
-        self._chain = None if route == "delta" else chain(self.graph, *settings)
-        own = () if self._chain is None else self._chain.parts
-        self._chain_runs = {id(half): compiled(half.plan, backend) for half in own}
         parts = () if self._halves is None else (self._halves.outer, self._halves.inner)
         self._half_runs = [(half.nodes, compiled(half.plan, backend)) for half in parts]
         for name, positions in self.group.members.items():
@@ -108,6 +106,8 @@ class PhysicalAdapter(Adapter):
             member.place = self._place(positions, blocks[name.rpartition(".")[0]] > 1)
         for side in self._lookups:
             self.look_up(side)
+        for kernel in self._chains:
+            self.link_up(kernel)
         if self._every is not None:
             self.stack_up()
 
@@ -171,23 +171,32 @@ class PhysicalAdapter(Adapter):
         )
         return outer, inner
 
-    def links(self, member: Member, rows: int, before: int, blocks: int = 1) -> Links | None:
+    def link_up(self, kernel: int) -> None:
+        """See `Adapter.link_up`."""
+        delta = self.settings.route == "delta"
+        found = None if delta else chain(self.graph, kernel, self.profile, self.settings.optimize)
+        runs = [] if found is None else [compiled(half.plan, self.settings.backend) for half in found.parts]
+        self._chains[kernel] = None if found is None else (found, runs)
+
+    def links(self, member: Member, kernel: int, rows: int, before: int, blocks: int = 1) -> Links | None:
         """See `Adapter.links`."""
-        found, cut = self._chain, self._halves
-        if found is None or not found.fits(blocks):
+        prepared = self._chains.get(kernel)
+        if prepared is None or not prepared[0].fits(blocks):
             return None
+        (found, runs), cut = prepared, self._halves
         if self.settings.route is None:
             cost, shape = found.cost(rows, before, blocks), self.group.shape
             if not found.pays(shape, rows, before, blocks) or (cut is not None and cut.cost(shape, rows, blocks) < cost):
                 return None
         nodes = self._nodes(member, self.tensors())
-
-        def build(half: Half | None, alpha: float = 1.0) -> Tensor | None:
-            return None if half is None else self._chain_runs[id(half)](*(nodes[k] for k in half.nodes), alpha=alpha)
-
-        core = build(found.core, self.scale)
+        made = [
+            run(*(nodes[k] for k in half.nodes), alpha=self.scale if half is found.core else 1.0)
+            for half, run in zip(found.parts, runs, strict=True)
+        ]
+        thin = iter(made)
+        before_, core, after, left = (None if half is None else next(thin) for half in found.links)
         assert core is not None
-        return Links(build(found.before), core, build(found.after), build(found.left), found.terms, found.sizes)
+        return Links(before_, core, after, left, found.terms, found.sizes)
 
     def look_up(self, side: Side) -> None:
         """See `Adapter.look_up`."""
