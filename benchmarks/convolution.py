@@ -34,6 +34,8 @@ def main() -> None:
             "loha": ours(convolution(channels, kernel), sl.loha(RANK)),
             "lotr": ours(convolution(channels, kernel), sl.lotr(RANK)),
             "lokr": ours(convolution(channels, kernel), sl.lokr(RANK)),
+            "conv_lokr": ours(convolution(channels, kernel), sl.conv_lokr(RANK)),
+            "conv_lokr tucker": ours(convolution(channels, kernel), sl.conv_lokr(RANK, tucker=True)),
             "peft_lora": peft_layer(convolution(channels, kernel), "Lora", lora_alpha=RANK),
             "peft_loha": peft_layer(convolution(channels, kernel), "LoHa", alpha=RANK),
             "peft_lokr": peft_layer(convolution(channels, kernel), "LoKr", alpha=RANK),

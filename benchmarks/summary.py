@@ -12,6 +12,7 @@ QUESTIONS = {
     "layer_overhead_mkl": "The same with `--onednn off`, all products by MKL",
     "loha_designs": "Which way of contracting LoHa is cheapest? Overheads, and what the count alone sets",
     "convolution": "What does an adapter add to a convolution's training step, as a fraction of the frozen layer's?",
+    "beyond_linear": "What do adapters on tables, blocks, experts and on one another cost, beside PEFT's?",
     "sharing": "What does sharing x between q, k and v save? Overheads of three layers over the frozen ones",
     "dispatch": "What does Python cost on a tiny layer (batch 4, width 64), beside hand-written torch?",
     "against": "What do passes cost? Overheads of one version of this library beside an earlier one",

@@ -1,6 +1,6 @@
 """Which models can be adapted, and what works on them? Every cell is tried: writes docs/models_tried.md from what happened.
 
-``python benchmarks/tried_models.py [NAME ...]``. Models are small and random, built from their own libraries' configurations. On
+``python benchmarks/tried_models.py [NAME ...]``. Models are small and random, built from their libraries' configurations. On
 each, every declaration is attached to all linear layers (or to what is named beside the model), and then: its outputs are those
 of the merged model, every node gets a gradient, unmerging and detaching give back every bit, a saved adapter gives the same
 outputs on a copy, and a copy of the model carries its own. A cell that is not so has the library's words below the table.
