@@ -47,9 +47,10 @@ slower: joined factors (in, r1 r2) by either library, and the joined factors kep
     "convolution": """One image, channels and sizes as in a U-Net, float32, rank 8. Where a network can be cut between out
 and in, x goes through the two halves; `lokr` cannot and builds dW, but `conv_lokr`
 splits at the channel and runs as a chain.""",
-    "beyond_linear": """Overheads over the frozen step, rank 8, float32, forward and backward. Embedding: 32,000 x 768, 2,048 tokens.
-Blocks: q and v of a fused qkv of 768, 1,576 tokens, beside PEFT's LoRA on all of it. Experts: 8 of 256 x 512 in one parameter, of
-which each meets 128 rows, beside PEFT's `target_parameters`. Two: two LoRAs at once on a linear layer of 768, 1,576 tokens.""",
+    "beyond_linear": """Overheads over the frozen step, rank 8, float32, forward and backward. Embedding: 32,000 x 768, 2,048
+tokens. Blocks: q and v of a fused qkv of 768, 1,576 tokens, beside PEFT's LoRA on all of it. Experts: 8 of 256 x 512 in one
+parameter, of which each meets 128 rows, beside PEFT's `target_parameters`. Two: two LoRAs at once on a linear layer of 768,
+1,576 tokens.""",
     "against": """`--checkout` was the last version before passes (86ac75e). Both sides take turns, 80 rounds each; a side's
 overhead is uncertain by about 0.01 of the frozen step, which is a large part of the smallest ones.""",
     "scale": """Counted on the meta device, for 8192 tokens a GPU; only the two last columns are times. The base's figures are
