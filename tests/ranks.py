@@ -178,6 +178,12 @@ def ddp_checkpointed(folder: Path) -> Any:
 
 
 @scenario
+def ddp_compiled(folder: Path) -> Any:
+    wrap = lambda m, _: torch.compile(DistributedDataParallel(m), backend="aot_eager")  # noqa: E731
+    return {name: compared(SPECS[name], wrap) for name in ("lora", "lotr")}
+
+
+@scenario
 def ddp_static_graph_and_reentrant(folder: Path) -> Any:
     wrap = lambda m, _: DistributedDataParallel(m, static_graph=True)  # noqa: E731
     return {name: compared(spec, wrap, True) for name, spec in SPECS.items()}
@@ -197,6 +203,11 @@ def ddp_reentrant_is_warned_of(folder: Path) -> Any:
 @scenario
 def fsdp2_attached_before(folder: Path) -> Any:
     return {name: compared(spec, lambda m, _: sharded(m)) for name, spec in SPECS.items()}
+
+
+@scenario
+def fsdp2_checkpointed(folder: Path) -> Any:
+    return {f"{name} {re}": compared(spec, lambda m, _: sharded(m), re) for name, spec in SPECS.items() for re in (False, True)}
 
 
 @scenario
@@ -226,21 +237,30 @@ def fsdp2_attached_after(folder: Path) -> Any:
     return [words, found]
 
 
+def flattened(model: nn.Module) -> nn.Module:
+    """FSDP1, one unit."""
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def compared_flattened(spec: sl.AdapterSpec, reentrant: bool | None = None) -> float:
+    """As `compared`, under FSDP1."""
+    model, tuned = attached(spec, Net(reentrant))
+    wrapped = flattened(model)
+    losses = trained(wrapped, list(tuned.parameters()), share())
+    alone, own = attached(spec, Net(reentrant))
+    expected = trained(alone, list(own.parameters()), batch())
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        return off(list(tuned.parameters()), losses, list(own.parameters()), expected)
+
+
 @scenario
 def fsdp1(folder: Path) -> Any:
-    def wrap(model: nn.Module, tuned: sl.Tuned) -> nn.Module:
-        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    return {name: compared_flattened(spec) for name, spec in SPECS.items()}
 
-    def step(spec: sl.AdapterSpec) -> float:
-        model, tuned = attached(spec)
-        wrapped = wrap(model, tuned)
-        losses = trained(wrapped, list(tuned.parameters()), share())
-        alone, own = attached(spec)
-        expected = trained(alone, list(own.parameters()), batch())
-        with FullyShardedDataParallel.summon_full_params(wrapped):
-            return off(list(tuned.parameters()), losses, list(own.parameters()), expected)
 
-    return {name: step(spec) for name, spec in SPECS.items()}
+@scenario
+def fsdp1_checkpointed(folder: Path) -> Any:
+    return {f"{name} {re}": compared_flattened(spec, re) for name, spec in SPECS.items() for re in (False, True)}
 
 
 @scenario
@@ -287,8 +307,7 @@ def found_in_wrappers(folder: Path) -> Any:
     model, handle = attached(sl.lora(2))
     found["fsdp2"] = sl.tuned(sharded(model)) is handle
     model, handle = attached(sl.lora(2))
-    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    found["fsdp1"] = sl.tuned(wrapped) is handle
+    found["fsdp1"] = sl.tuned(flattened(model)) is handle
     return found
 
 
@@ -315,6 +334,15 @@ def distributed_checkpoint(folder: Path) -> Any:
 def tensor_parallel(folder: Path) -> Any:
     """Attached before: all ranks see all rows, and train what one process does."""
     return {name: compared(spec, lambda m, _: parallel(m), split=False) for name, spec in SPECS.items()}
+
+
+@scenario
+def tensor_parallel_checkpointed(folder: Path) -> Any:
+    return {
+        f"{name} {re}": compared(spec, lambda m, _: parallel(m), re, split=False)
+        for name, spec in SPECS.items()
+        for re in (False, True)
+    }
 
 
 @scenario

@@ -38,7 +38,8 @@ def whole(name: str, tensor: Tensor, shape: tuple[int, ...] | None, dtypes: Coll
             if shape is not None and tuple(gathered.shape) != shape:
                 raise CheckpointError(
                     f"'{name}' has the shape {tuple(gathered.shape)} in this process, declared is {shape}. If FSDP "
-                    "flattened or sharded it, save within `FullyShardedDataParallel.summon_full_params(model)`."
+                    "flattened or sharded it, save within `FullyShardedDataParallel.summon_full_params(model)`; if DeepSpeed's "
+                    "ZeRO-3, within `deepspeed.zero.GatheredParameters(list(tuned.parameters()))`."
                 )
             # A copy through `copy_` ends expanded, transposed, shared and lazily negated memory all alike.
             return torch.empty(gathered.shape, dtype=gathered.dtype, device="cpu").copy_(gathered)

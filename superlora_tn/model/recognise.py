@@ -285,8 +285,11 @@ def _untouched(layer: Any, x: Tensor, y: Tensor) -> Tensor | None:
         return None
     if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks or _global_hooks():
         return None
-    weight: Any = layer._parameters["weight"]
-    bias = layer._parameters["bias"]
+    own = layer._parameters
+    if "weight" not in own or "bias" not in own:  # FSDP1 takes them away in backward, where checkpointing computes again
+        return None
+    weight: Any = own["weight"]
+    bias = own["bias"]
     untrained = type(weight) is nn.Parameter and not weight.requires_grad
     whole = untrained and (bias is None or (type(bias) is nn.Parameter and not bias.requires_grad))
     alike = whole and type(x) is Tensor and type(y) is Tensor and x.dtype == y.dtype == weight.dtype
