@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import noise, perturb
 from optional import library
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_halves import multiply_adds
 from test_layers import CONVOLUTIONS, FUNCTION, Convolution, padded
 from torch import Tensor, nn
@@ -226,6 +226,17 @@ def test_other_formats_hold_the_same_dw(name: str, format: Any, tmp_path: Path) 
         # float32 files; a truncated form would report a larger error.
         torch.testing.assert_close(again.delta(n), wanted[n], rtol=1e-4, atol=1e-4)
     assert report is not None
+
+
+def test_kernels_are_written_by_the_methods_that_have_them(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a": nn.Conv2d(36, 64, 3)})
+    tuned = sl.attach(model, sl.conv_lora(2, tucker=True), ["a"])
+    tuned.save(tmp_path / "x.safetensors", "lycoris")
+    assert load_file(tmp_path / "x.safetensors")["lycoris_a.lora_mid.weight"].shape == (2, 2, 3, 3)
+    tuned.detach()
+    tuned = sl.attach(model, sl.conv_lokr(2, tucker=True), ["a"])
+    assert [row.method for row in tuned.save(tmp_path / "peft", "peft").rows] == ["lokr"]
+    assert load_file(tmp_path / "peft" / "adapter_model.safetensors")["base_model.model.a.lokr_t2"].shape == (2, 2, 3, 3)
 
 
 def test_a_transposed_convolution_is_not_written_in_formats_that_lack_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -70,7 +70,7 @@ def method_of(filled: Filled) -> Method | None:
     """The method that a weight's network is, None where other libraries have none for it."""
     nodes = _nodes(filled)
     pieces = [_piece(own) for own in _by_bonds(nodes)]
-    known = [p for p in pieces if p is not None]
+    known = [_kernelled(p, filled.kernel) for p in pieces if p is not None]
     if len(known) < len(pieces):
         return None
     if len(known) == 1:
@@ -159,7 +159,9 @@ def _tucker(left: _Node, rights: Sequence[_Node]) -> _Piece | None:
     first = left.bonds[0]
     second = next(b for b in core.bonds if b != first)
     inner = channels.inward + core.inward
-    slower = not channels.inward or all(c.stride > k.stride or k.size == 1 for c in channels.inward for k in core.inward)
+    slower = not channels.inward or all(
+        c.root != k.root or c.stride > k.stride or k.size == 1 for c in channels.inward for k in core.inward
+    )
     if channels.bonds != (second,) or not slower:
         return None
     if all(k.size == 1 for k in core.inward):  # a pointwise convolution's, whose kernel is no axis anywhere
@@ -171,6 +173,14 @@ def _tucker(left: _Node, rights: Sequence[_Node]) -> _Piece | None:
         "b": channels.laid([second], channels.inward),
     }
     return _Piece("tucker", left.out, inner, fields)
+
+
+def _kernelled(piece: _Piece, kernel: tuple[int, ...]) -> _Piece:
+    """The piece, its core with an axis for each size of the kernel, however many modes hold that."""
+    core = piece.fields.get("t")
+    if core is None or math.prod(core.shape[2:]) != math.prod(kernel):
+        return piece
+    return replace(piece, fields={**piece.fields, "t": core.reshape(*core.shape[:2], *kernel)})
 
 
 def _one(piece: _Piece) -> Method:
