@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,7 +26,7 @@ BOUND = 1e-11
 
 
 def environment() -> dict[str, str]:
-    paths = [HERE, HERE.parent, HERE.parent / "backends"]
+    paths = [HERE, HERE.parent, HERE.parent / "backends", *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
 
 
@@ -212,17 +213,63 @@ accelerator.end_training()
 def test_accelerate_under_torchrun(tmp_path: Path) -> None:
     """Two processes train what one would. accelerate's own launcher starts several on CPUs by MPI alone."""
     library("accelerate")
-    (tmp_path / "script.py").write_text(LAUNCHED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "script.py"), str(tmp_path / "adapter")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launched(LAUNCHED, tmp_path, "adapter")
+    compare(tmp_path / "adapter", BOUND)
+
+
+def launched(script: str, folder: Path, *words: str, **variables: str) -> None:
+    """Run a script by torchrun in two processes."""
+    (folder / "script.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py", *words]
+    variables = {**environment(), **variables}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240, cwd=folder)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+def compare(saved: Path, bound: float) -> None:
+    """What was saved is what one process trains."""
     model, tuned = attached(SPECS["lotr"])
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=1e-2)
     for _ in range(STEPS):
         optimizer.zero_grad()
         (model(batch()) - 1).square().mean().backward()
         optimizer.step()
-    launched = sl.load(Net(), tmp_path / "adapter")
+    again = sl.load(Net(), saved)
     for target in tuned.targets:
-        torch.testing.assert_close(launched.delta(target), tuned.delta(target), rtol=BOUND, atol=BOUND)
+        torch.testing.assert_close(again.delta(target).double(), tuned.delta(target), rtol=bound, atol=bound)
+
+
+ZERO = """
+import deepspeed, torch
+from ranks import STEPS, SPECS, Net, attached, batch, refused
+import superlora_tn as sl
+
+deepspeed.init_distributed("gloo")
+for stage in (1, 2, 3):
+    model, tuned = attached(SPECS["lotr"])
+    optimizer = torch.optim.AdamW(list(tuned.parameters()), lr=1e-2)
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    engine = deepspeed.initialize(model=model.float(), optimizer=optimizer, config=config)[0]
+    assert sl.tuned(engine) is tuned
+    x = batch().chunk(2)[torch.distributed.get_rank()].float()
+    for _ in range(STEPS):
+        engine.backward((engine(x) - 1).square().mean())
+        engine.step()
+    if stage == 3:
+        assert "deepspeed.zero.GatheredParameters" in refused(lambda: tuned.save("3"), sl.CheckpointError)
+        with deepspeed.zero.GatheredParameters(list(tuned.parameters())):
+            tuned.save("3")
+    else:
+        tuned.save(str(stage))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_deepspeed(tmp_path: Path) -> None:
+    """ZeRO 1, 2 and 3 train what one process does, in float32; ZeRO-3 saves where it is gathered."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    launched(ZERO, tmp_path, DS_ACCELERATOR="cpu")
+    for stage in "123":
+        compare(tmp_path / stage, 1e-5)  # some roundings of float32 numbers around 1, of steps 1e-2 long
