@@ -47,6 +47,8 @@ from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.network.variants import dense, loha, lokr, lonkr, lora, lorta, lotr, superlora, vera
 from superlora_tn.tools import geometry
 from superlora_tn.tools.combine import Combined, combine
+from superlora_tn.tools.decompose import Decomposition, FitError, decompose
+from superlora_tn.tools.extract import Extracted, convert, extract
 from superlora_tn.tools.measure import calibrate
 from superlora_tn.tools.origins import eva, lora_ga, olora, orthogonal, pissa, start
 from superlora_tn.verification import Certificate, VerifyError, verify, verify_reductions
@@ -63,9 +65,12 @@ __all__ = [
     "Choice",
     "Combined",
     "Compose",
+    "Decomposition",
     "Dense",
     "Device",
+    "Extracted",
     "Fastfood",
+    "FitError",
     "FlatFold",
     "Hadamard",
     "Kind",
@@ -94,8 +99,11 @@ __all__ = [
     "compacter",
     "conv_lokr",
     "conv_lora",
+    "convert",
+    "decompose",
     "dense",
     "eva",
+    "extract",
     "fact_tk",
     "fact_tt",
     "fit",

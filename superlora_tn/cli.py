@@ -1,4 +1,4 @@
-"""The command line: ``superlora-tn demo | reproduce | variants | plan | bench | verify | draw | show | convert``.
+"""The command line: ``superlora-tn demo | reproduce | variants | plan | bench | verify | draw | extract | show | convert``.
 
 What is wrong with a request, and what the library or the system refuses, is one line on stderr and the exit status 2.
 """
@@ -10,7 +10,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from superlora_tn import AttachError, BackendError, CheckpointError, LayerError, PlanError, SpecError, VerifyError, commands
+from superlora_tn import (
+    AttachError,
+    BackendError,
+    CheckpointError,
+    FitError,
+    LayerError,
+    PlanError,
+    SpecError,
+    VerifyError,
+    commands,
+)
 from superlora_tn.commands import MODES, RANK, VARIANTS, UsageError
 from superlora_tn.contraction.profile import DEVICES
 from superlora_tn.files.command import add_commands
@@ -19,7 +29,10 @@ __all__ = ["VARIANTS", "main", "parser"]
 
 Command = Callable[[argparse.Namespace], int | None]
 
-REFUSALS = (UsageError, SpecError, PlanError, AttachError, LayerError, CheckpointError, BackendError, VerifyError, OSError)
+REFUSALS = (
+    *(UsageError, SpecError, PlanError, AttachError, LayerError, CheckpointError, BackendError, VerifyError, FitError),
+    OSError,
+)
 # The extra that brings a package which some command needs.
 EXTRAS = dict.fromkeys(("matplotlib", "PIL", "rich", "sklearn", "transformers"), "demo") | {"hypothesis": "verify"}
 
@@ -103,8 +116,17 @@ def parser(program: str = "superlora-tn") -> argparse.ArgumentParser:
     for made in (listing, plan, drawing):
         made.add_argument("--shape", default="768x768", metavar="OUTxIN", help="of a weight")
         made.add_argument("--weights", type=count, default=24, metavar="N", help="how many such weights")
+    taking = add("extract", commands.extract, "make an adapter of the difference of two checkpoints of a model")
+    taking.add_argument("base", metavar="BASE", help="the model before: a safetensors file, or a folder of them")
+    taking.add_argument("tuned", metavar="TUNED", help="the same model after")
+    taking.add_argument("--out", default="out/extracted", metavar="FOLDER", help="where the adapter goes")
+    taking.add_argument("--variant", default="lora", metavar="NAME", help=f"one of {', '.join(VARIANTS)}")
+    taking.add_argument("--rank", type=int, metavar="R", help=f"the variant's rank (default: {RANK}, where it has one)")
+    taking.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting, e.g. factor=4")
+    taking.add_argument("--budget", type=count, metavar="N", help="at most so many parameters, in place of a rank")
+    taking.add_argument("--targets", nargs="+", default=[], metavar="NAME", help="modules or their endings; none takes all")
     looking, making = add_commands(add)
-    for made in (demo, again, listing, plan, bench, proof, drawing, looking, making):
+    for made in (demo, again, listing, plan, bench, proof, drawing, taking, looking, making):
         made.add_argument("--json", action="store_true", help="print the result as JSON alone")
     return top
 

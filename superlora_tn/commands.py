@@ -17,7 +17,7 @@ from superlora_tn.contraction.profile import DEVICES
 from superlora_tn.declare.fold import PhysicalFold, Shape
 from superlora_tn.declare.parts import Network
 from superlora_tn.network import variants
-from superlora_tn.network.budget import Budget
+from superlora_tn.network.budget import Budget, fit
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.relatives import RELATIVES
 from superlora_tn.network.spec import AdapterSpec
@@ -51,6 +51,32 @@ def make_spec(args: argparse.Namespace, shapes: Mapping[str, Shape]) -> AdapterS
         asked = f"there is no variant '{args.variant}'" if args.variant else "no variant was named"
         raise UsageError(f"{asked}; choose one of {', '.join(VARIANTS)}, or give --network.")
     return _variant(args.variant, _pairs([*args.set, *([] if args.rank is None else [f"rank={args.rank}"])]), shapes)
+
+
+def extract(args: argparse.Namespace) -> None:
+    """Make an adapter of two checkpoints, save it, and print each kind's errors."""
+    from superlora_tn.tools import extract as tools
+
+    if args.variant not in VARIANTS:
+        raise UsageError(f"there is no variant '{args.variant}'; choose one of {', '.join(VARIANTS)}.")
+    given = _pairs(args.set)
+    if args.budget is not None and (args.rank is not None or {"rank", "budget"} & set(given)):
+        raise UsageError("--budget is in place of a rank; leave one of them out.")
+    if args.budget is not None and "rank" not in _settings(args.variant):
+        raise UsageError(f"{args.variant} has no rank that a budget could buy; choose another variant.")
+
+    def declared(shapes: Mapping[str, Shape]) -> AdapterSpec:
+        if args.budget is None:
+            return _variant(args.variant, given | ({} if args.rank is None else {"rank": str(args.rank)}), shapes)
+        return fit(lambda rank: _variant(args.variant, given | {"rank": str(rank)}, shapes), args.budget, shapes).spec
+
+    found = tools.extract(args.base, args.tuned, declared, args.targets)
+    found.adapter.write(args.out)
+    if args.json:
+        facts = {"folder": args.out, "parameters": found.adapter.spec.count(found.adapter.shapes), "error": found.adapter.error}
+        print(json.dumps({**facts, "errors": found.adapter.errors, "left": found.left}, indent=1))
+    else:
+        print(f"{found}\nsaved: {args.out}")
 
 
 def _settings(variant: str) -> list[str]:

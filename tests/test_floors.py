@@ -67,7 +67,7 @@ HOUSE = {
         ["fitting"],
         ["decompose"],
         ["convert", "origins"],
-        ["combine"],
+        ["combine", "extract"],
     ],
 }
 ROOMS = [(folder, room) for folder, storeys in HOUSE.items() for rooms in storeys for room in rooms]

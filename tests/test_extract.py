@@ -1,0 +1,125 @@
+"""Adapters from weights: of the difference of two checkpoints, and of another adapter, through the public names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import TARGETS, Tiny, noise, perturb, seeded
+from safetensors.torch import save_file
+from torch import nn
+
+import superlora_tn as sl
+from superlora_tn.cli import main
+from superlora_tn.tools.extract import extract
+
+SPECS = {
+    "lora": sl.lora(2, alpha=4),
+    "lokr": sl.lokr(2),
+    "lotr": sl.lotr(2),
+    "train": sl.AdapterSpec(sl.TensorTrain(2), sl.PhysicalFold("member out in")),
+}
+
+
+def checkpoints(folder: Path, spec: sl.AdapterSpec) -> tuple[nn.Module, nn.Module]:
+    """A model before and after, in float64, whose difference a declaration made; their files."""
+    model = seeded(0, Tiny).double()
+    save_file(model.state_dict(), folder / "base.safetensors")
+    tuned = sl.attach(model, spec, TARGETS, seed=1, dtype=torch.float64)
+    perturb(tuned)
+    after = tuned.bake()
+    save_file(after.state_dict(), folder / "tuned.safetensors")
+    return seeded(0, Tiny).double(), after
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_what_a_declaration_made_is_recovered(name: str, tmp_path: Path) -> None:
+    before, after = checkpoints(tmp_path, SPECS[name])
+    found = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", SPECS[name])
+    # dW lies in the difference of two float64 weights, some ten times as large.
+    assert found.adapter.error < 1e-12
+    assert not found.left
+    found.adapter.write(tmp_path / "adapter", torch.float64)
+    sl.load(before, tmp_path / "adapter")
+    x = noise(2, 5, 12, dtype=torch.float64)
+    torch.testing.assert_close(before(x), after(x), rtol=1e-9, atol=1e-9)
+
+
+def test_errors_are_those_of_the_oracle(tmp_path: Path) -> None:
+    """Of rank 1 where 2 are needed: the rest of the singular values, weight by weight."""
+    before, after = checkpoints(tmp_path, SPECS["lora"])
+    found = sl.extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", sl.lora(1), ["q_proj", "up"])
+    assert {n.rpartition(".")[2] for n in found.adapter.shapes} == {"q_proj", "up"}
+    for name, error in found.adapter.errors.items():
+        delta = after.get_submodule(name).weight.detach() - before.get_submodule(name).weight.detach()
+        values = torch.linalg.svdvals(delta)
+        assert error == pytest.approx(float(values[1:].norm() / values.norm()), rel=1e-9)
+    assert {n.rpartition(".")[0].rpartition(".")[2] for n in found.left} == {"v_proj", "down"}
+    assert "parameters differ and are left as in the base" in str(found)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.zeros(2, 3)}, tmp_path / "a.safetensors")
+    save_file({"a.weight": torch.zeros(2, 4)}, tmp_path / "b.safetensors")
+    save_file({"a.weight": torch.zeros(2, 3), "c.weight": torch.zeros(2, 2)}, tmp_path / "c.safetensors")
+    for first, second, words in (("a", "b", "of shape"), ("a", "c", "which .* lacks"), ("c", "a", "not at all")):
+        with pytest.raises(sl.CheckpointError, match=words):
+            extract(tmp_path / f"{first}.safetensors", tmp_path / f"{second}.safetensors", sl.lora(1))
+    with pytest.raises(sl.CheckpointError, match="no weight differs"):
+        extract(tmp_path / "a.safetensors", tmp_path / "a.safetensors", sl.lora(1))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints(tmp_path, SPECS["lokr"])
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
+    out = tmp_path / "out"
+    assert main(["extract", *files, "--variant", "lokr", "--rank", "2", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "in all the relative error is" in printed
+    assert f"saved: {out}" in printed
+    assert sl.load(seeded(0, Tiny).double(), out).spec == sl.lokr(2)
+    assert main(["extract", *files, "--variant", "lora", "--budget", "300", "--out", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"] <= 300
+    assert 0 < facts["error"] < 1
+    assert set(facts["errors"]) == set(sl.load(seeded(0, Tiny).double(), out).targets)
+    for words in ("--variant lorra", "--budget 9 --rank 2", "--variant krona --budget 9", "--budget 9"):
+        assert main(["extract", *files, *words.split()]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_adapter_becomes_another(tmp_path: Path) -> None:
+    model = seeded(0, Tiny).double()
+    tuned = sl.attach(model, sl.lokr(1, decompose_both=True), TARGETS, seed=1, dtype=torch.float64)
+    perturb(tuned)
+    tuned.save(tmp_path / "lokr")
+    for source in (tuned, tmp_path / "lokr"):
+        found = sl.convert(source, sl.lora(1))
+        assert found.is_exact
+        for name, delta in found.deltas().items():
+            torch.testing.assert_close(delta, tuned.delta(name).detach(), rtol=1e-10, atol=1e-12)
+    nearest = sl.convert(tuned, sl.lotr(1))
+    assert not nearest.is_exact
+    assert 0 < nearest.error < 1
+
+
+def test_what_a_conversion_would_not_keep_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    rows = sl.attach(model, sl.lora(1), [sl.Rows("0", ("a", "b"), use=("a",))], name="rows")
+    beside = sl.attach(model, sl.lora(1), ["1"], name="beside", also=["1.bias"])
+    for handle, words in ((rows, "block of rows"), (beside, "beside it")):
+        with pytest.raises(sl.CheckpointError, match=words):
+            sl.convert(handle, sl.lora(2))
+    beside.save(tmp_path / "peft", format="peft")
+    with pytest.raises(sl.CheckpointError, match="another library"):
+        sl.convert(tmp_path / "peft", sl.lora(2))
+
+
+def test_decompose_is_public() -> None:
+    weights = {"a": noise(6, 4, dtype=torch.float64), "b": noise(6, 4, seed=1, dtype=torch.float64)}
+    found = sl.decompose(weights, sl.lora(4))
+    assert found.is_exact
+    with pytest.raises(sl.FitError, match="not finite"):
+        sl.decompose({"a": torch.full((2, 2), torch.nan)}, sl.lora(1))
