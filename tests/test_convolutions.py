@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import noise, perturb
 from optional import library
 from safetensors.torch import load_file, save_file
@@ -53,7 +55,7 @@ TURNED_FUNCTION: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.ConvTranspose2d: F.conv_transpose2d,
     nn.ConvTranspose3d: F.conv_transpose3d,
 }
-ROUTES = (None, "apply", "delta")
+ROUTES = (None, "apply")
 
 
 def adapted(layer: nn.Module, spec: sl.AdapterSpec, **options: Any) -> tuple[nn.Module, sl.Tuned]:
@@ -413,3 +415,45 @@ def test_chains_compile_whole(kind: Any, name: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     x = noise(2, 8, 7, 9)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_the_plug_in_for_peft_runs_chains_and_lays_out_transposed_weights() -> None:
+    peft = library("peft")
+    plugin = library("superlora_tn.peft")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ConvTranspose2d(16, 8, 3, groups=2, padding=1)).double()
+    spec = replace(sl.conv_lokr(2, tucker=True), fold=sl.PhysicalFold("out in kernel", kernel=(3, 3)))
+    x = noise(1, 8, 5, 5, dtype=torch.float64)
+    model = peft.get_peft_model(base, plugin.SuperLoraConfig(spec=spec, target_modules=["0", "1"], init_weights=False))
+    found = model(x)
+    layers = [model.base_model.model[k] for k in (0, 1)]
+    assert all(c is not None for layer in layers for c in layer.superlora_members["default"].adapter._chains.values())
+    weights = [layer.base_layer.weight + layer.get_delta_weight("default") for layer in layers]
+    expected = F.conv2d(x, weights[0], layers[0].base_layer.bias, padding=1)
+    expected = F.conv_transpose2d(expected, weights[1], layers[1].base_layer.bias, padding=1, groups=2)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the plug-in's nodes are float32
+    torch.testing.assert_close(model.merge_and_unload()(x), found, rtol=1e-5, atol=1e-5)
+
+
+KERNELS = st.sampled_from([(1,), (3,), (2, 3), (1, 3), (3, 3)])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kernel=KERNELS,
+    sides=st.tuples(st.sampled_from([4, 6, 12]), st.sampled_from([4, 8, 12])),
+    groups=st.sampled_from([1, 2, 4]),
+    name=st.sampled_from(sorted(SPECS)),
+    turned=st.booleans(),
+    stride=st.integers(1, 3),
+)
+def test_any_convolution_is_one_by_dw(
+    kernel: tuple[int, ...], sides: tuple[int, int], groups: int, name: str, turned: bool, stride: int
+) -> None:
+    d_in, d_out = (side * groups for side in sides)
+    kinds = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d)}[len(kernel)]
+    layer, tuned = adapted(kinds[turned](d_in, d_out, kernel, stride=stride, groups=groups), SPECS[name], route="apply")
+    x = noise(2, d_in, *(5,) * len(kernel), dtype=torch.float64)
+    found = layer(x)
+    tuned.merge()
+    torch.testing.assert_close(found, layer(x))

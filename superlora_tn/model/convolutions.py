@@ -68,7 +68,7 @@ class Convolution(Kind):
             return y + (more if x is batch else more[0])
         found = member.halves(self.passes(rows, before), layer.groups)
         inner = member.current() if found is None else found[1].repeat(layer.groups, 1)
-        kernel = inner.reshape(len(inner), -1, *layer.kernel_size).to(y.dtype)
+        kernel = inner.reshape(inner.shape[0], -1, *layer.kernel_size).to(y.dtype)
         more = self.convolve(layer, x, kernel, y)
         return y + (more if found is None else _pointwise(layer, more, found[0], layer.groups))
 
@@ -95,12 +95,12 @@ class Convolution(Kind):
     def _linked(self, layer: Any, links: Links, x: Tensor, y: Tensor) -> Tensor:
         """x (batch, channels, *positions) through a chain of thin layers."""
         blocks, (o1, i1, _, i2) = layer.groups, links.sizes
-        batch = len(x)
+        batch = x.shape[0]
         # Blocks and the slow digits of the channels go through the chain one beside the other.
         h = x.reshape(batch * blocks * i1, i2, *x.shape[2:])
         if links.before is not None:
             h = _pointwise(layer, h, links.before)
-        core = links.core.reshape(len(links.core), -1, *layer.kernel_size).to(x.dtype)
+        core = links.core.reshape(links.core.shape[0], -1, *layer.kernel_size).to(x.dtype)
         h = self.grouped(layer, h, core, links.terms, y)
         sides = h.shape[2:]
         if links.left is None:
@@ -121,7 +121,11 @@ class TransposedConvolution(Convolution):
 
     def write(self, layer: Any, matrix: Tensor) -> None:
         """As torch keeps it."""
-        layer.weight.copy_(_turned(matrix.reshape(len(matrix), -1, *layer.kernel_size), layer.groups))
+        layer.weight.copy_(self.laid(layer, matrix))
+
+    def laid(self, layer: Any, matrix: Tensor) -> Tensor:
+        """A matrix (out, in / groups * kernel) as torch keeps the weight."""
+        return _turned(matrix.reshape(matrix.shape[0], -1, *layer.kernel_size), layer.groups)
 
     def passes(self, rows: int, before: int) -> int:
         """Once for each position of the input."""

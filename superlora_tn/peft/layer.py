@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from superlora_tn.model.convolutions import TransposedConvolution
 from superlora_tn.model.kinds import Kind, Linear, Transposed
 from superlora_tn.model.recognise import adopt
 from superlora_tn.model.weights import Weight
@@ -109,6 +110,8 @@ class SuperLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """dW of an adapter in the shape of the layer's weight, as PEFT's own conversions read it."""
         delta = self.superlora_members[adapter].delta().detach()
         weight: Any = self.inner().weight
+        if isinstance(self.kind, TransposedConvolution):
+            return self.kind.laid(self.inner(), delta)
         return delta.t() if isinstance(self.kind, Transposed) else delta.reshape(weight.shape)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

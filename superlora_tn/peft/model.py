@@ -147,7 +147,8 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
         """Bind a layer to its member of the adapter, in a layer of ours."""
         layer = target if isinstance(target, SuperLoraLayer) else wrapped(target, self._targets[current_key].kind)
         members = (a.members[current_key] for a in self._adapters(adapter_name) if current_key in a.members)
-        layer.superlora_members[adapter_name] = next(members)
+        layer.superlora_members[adapter_name] = member = next(members)
+        layer.kind.ready(layer.inner(), member)
         if layer is not target:
             layer.set_adapter(self.active_adapters)
             layer.train(target.training)
