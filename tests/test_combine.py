@@ -175,34 +175,42 @@ def test_dare_drops_by_chance_and_keeps_the_mean(how: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "theirs", "density"),
+    ("how", "theirs", "density", "on"),
     [
-        ("cat", "cat", 1.0),
-        ("svd", "svd", 1.0),
-        ("ties", "ties_svd", 0.4),
-        ("magnitude", "magnitude_prune_svd", 0.4),
-        ("dare", "dare_linear_svd", 1.0),
-        ("dare_ties", "dare_ties_svd", 1.0),
+        ("cat", "cat", 1.0, "delta"),
+        ("svd", "svd", 1.0, "delta"),
+        ("ties", "ties_svd", 0.4, "delta"),
+        ("magnitude", "magnitude_prune_svd", 0.4, "delta"),
+        ("dare", "dare_linear_svd", 1.0, "delta"),
+        ("dare_ties", "dare_ties_svd", 1.0, "delta"),
+        ("linear", "linear", 1.0, "nodes"),
+        ("ties", "ties", 0.4, "nodes"),
+        ("magnitude", "magnitude_prune", 0.4, "nodes"),
+        ("dare", "dare_linear", 1.0, "nodes"),
+        ("dare_ties", "dare_ties", 1.0, "nodes"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:The density")
-def test_combinations_are_pefts(how: Any, theirs: str, density: float) -> None:
+def test_combinations_are_pefts(how: Any, theirs: str, density: float, on: Any) -> None:
+    ranks = (3, 3) if on == "nodes" else (2, 3)
     peft = library("peft")
     model = net()
-    wrapped = peft.get_peft_model(net(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["a", "b"]), adapter_name="style")
+    wrapped = peft.get_peft_model(
+        net(), peft.LoraConfig(r=ranks[0], lora_alpha=3, target_modules=["a", "b"]), adapter_name="style"
+    )
     wrapped.add_adapter("subject", peft.LoraConfig(r=3, lora_alpha=3, target_modules=["a", "b"]))
     own = wrapped.base_model.model
-    for name, rank in (("style", 2), ("subject", 3)):
+    for seed, (name, rank) in enumerate(zip(("style", "subject"), ranks, strict=True)):
         handle = sl.attach(model, sl.lora(rank, alpha=3), ["a", "b"], name=name, dtype=torch.float64)
-        perturb(handle, seed=rank)
+        perturb(handle, seed=seed)
         nodes = [p.detach() for p in handle.parameters()]
         with torch.no_grad():
             for k, target in enumerate("ab"):
                 own[target].lora_B[name].weight.data = nodes[2 * k].clone()
                 own[target].lora_A[name].weight.data = nodes[2 * k + 1].T.clone()
-    more: dict[str, Any] = {} if how in ("cat", "svd") else {"density": density}
-    wrapped.add_weighted_adapter(["style", "subject"], [0.7, 0.3], "both", combination_type=theirs, **more)
-    found = sl.combine({"style": 0.7, "subject": 0.3}, how, model=model, density=density)
+    more: dict[str, Any] = {} if how in ("cat", "svd", "linear") else {"density": density}
+    wrapped.add_weighted_adapter(["style", "subject"], [0.7, -0.3], "both", combination_type=theirs, **more)
+    found = sl.combine({"style": 0.7, "subject": -0.3}, how, model=model, density=density, on=on)
     for target, delta in found.deltas().items():
         # PEFT keeps the new nodes in float32.
         expected: Tensor = own[target].get_delta_weight("both").detach().double()
@@ -217,6 +225,9 @@ def test_what_cannot_be_combined_says_why(tmp_path: Path) -> None:
         ({"styl": 1.0}, "cat", {}, sl.AttachError, "carries no adapter named 'styl'"),
         ({"style": float("nan")}, "cat", {}, sl.SpecError, "weight of 'style'"),
         ({"style": 1.0}, "ties", {"density": 0.0}, sl.SpecError, "above 0 and at most 1"),
+        ({"style": 1.0}, "linear", {}, sl.SpecError, "say on='nodes'"),
+        ({"style": 1.0}, "cat", {"on": "nodes"}, sl.SpecError, "merges nodes as they are"),
+        ({"style": 1.0, "subject": 1.0}, "ties", {"on": "nodes"}, sl.SpecError, "of one declaration"),
         ({"style": 1.0}, "cat", {"rank": 2}, sl.SpecError, "choose how='svd'"),
         ({"subject": 1.0}, "svd", {}, sl.SpecError, "without a declared rank"),
     ):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Literal
 
@@ -34,7 +34,8 @@ from superlora_tn.tools.convert import Source
 from superlora_tn.tools.decompose import deltas, fit_weights
 from superlora_tn.tools.fitting import Settings
 
-How = Literal["cat", "svd", "ties", "dare", "dare_ties", "magnitude"]
+How = Literal["cat", "svd", "linear", "ties", "dare", "dare_ties", "magnitude"]
+On = Literal["delta", "nodes"]
 Merge = Callable[[Sequence[Tensor], Sequence[float], float, torch.Generator], Tensor]
 
 
@@ -96,6 +97,7 @@ def combine(
     rank: int | None = None,
     density: float = 0.5,
     seed: int = 0,
+    on: On = "delta",
 ) -> Combined:
     """Several adapters as one new adapter; strengths set by `use` do not count, and weights that one lacks get the others'.
 
@@ -106,11 +108,15 @@ def combine(
             rest scaled up (Yu et al. 2023, arXiv 2311.03099), ``"ties"`` with the smallest dropped and of the rest the mean of
             those of the winning sign (Yadav et al. 2023, arXiv 2306.01708), ``"dare_ties"`` likewise with random ones dropped.
             These are PEFT's ``svd``, ``magnitude_prune_svd``, ``dare_linear_svd``, ``ties_svd`` and ``dare_ties_svd``.
+            ``"linear"`` adds nodes, and is for ``on="nodes"``.
         model: that carries the adapters.
         to: the new declaration; None takes LoRA of `rank`.
         rank: None takes the largest of the adapters' own.
         density: the part of dW's numbers that is kept, above 0 up to 1; of ``"cat"`` and ``"svd"`` nothing is dropped.
         seed: of what is dropped by chance.
+        on: ``"nodes"`` merges each node by itself in place of dW, for adapters of one declaration, as PEFT's ``linear``,
+            ``ties``, ``dare_linear`` and others do with B and A. It is cheap, but no approximation of the weighted sum, from
+            which the errors are then.
 
     Returns:
         Something to write, or to attach under a name.
@@ -120,8 +126,14 @@ def combine(
         CheckpointError: a folder that is no adapter of this library, or one with parameters that train beside.
         SpecError: a setting out of its range, or a declaration that does not fit.
     """
-    if how != "cat" and how not in MERGES:
-        raise SpecError(f"combine was given how={how!r}; choose of cat, {', '.join(MERGES)}.")
+    if (how != "cat" and how not in MERGES) or on not in ("delta", "nodes"):
+        raise SpecError(
+            f"combine was given how={how!r}, on={on!r}; choose of cat, {', '.join(MERGES)}, and of 'delta', 'nodes'."
+        )
+    if on == "nodes" and (how in ("cat", "svd") or to is not None or rank is not None):
+        raise SpecError(f"combine(how={how!r}, on='nodes') merges nodes as they are, by linear, ties, dare and the like alone.")
+    if on == "delta" and how == "linear":
+        raise SpecError("combine(how='linear') adds nodes; say on='nodes', or take how='cat' or 'svd' for sums of dW.")
     if not weights:
         raise SpecError("combine was given no adapter; give weights such as {'style': 0.7, 'subject': 0.3}.")
     for name, weight in weights.items():
@@ -135,6 +147,8 @@ def combine(
         if to is not None or rank is not None:
             raise SpecError("combine(how='cat') is exact, of the ranks that takes; for other ranks choose how='svd'.")
         entries, tensors = _stacked(parts) or _thin(parts, shapes)
+    elif on == "nodes":
+        entries, tensors = _merged(parts, MERGES[how], density, torch.Generator().manual_seed(seed))
     else:
         spec = lora(_rank(parts, rank)) if to is None else to
         entries, tensors = (Entry(spec, shapes),), {}
@@ -145,7 +159,8 @@ def combine(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + order[name])
         own = [part for part in parts if name in part.source.shapes]
         given, factors = [part.source.delta(name) for part in own], [part.weight for part in own]
-        return MERGES.get(how, _sum)(given, factors, density, generator)
+        merge = MERGES.get(how, _sum) if on == "delta" else _sum
+        return merge(given, factors, density, generator)
 
     if not tensors:
         tensors = dict(fit_weights(shapes, wanted, entries[0].spec, Settings(200, 1e-5, 3), seed).tensors)
@@ -239,6 +254,31 @@ def _stacked(parts: Sequence[_Part]) -> tuple[tuple[Entry, ...], dict[str, Tenso
     return tuple(Entry(spec, own.targets) for spec, own in zip(specs, first, strict=True)), tensors
 
 
+def _merged(
+    parts: Sequence[_Part], merge: Merge, density: float, generator: torch.Generator
+) -> tuple[tuple[Entry, ...], dict[str, Tensor]]:
+    """Each node merged by itself; an adapter's factor is shared by its trained nodes, its sign with the last of them."""
+    first = parts[0].saved.entries
+    plain = [[(replace(e.spec, alpha=None, rslora=False), e.targets) for e in part.saved.entries] for part in parts]
+    if any(own != plain[0] for own in plain):
+        raise SpecError("on='nodes' merges adapters of one declaration on the same weights; these differ. Merge on='delta'.")
+    tensors: dict[str, Tensor] = {}
+    k = 0
+    for number, (spec, targets) in enumerate(plain[0]):
+        scales = [part.weight * part.saved.entries[number].spec.scale for part in parts]
+        for _, graph in spec.lay_out(targets):
+            trained = [j for j, node in enumerate(graph.nodes) if node.trainable]
+            for j, node in enumerate(graph.nodes):
+                name = tensor_name(k, node)
+                given = [part.saved.tensors[name].double().cpu() for part in parts]
+                roots = [abs(s) ** (1 / len(trained)) * (math.copysign(1, s) if j == trained[-1] else 1.0) for s in scales]
+                if j not in trained and not all(torch.equal(one, given[0]) for one in given):
+                    raise SpecError(f"the frozen node '{name}' differs between the adapters; merge on='delta'.")
+                tensors[name] = merge(given, roots, density, generator) if j in trained else given[0]
+            k += 1
+    return tuple(Entry(spec, own.targets) for (spec, _), own in zip(plain[0], first, strict=True)), tensors
+
+
 def _thin(parts: Sequence[_Part], shapes: Mapping[str, Shape]) -> tuple[tuple[Entry, ...], dict[str, Tensor]]:
     """The sum as LoRA, of each weight's own rank; dense where that is no larger."""
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in shapes}
@@ -296,7 +336,8 @@ def _some(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
 def _elected(given: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Of each number the mean over the adapters whose sign is that of the sum."""
-    stack, factors = torch.stack(list(given)), torch.tensor(weights, dtype=torch.float64).reshape(-1, 1, 1)
+    stack = torch.stack(list(given))
+    factors = torch.tensor(weights, dtype=torch.float64).reshape(-1, *(1 for _ in given[0].shape))
     chosen = stack.sign() == torch.where(stack.sum(0) >= 0, 1.0, -1.0)
     return (stack * factors * chosen).sum(0) / chosen.sum(0).clamp_min(1)
 
@@ -319,6 +360,7 @@ def _magnitude(given: Sequence[Tensor], weights: Sequence[float], density: float
 
 MERGES: Mapping[str, Merge] = {
     "svd": _sum,
+    "linear": _sum,
     "ties": _ties,
     "dare": _dare,
     "dare_ties": _dare_ties,
