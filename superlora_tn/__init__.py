@@ -51,6 +51,8 @@ from superlora_tn.tools.decompose import Decomposition, FitError, decompose
 from superlora_tn.tools.extract import Extracted, convert, extract
 from superlora_tn.tools.measure import calibrate
 from superlora_tn.tools.origins import eva, lora_ga, olora, orthogonal, pissa, start
+from superlora_tn.tools.probe import Probe, probe
+from superlora_tn.tools.suggest import Suggestions, suggest
 from superlora_tn.verification import Certificate, VerifyError, verify, verify_reductions
 
 __version__ = "0.1.0"
@@ -80,9 +82,11 @@ __all__ = [
     "Node",
     "PhysicalFold",
     "PlanError",
+    "Probe",
     "Rows",
     "Shuffle",
     "SpecError",
+    "Suggestions",
     "TensorTrain",
     "Tucker",
     "Tuned",
@@ -129,12 +133,14 @@ __all__ = [
     "olora",
     "orthogonal",
     "pissa",
+    "probe",
     "randlora",
     "read",
     "register_layer",
     "rows",
     "share_lora",
     "start",
+    "suggest",
     "superlora",
     "tenslora",
     "tied_lora",

@@ -1,4 +1,4 @@
-"""The command line: ``superlora-tn demo | reproduce | variants | plan | bench | verify | draw | extract | show | convert``.
+"""The command line: ``superlora-tn COMMAND``, as ``superlora-tn --help`` lists them.
 
 What is wrong with a request, and what the library or the system refuses, is one line on stderr and the exit status 2.
 """
@@ -21,9 +21,10 @@ from superlora_tn import (
     VerifyError,
     commands,
 )
-from superlora_tn.commands import MODES, RANK, VARIANTS, UsageError
+from superlora_tn.commands import MODES, RANK, UsageError
 from superlora_tn.contraction.profile import DEVICES
 from superlora_tn.files.command import add_commands
+from superlora_tn.network.catalogue import VARIANTS
 
 __all__ = ["VARIANTS", "main", "parser"]
 
@@ -113,7 +114,11 @@ def parser(program: str = "superlora-tn") -> argparse.ArgumentParser:
     drawing = add("draw", commands.draw, "draw the network of a variant or of any network")
     _network_arguments(drawing)
     drawing.add_argument("--out", default="network.png", metavar="PNG", help="where the picture goes")
-    for made in (listing, plan, drawing):
+    fitting = add("suggest", commands.suggest, "what a number of parameters buys of every variant, with its predicted cost")
+    fitting.add_argument("budget", type=count, metavar="N", help="the most trainable parameters")
+    fitting.add_argument("--tokens", type=count, default=1024, metavar="N", help="rows of the activation")
+    fitting.add_argument("--device", default="cpu", metavar="NAME", help=f"price for one of {', '.join(DEVICES)}")
+    for made in (listing, fitting, plan, drawing):
         made.add_argument("--shape", default="768x768", metavar="OUTxIN", help="of a weight")
         made.add_argument("--weights", type=count, default=24, metavar="N", help="how many such weights")
     taking = add("extract", commands.extract, "make an adapter of the difference of two checkpoints of a model")
@@ -126,7 +131,7 @@ def parser(program: str = "superlora-tn") -> argparse.ArgumentParser:
     taking.add_argument("--budget", type=count, metavar="N", help="at most so many parameters, in place of a rank")
     taking.add_argument("--targets", nargs="+", default=[], metavar="NAME", help="modules or their endings; none takes all")
     looking, making = add_commands(add)
-    for made in (demo, again, listing, plan, bench, proof, drawing, taking, looking, making):
+    for made in (demo, again, listing, fitting, plan, bench, proof, drawing, taking, looking, making):
         made.add_argument("--json", action="store_true", help="print the result as JSON alone")
     return top
 

@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,11 @@ from superlora_tn.contraction.plan import Plan, RouteChoice, choose, table
 from superlora_tn.contraction.profile import DEVICES
 from superlora_tn.declare.fold import PhysicalFold, Shape
 from superlora_tn.declare.parts import Network
-from superlora_tn.network import variants
 from superlora_tn.network.budget import Budget, fit
+from superlora_tn.network.catalogue import VARIANTS
 from superlora_tn.network.graph import Graph
-from superlora_tn.network.relatives import RELATIVES
 from superlora_tn.network.spec import AdapterSpec
 
-VARIANTS: dict[str, Callable[..., AdapterSpec | Budget]] = {
-    name: getattr(variants, name) for name in ("dense", "lora", "loha", "lokr", "lotr", "lonkr", "lorta", "superlora", "vera")
-} | RELATIVES
 RANK, MODES = 8, "out in"  # where none are given
 
 
@@ -256,6 +252,20 @@ def list_variants(args: argparse.Namespace) -> None:
         return
     print(f"{args.weights} weights of {args.shape}, rank {args.rank} (lorta and superlora: {min(args.rank, 4)})")
     print("\n".join(table(rows, "parameters")))
+
+
+def suggest(args: argparse.Namespace) -> None:
+    """Print every variant at the setting that a budget buys, with its predicted cost."""
+    from superlora_tn.tools.suggest import suggest
+
+    if args.device not in DEVICES:
+        raise UsageError(f"there is no device profile '{args.device}'; choose one of {', '.join(DEVICES)}.")
+    made = suggest(_shapes(args), args.budget, tokens=args.tokens, device=DEVICES[args.device])
+    if args.json:
+        rows = [{"variant": s.variant, "parameters": s.count, **asdict(s.cost), "spec": s.spec.to_dict()} for s in made.found]
+        _show({"budget": made.budget, "found": rows, "refused": dict(made.refused)})
+    else:
+        print(made)
 
 
 def demo(args: argparse.Namespace) -> None:

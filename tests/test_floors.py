@@ -17,7 +17,7 @@ CORE, BACKENDS = ROOT / "superlora_tn", ROOT / "backends" / "superlora_tn_backen
 # Folders from the ground up, and in each its rooms from the ground up; what is in none of them stands on top.
 HOUSE = {
     "declare": [["bounds", "cache", "divisors"], ["parts"], ["maps", "fold", "rows"], ["codec"]],
-    "network": [["graph"], ["expand"], ["spec"], ["budget", "sums"], ["variants", "relatives", "convolved"]],
+    "network": [["graph"], ["expand"], ["spec"], ["budget", "sums"], ["variants", "relatives", "convolved"], ["catalogue"]],
     "contraction": [["profile"], ["layout", "exact"], ["search"], ["plan"], ["sharing", "cut"], ["chain", "backend"]],
     "update": [
         ["eager", "initialise", "placed"],
@@ -67,7 +67,7 @@ HOUSE = {
         ["fitting"],
         ["decompose"],
         ["convert", "origins"],
-        ["combine", "extract"],
+        ["combine", "extract", "probe", "suggest"],
     ],
 }
 ROOMS = [(folder, room) for folder, storeys in HOUSE.items() for rooms in storeys for room in rooms]

@@ -53,13 +53,14 @@ class Choice:
     next_spec: AdapterSpec | None = None
 
     def __str__(self) -> str:
-        picked = f"{self.count:,} of {self.budget:,} parameters: {_words(self.spec)}"
+        picked = f"{self.count:,} of {self.budget:,} parameters: {words(self.spec)}"
         if self.next_count is None or self.next_spec is None:
             return f"{picked}; nothing that was searched costs more"
-        return f"{picked}; the next larger costs {self.next_count:,}: {_words(self.next_spec)}"
+        return f"{picked}; the next larger costs {self.next_count:,}: {words(self.next_spec)}"
 
 
-def _words(spec: AdapterSpec) -> str:
+def words(spec: AdapterSpec) -> str:
+    """A declaration in short, without settings at their defaults."""
     mapped = "" if spec.projection is None else f", {_short(spec.projection)}"
     return f"{_short(spec.network)}, {_short(spec.fold)}{mapped}"
 
@@ -188,7 +189,7 @@ def best(makers: Iterable[Callable[[int], AdapterSpec]], budget: int, shapes: Sh
         return Choice(budget, below[1], below[0], *(above or (None, None)))
     if above is not None:
         raise SpecError(
-            f"a budget of {budget:,} parameters is below the smallest possible count, {above[0]:,} ({_words(above[1])}). "
+            f"a budget of {budget:,} parameters is below the smallest possible count, {above[0]:,} ({words(above[1])}). "
             "Raise the budget, leave more settings free, or adapt fewer weights."
         )
     raise refused or SpecError("there is nothing to choose from; leave at least one setting possible.")

@@ -222,7 +222,13 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     return best
 
 
-def pareto(points: Sequence[Point], path: str | Path, title: str, references: Mapping[str, float] | None = None) -> Path:
+def pareto(
+    points: Sequence[Point],
+    path: str | Path,
+    title: str,
+    references: Mapping[str, float] | None = None,
+    label: str = "accuracy, %",
+) -> Path:
     """Draw accuracy against trainable parameters (log axis), with each variant's frontier line and that of all.
 
     Args:
@@ -230,6 +236,7 @@ def pareto(points: Sequence[Point], path: str | Path, title: str, references: Ma
         path: where the PNG goes.
         title: above the picture.
         references: accuracies drawn as horizontal lines, such as the frozen base's.
+        label: of the upright axis.
     """
     variants = list(dict.fromkeys(p.variant for p in points))
     beside = len(variants) > 8  # so long a legend would lie on the points
@@ -275,7 +282,7 @@ def pareto(points: Sequence[Point], path: str | Path, title: str, references: Ma
         )
     axes.set_xscale("log")
     axes.set_xlabel("trainable parameters")
-    axes.set_ylabel("accuracy, %")
+    axes.set_ylabel(label)
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25, which="both")
     place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if beside else {}

@@ -1,0 +1,31 @@
+"""All variants by name: the presets and their relatives."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from superlora_tn.network import variants
+from superlora_tn.network.budget import Budget, Choice, Shapes, fit
+from superlora_tn.network.relatives import RELATIVES
+from superlora_tn.network.spec import AdapterSpec
+
+VARIANTS: dict[str, Callable[..., AdapterSpec | Budget]] = {
+    name: getattr(variants, name) for name in ("dense", "lora", "loha", "lokr", "lotr", "lonkr", "lorta", "superlora", "vera")
+} | RELATIVES
+
+
+def bought(variant: str, budget: int, shapes: Shapes) -> Choice:
+    """The setting of a variant with the most parameters that a budget allows; its other settings are the defaults.
+
+    Raises:
+        SpecError: there is none, see `fit`.
+    """
+    maker = VARIANTS[variant]
+
+    def ranked(rank: int) -> AdapterSpec:
+        made = maker(rank) if "rank" in inspect.signature(maker).parameters else maker()
+        assert isinstance(made, AdapterSpec)  # a Budget is made of budget= alone
+        return made
+
+    return fit(ranked, budget, shapes)

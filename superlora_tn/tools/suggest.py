@@ -1,0 +1,171 @@
+"""Which adapters a number of parameters buys, and what each would cost: counted and planned, nothing is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from superlora_tn.contraction.plan import choose, table
+from superlora_tn.contraction.profile import CPU, ITEM, Device
+from superlora_tn.contraction.search import PlanError
+from superlora_tn.declare.fold import PhysicalGroup, Shape
+from superlora_tn.declare.parts import SpecError, check_count
+from superlora_tn.model.places import declared
+from superlora_tn.model.targets import Targets, bind, match, places
+from superlora_tn.network.budget import words
+from superlora_tn.network.catalogue import VARIANTS, bought
+from superlora_tn.network.spec import AdapterSpec
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step of training costs beside the frozen model.
+
+    Attributes:
+        seconds: forward and backward of all updates, by the plans' prices, each weight for itself: what layers share makes it
+            less, and a fixed map's own time is not in it.
+        state: bytes of the nodes in float32, with gradients and Adam's two moments of those that train.
+        peak: bytes of the largest single tensor that is made on the way, dW where a layer builds it.
+    """
+
+    seconds: float
+    state: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One variant at the setting that the budget buys.
+
+    Attributes:
+        variant: its name.
+        spec: the declaration, for `attach`.
+        count: trainable parameters.
+        cost: of a step.
+    """
+
+    variant: str
+    spec: AdapterSpec
+    count: int
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Suggestions:
+    """What a budget buys, cheapest step first; print it.
+
+    Attributes:
+        budget: the most parameters that were allowed.
+        found: those that fit.
+        refused: why others do not, by variant.
+        tokens: rows of x that were planned for.
+        device: the profile that was priced for, by name.
+    """
+
+    budget: int
+    found: tuple[Suggestion, ...]
+    refused: Mapping[str, str]
+    tokens: int
+    device: str
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("variant", "parameters", "ms", "state", "peak", "declared as")]
+        for one in self.found:
+            sizes = (f"{size / 1024:,.0f} KiB" for size in (one.cost.state, one.cost.peak))
+            rows.append((one.variant, f"{one.count:,}", f"{1e3 * one.cost.seconds:.3g}", *sizes, words(one.spec)))
+        lines = table([(*row[:-1], row[-1][:80]) for row in rows], "parameters ms state peak")
+        lines.append(f"at most {self.budget:,} parameters; a step of {self.tokens:,} tokens on {self.device}, predicted")
+        if self.refused:
+            lines.append(f"not within it: {', '.join(self.refused)}")
+        return "\n".join(lines)
+
+
+def suggest(
+    where: nn.Module | Mapping[str, Shape] | Sequence[Shape],
+    budget: int,
+    targets: Targets | None = None,
+    *,
+    tokens: int = 1024,
+    device: Device = CPU,
+    variants: Sequence[str] = tuple(VARIANTS),
+) -> Suggestions:
+    """Every variant at the rank that a number of parameters buys, with what a step is predicted to cost.
+
+    It says what fits, not what learns best: `probe` looks at a dW, and only training tells.
+
+    Args:
+        where: a model, or the weights' shapes: (out, in) by module name, or a list taken as one weight a layer.
+        budget: the most trainable parameters.
+        targets: which weights of a model, see `match`.
+        tokens: rows of x in a step.
+        device: what to price for.
+        variants: which to look at, by name; all by default.
+
+    Returns:
+        Suggestions, the cheapest step first.
+
+    Raises:
+        SpecError: an unknown variant, no weights, or targets that do not go with what was given.
+        AttachError: targets that are not there or cannot be adapted.
+    """
+    check_count("suggest", "budget", budget, 1 << 62)
+    check_count("suggest", "tokens", tokens, 1 << 40)
+    unknown = [name for name in variants if name not in VARIANTS]
+    if unknown:
+        raise SpecError(f"suggest was given the variant '{unknown[0]}'; choose of {', '.join(VARIANTS)}.")
+    shapes = _shapes(where, targets)
+    found, refused = list[Suggestion](), dict[str, str]()
+    for name in variants:
+        try:
+            choice = bought(name, budget, shapes)
+            found.append(Suggestion(name, choice.spec, choice.count, cost(choice.spec, shapes, tokens, device)))
+        except (SpecError, PlanError) as error:
+            refused[name] = str(error)
+    found.sort(key=lambda one: one.cost.seconds)
+    return Suggestions(budget, tuple(found), refused, tokens, device.name)
+
+
+def _shapes(where: nn.Module | Mapping[str, Shape] | Sequence[Shape], targets: Targets | None) -> dict[str, Shape]:
+    if isinstance(where, nn.Module):
+        if targets is None:
+            raise SpecError("suggest was given a model without targets; name the layers, such as targets=['q_proj', 'v_proj'].")
+        known = places(where, declared(where, targets))
+        return {name: bind(name, known[name]).shape for name in match(where, targets)}
+    if targets is not None:
+        raise SpecError("suggest was given shapes and targets; targets choose of a model, so give the shapes of those alone.")
+    named = where if isinstance(where, Mapping) else {f"layer.{k}.weight": shape for k, shape in enumerate(where)}
+    if not named:
+        raise SpecError("suggest was given no weight; give at least one shape (out, in).")
+    return {name: (int(d_out), int(d_in)) for name, (d_out, d_in) in named.items()}
+
+
+def cost(spec: AdapterSpec, shapes: Mapping[str, Shape], tokens: int, device: Device = CPU) -> Cost:
+    """What a step costs, from plans alone.
+
+    Args:
+        spec: the declaration.
+        shapes: (out, in) by module name.
+        tokens: rows of x.
+        device: what to price for.
+
+    Raises:
+        SpecError: the declaration does not fit the shapes.
+        PlanError: dW has no affordable path.
+    """
+    seconds, state, peak = 0.0, 0, 0
+    for group, graph in spec.lay_out(shapes):
+        trained = graph.num_parameters
+        state += ITEM * (4 * trained + graph.num_numbers - trained)
+        if isinstance(group, PhysicalGroup):
+            chosen = choose(graph, group.shape, tokens, device)
+            seconds += len(group.members) * (chosen.delta_price if chosen.route == "delta" else chosen.chosen.price)
+            built = group.shape[0] * group.shape[1] if chosen.route == "delta" else 0
+            peak = max(peak, chosen.chosen.peak, ITEM * built)
+            continue
+        # A flat fold's vector is built once a step, and each of its weights multiplied.
+        single = [choose(graph, shapes[name], tokens, device) for name in group.members]
+        seconds += single[0].delta.price + sum(one.delta_price - one.delta.price for one in single)
+        peak = max(peak, single[0].delta.peak, ITEM * sum(shapes[name][0] * shapes[name][1] for name in group.members))
+    return Cost(seconds, state, peak)

@@ -1,0 +1,149 @@
+"""What a budget buys and what a dW holds, against counts, plans and decompositions made apart."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import superlora_tn as sl
+from superlora_tn.cli import main
+from superlora_tn.contraction.plan import choose
+from superlora_tn.network.catalogue import VARIANTS
+from superlora_tn.tools.decompose import FitError
+from superlora_tn.tools.suggest import cost
+
+SHAPES = {f"layers.{k}.{name}": (48, 32) for k in range(4) for name in ("q", "v")}
+
+
+def test_every_variant_is_suggested_or_refused_with_a_reason():
+    made = sl.suggest(SHAPES, 2000)
+    assert {one.variant for one in made.found} | set(made.refused) == set(VARIANTS)
+    assert not {one.variant for one in made.found} & set(made.refused)
+    assert "dense" in made.refused
+    assert "2,000" in made.refused["dense"]
+    assert len(made.found) > 15
+    assert "lokr" in str(made)
+
+
+def test_suggestions_fit_and_the_next_rank_does_not():
+    made = sl.suggest(SHAPES, 2000)
+    for one in made.found:
+        tuned = sl.attach(model := blocks(), one.spec, ["q", "v"], seed=0)
+        assert sum(p.numel() for p in tuned.parameters() if p.requires_grad) == one.count <= 2000
+        assert model is not None
+    ranks = {one.variant: one for one in made.found}
+    assert ranks["lora"].spec == sl.lora(3)  # 8 weights of 80 numbers a rank: 3 ranks are 1,920
+    assert ranks["lora"].count == 1920
+
+
+def blocks() -> nn.Module:
+    model = nn.Module()
+    model.layers = nn.ModuleList()
+    for _ in range(4):
+        layer = nn.Module()
+        layer.q, layer.v = nn.Linear(32, 48), nn.Linear(32, 48)
+        model.layers.append(layer)
+    return model
+
+
+def test_a_model_and_its_shapes_are_suggested_the_same():
+    model = blocks()
+    assert sl.suggest(model, 2000, ["q", "v"]) == sl.suggest(SHAPES, 2000)
+    halved = sl.suggest(model, 2000, ["q"])
+    assert {one.variant: one.count for one in halved.found}["lora"] == 6 * 4 * 80
+
+
+def test_the_cost_of_a_step_is_that_of_its_plans():
+    (_, graph), *rest = sl.lora(3).lay_out(SHAPES)
+    assert len(rest) == 7
+    choice = choose(graph, (48, 32), 256)
+    price = choice.delta_price if choice.route == "delta" else choice.chosen.price
+    found = cost(sl.lora(3), SHAPES, 256)
+    assert found.seconds == pytest.approx(8 * price, rel=1e-12)
+    assert found.state == 16 * 1920
+    frozen = cost(sl.lora_fa(3), SHAPES, 256)
+    assert frozen.state == 8 * (16 * 48 * 3 + 4 * 32 * 3)
+    flat = cost(sl.lorta(2), SHAPES, 256)
+    assert flat.peak >= 4 * 8 * 48 * 32  # the vector of all weights
+    assert cost(sl.lora(3), SHAPES, 4096).seconds > found.seconds
+
+
+def test_suggestions_come_cheapest_first():
+    seconds = [one.cost.seconds for one in sl.suggest(SHAPES, 2000).found]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: sl.suggest(SHAPES, 0), "budget=0"),
+        (lambda: sl.suggest(SHAPES, 9, variants=["lorra"]), "'lorra'"),
+        (lambda: sl.suggest({}, 9), "no weight"),
+        (lambda: sl.suggest(SHAPES, 9, ["q"]), "shapes and targets"),
+        (lambda: sl.suggest(blocks(), 9), "without targets"),
+        (lambda: sl.probe(torch.ones(4, 4), variants=["lorra"]), "'lorra'"),
+        (lambda: sl.probe(torch.ones(4, 4), [0]), "budgets=0"),
+        (lambda: sl.probe(torch.ones(4, 4), [1]), "budget of 1"),
+        (lambda: sl.probe(torch.ones(4, 4), []), "no budget"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(call, words):
+    with pytest.raises(sl.SpecError, match=words):
+        call()
+
+
+def test_a_dw_of_zeros_is_refused():
+    with pytest.raises(FitError, match="zeros"):
+        sl.probe(torch.zeros(4, 4))
+
+
+def test_loras_energy_is_that_of_the_singular_values():
+    delta = torch.randn(24, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = np.linalg.svd(delta.numpy(), compute_uv=False) ** 2
+    found = sl.probe(delta, [40, 80, 160, 640], ["lora"])
+    assert [p.parameters for p in found.points] == [40, 80, 160, 640]
+    for point, rank in zip(found.points, (1, 2, 4, 16), strict=True):
+        # Both are singular value decompositions in float64.
+        assert point.energy == pytest.approx(values[:rank].sum() / values.sum(), abs=1e-12)
+
+
+def test_a_structure_is_known_by_its_energy():
+    generator = torch.Generator().manual_seed(0)
+    one, two = (torch.randn(4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    found = sl.probe(torch.kron(one, two), [32], ["lora", "krona"])
+    held = {point.variant: point.energy for point in found.points}
+    assert held["krona"] == pytest.approx(1, abs=1e-12)  # nearest Kronecker product, float64
+    assert held["lora"] < 0.9
+    low = torch.randn(16, 1, generator=generator, dtype=torch.float64) @ torch.randn(1, 16, generator=generator).double()
+    held = {point.variant: point.energy for point in sl.probe(low, [32], ["lora", "krona"]).points}
+    assert held["lora"] == pytest.approx(1, abs=1e-12)
+    assert held["krona"] < 0.9
+
+
+def test_all_structures_are_probed_by_default_and_drawn(tmp_path):
+    delta = torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
+    found = sl.probe({"layers.0.q": delta, "layers.1.q": 2 * delta}, [256, 512])
+    assert {p.variant for p in found.points} >= {"lora", "lokr", "lotr", "lorta"}
+    assert all(0 < p.energy <= 1 and p.parameters <= 512 for p in found.points)
+    shared = max(p.energy for p in found.points if p.variant == "lotr")
+    apart = max(p.energy for p in found.points if p.variant == "lora")
+    assert shared > apart  # the two weights are multiples of each other
+    assert "energy" in str(found)
+    pytest.importorskip("matplotlib", reason="the demo extra is not installed")
+    assert found.plot(tmp_path / "probe.png").stat().st_size > 10_000
+
+
+def test_the_command_suggests(capsys):
+    assert main(["suggest", "2000", "--shape", "48x32", "--weights", "8", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    lora = next(row for row in data["found"] if row["variant"] == "lora")
+    assert lora["parameters"] == 1920
+    assert sl.AdapterSpec.from_dict(lora["spec"]) == sl.lora(3)
+    assert main(["suggest", "2000", "--shape", "48x32", "--weights", "8"]) == 0
+    assert "at most 2,000 parameters" in capsys.readouterr().out
+    assert main(["suggest", "2000", "--device", "abacus"]) == 2
