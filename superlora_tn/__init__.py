@@ -50,7 +50,7 @@ from superlora_tn.tools.combine import Combined, combine
 from superlora_tn.tools.decompose import Decomposition, FitError, decompose
 from superlora_tn.tools.extract import Extracted, convert, extract
 from superlora_tn.tools.measure import calibrate
-from superlora_tn.tools.origins import eva, lora_ga, olora, orthogonal, pissa, start
+from superlora_tn.tools.origins import corda, eva, lora_ga, olora, orthogonal, pissa, start
 from superlora_tn.tools.probe import Probe, probe
 from superlora_tn.tools.suggest import Suggestions, suggest
 from superlora_tn.verification import Certificate, VerifyError, verify, verify_reductions
@@ -104,6 +104,7 @@ __all__ = [
     "conv_lokr",
     "conv_lora",
     "convert",
+    "corda",
     "decompose",
     "dense",
     "eva",

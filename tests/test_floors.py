@@ -60,7 +60,7 @@ HOUSE = {
         ["attach"],
     ],
     "tools": [
-        ["draw", "measure", "singular", "environment"],
+        ["draw", "measure", "singular", "environment", "looks"],
         ["geometry", "closed_forms", "problem"],
         ["als", "frames"],
         ["newton", "starts"],

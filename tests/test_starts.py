@@ -38,6 +38,7 @@ def starts(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
         "olora": sl.olora(),
         "orthogonal": sl.orthogonal(3),
         "eva": sl.eva(batches(dtype)),
+        "corda": sl.corda(batches(dtype)),
         "lora_ga": sl.lora_ga(batches(dtype), loss),
     }
 
@@ -155,6 +156,22 @@ def test_eva_is_a_principal_component_analysis(whiten: bool) -> None:
         assert not b.any()
 
 
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+def test_corda_is_of_the_weight_on_its_inputs(method: str) -> None:
+    model = net()
+    inputs = (torch.cat(batches()), model[:2](torch.cat(batches())).detach())
+    tuned = sl.start(attached(model), sl.corda(batches(), method))
+    for (b, a), x, layer in zip(pairs(tuned), inputs, (model[0], model[2]), strict=True):
+        moments = (x.T @ x / len(x)).numpy()
+        moments += 0.01 * np.diag(moments).mean() * np.eye(len(moments))
+        u, s, v = np.linalg.svd(layer.weight.detach().numpy() @ moments, full_matrices=False)
+        own = slice(0, RANK) if method == "ipm" else slice(len(s) - RANK, None)
+        expected = u[:, own] * s[own] @ v[own] @ np.linalg.inv(moments)
+        np.testing.assert_allclose(ALPHA / RANK * (b @ a).numpy(), expected, atol=1e-10)
+    with pytest.raises(sl.SpecError, match="choose 'ipm' or 'kpm'"):
+        sl.corda([], "up")
+
+
 @pytest.mark.parametrize("scale", ["stable", "weight_svd", "gd_scale", "unit"])
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
 def test_lora_ga_is_from_the_gradient(direction: str, scale: str) -> None:
@@ -184,7 +201,7 @@ def test_lora_ga_is_from_the_gradient(direction: str, scale: str) -> None:
         np.testing.assert_allclose(np.abs(a.numpy()), np.abs(a_scale * v[of_a]), atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["pissa", "olora", "lora_ga", "eva"])
+@pytest.mark.parametrize("name", ["pissa", "olora", "corda", "lora_ga", "eva"])
 def test_the_starts_are_pefts(name: str) -> None:
     peft = library("peft")
     model = net(torch.float32)
@@ -192,6 +209,8 @@ def test_the_starts_are_pefts(name: str) -> None:
     theirs = copy.deepcopy(model)
     if name == "lora_ga":
         more["lora_ga_config"] = peft.LoraGAConfig()
+    if name == "corda":
+        more["corda_config"] = library("peft.tuners.lora.config").CordaConfig(corda_method="ipm")
     if name == "eva":
         more["eva_config"] = peft.EvaConfig(rho=1.0)
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0", "2"], init_lora_weights=name, **more)
@@ -199,6 +218,8 @@ def test_the_starts_are_pefts(name: str) -> None:
     data = torch.cat(batches(torch.float32)) * 0.4 ** torch.arange(12)
     if name == "lora_ga":
         peft.preprocess_loraga(theirs, config, lambda: loss(theirs, data.clone().requires_grad_()).backward())
+    if name == "corda":
+        library("peft.tuners.lora.corda").preprocess_corda(theirs, config, run_model=lambda: theirs(data))
     wrapped = peft.get_peft_model(theirs, config, low_cpu_mem_usage=name == "eva")
     if name == "eva":
         run: dict[str, Any] = {
@@ -207,7 +228,7 @@ def test_the_starts_are_pefts(name: str) -> None:
             "prepare_layer_inputs_fn": None,
         }
         peft.initialize_lora_eva_weights(wrapped, [data, data], show_progress_bar=False, **run)
-    how = {"eva": sl.eva([data]), "lora_ga": sl.lora_ga([data], loss)}.get(name) or starts()[name]
+    how = {"eva": sl.eva([data]), "corda": sl.corda([data]), "lora_ga": sl.lora_ga([data], loss)}.get(name) or starts()[name]
     tuned = sl.start(attached(model), how)
     for (b, a), target in zip(pairs(tuned), ("0", "2"), strict=True):
         own = wrapped.base_model.model.get_submodule(target)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,14 +20,14 @@ from torch import Tensor, nn
 from superlora_tn.declare.fold import FlatGroup, Shape
 from superlora_tn.declare.parts import SpecError, check_count, check_number
 from superlora_tn.files.own import tensor_name
-from superlora_tn.model.kinds import Linear, RowsOf
-from superlora_tn.model.targets import AttachError, Target
+from superlora_tn.model.targets import AttachError
 from superlora_tn.model.tuned import Tuned
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.network.sums import summed
 from superlora_tn.tools.decompose import fit_weights
 from superlora_tn.tools.fitting import Settings
+from superlora_tn.tools.looks import gradients, inputs
 from superlora_tn.update.base import Adapter
 
 Pair = tuple[Tensor, Tensor]
@@ -128,13 +127,7 @@ class _Eva(Start):
     departs = False
 
     def look(self, tuned: Tuned) -> Mapping[str, Tensor]:
-        seen: dict[str, tuple[int, Tensor, Tensor]] = {}
-        with _watched(tuned, seen), torch.no_grad(), tuned.disabled():
-            for batch in self.batches:
-                _call(tuned._need("start"), batch)
-        missed = next((name for name in tuned.targets if name not in seen), None)
-        if missed is not None:
-            raise AttachError(f"no batch reached '{missed}', so eva() knows nothing of its inputs; give batches that run it.")
+        seen = inputs(tuned, self.batches)
         return {name: square - torch.outer(total, total) / count for name, (count, total, square) in seen.items()}
 
     def pair(self, weight: Tensor, known: Tensor | None, rank: int, scale: float) -> Pair:
@@ -159,6 +152,37 @@ def eva(batches: Batches, whiten: bool = False) -> Start:
 
 
 @dataclass(frozen=True)
+class _Corda(Start):
+    batches: Batches
+    largest: bool
+
+    def look(self, tuned: Tuned) -> Mapping[str, Tensor]:
+        return {name: square / count for name, (count, _, square) in inputs(tuned, self.batches).items()}
+
+    def pair(self, weight: Tensor, known: Tensor | None, rank: int, scale: float) -> Pair:
+        assert known is not None
+        damped = known + 0.01 * known.diagonal().mean() * torch.eye(len(known), dtype=known.dtype)
+        left, values, right = torch.linalg.svd(weight @ damped, full_matrices=False)
+        chosen = slice(0, rank) if self.largest else slice(len(values) - rank, None)
+        roots = (values[chosen] / abs(scale)).sqrt()
+        b, a = left[:, chosen] * roots, roots[:, None] * right[chosen]
+        return b * math.copysign(1, scale), torch.linalg.solve(damped, a.T).T
+
+
+def corda(batches: Batches, method: str = "ipm") -> Start:
+    """CorDA: B and A from ``W C = U S V^T`` with C the second moments of the inputs, ``A = S V^T C^-1`` (Yang et al. 2024,
+    arXiv 2406.05223). One hundredth of C's mean diagonal is added to it, as in PEFT.
+
+    Args:
+        batches: inputs of the model, each a tensor, a tuple of arguments or a dict of keywords.
+        method: ``"ipm"`` takes the largest singular values (what the inputs use most), ``"kpm"`` the smallest (to keep that).
+    """
+    if method not in ("ipm", "kpm"):
+        raise SpecError(f"corda was given method={method!r}; choose 'ipm' or 'kpm'.")
+    return _Corda(tuple(batches), method == "ipm")
+
+
+@dataclass(frozen=True)
 class _LoraGa(Start):
     batches: Batches
     loss: Callable[[nn.Module, Any], Tensor]
@@ -167,20 +191,7 @@ class _LoraGa(Start):
     gamma: float
 
     def look(self, tuned: Tuned) -> Mapping[str, Tensor]:
-        model, found = tuned._need("start"), dict[str, Tensor]()
-        with _unfrozen(tuned) as owners, tuned.disabled():
-            for batch in self.batches:
-                with torch.enable_grad():
-                    loss = self.loss(model, batch)
-                grads = torch.autograd.grad(loss, list(owners.values()), allow_unused=True)
-                for (name, owner), grad in zip(owners.items(), grads, strict=True):
-                    if grad is None:
-                        raise AttachError(f"the loss does not depend on the weight of '{name}'; lora_ga() needs its gradient.")
-                    matrix = _as_matrix(tuned._targets[name], owner, grad).double().cpu()
-                    found[name] = found[name] + matrix if name in found else matrix
-        if not found:
-            raise AttachError("lora_ga() was given no batch; give one at least.")
-        return found
+        return gradients(tuned, self.batches, self.loss)
 
     def pair(self, weight: Tensor, known: Tensor | None, rank: int, scale: float) -> Pair:
         assert known is not None
@@ -234,14 +245,14 @@ def lora_ga(
 def start(tuned: Tuned, how: Start) -> Tuned:
     """Start an adapter anew, before it is trained; its values so far are lost.
 
-    The model's output does not change, but for rounding. Of starts with a dW0 (`pissa`, `olora`, `lora_ga`) the declarations
-    (`tuned.entries`) and what `save` writes have twice the ranks from now on, of which one half trains; dW is zero. Nothing
-    in the files says which half that was, so go on training from a state dict of the model (attach, start, then load it), or
-    train all of it.
+    The model's output does not change, but for rounding. Of starts with a dW0 (`pissa`, `olora`, `corda`, `lora_ga`) the
+    declarations (`tuned.entries`) and what `save` writes have twice the ranks from now on, of which one half trains; dW is
+    zero. Nothing in the files says which half that was, so go on training from a state dict of the model (attach, start, then
+    load it), or train all of it.
 
     Args:
         tuned: attached, and not started so before.
-        how: `pissa`, `olora`, `orthogonal`, `eva` or `lora_ga`.
+        how: `pissa`, `olora`, `orthogonal`, `eva`, `corda` or `lora_ga`.
 
     Returns:
         The same handle.
@@ -327,69 +338,3 @@ def _fitted(spec: AdapterSpec, wanted: Mapping[str, Tensor | None], graph: Graph
     shapes: dict[str, Shape] = {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in matrices.items()}
     fit = fit_weights(shapes, matrices.__getitem__, spec, Settings(200, 1e-5, 3))
     return [fit.tensors[tensor_name(0, node)] for node in graph.nodes]
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    """The model's output for a tensor, a tuple of arguments or a dict of keywords."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
-
-
-@contextmanager
-def _watched(tuned: Tuned, seen: dict[str, tuple[int, Tensor, Tensor]]) -> Iterator[None]:
-    """Within this context count, sum and squares of each layer's inputs are gathered, in float64."""
-    hooks = []
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-            rows = x.detach().reshape(-1, x.shape[-1]).double().cpu()
-            count, total, square = seen.get(name, (0, torch.zeros(1), torch.zeros(1)))
-            seen[name] = (count + len(rows), total + rows.sum(0), square + rows.T @ rows)
-
-        return hook
-
-    try:
-        for name, target in tuned._targets.items():
-            if not isinstance(target.kind, Linear | RowsOf):
-                raise AttachError(
-                    f"'{name}' is a {type(target.layer).__name__} that is not adapted at a linear layer's output, whose inputs "
-                    "alone eva() looks at; leave it out, or take another start."
-                )
-            hooks.append(target.layer.register_forward_pre_hook(watch(name), with_kwargs=True))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _unfrozen(tuned: Tuned) -> Iterator[dict[str, Tensor]]:
-    """Within this context the adapted parameters take gradients; by target."""
-    owners: dict[str, Tensor] = {}
-    for name, target in tuned._targets.items():
-        own = list((target.kind.owners(target.layer) or {}).values())
-        if len(own) != 1 or not own[0].is_floating_point() or target.kind.refusal(target.layer) or target.tied:
-            raise AttachError(
-                f"the weight of '{name}' has no gradient of its own (packed, tied or computed); lora_ga() needs one."
-            )
-        owners[name] = own[0]
-    before = [(owner, owner.requires_grad) for owner in owners.values()]
-    try:
-        for owner in owners.values():
-            owner.requires_grad_(True)
-        yield owners
-    finally:
-        for owner, was in before:
-            owner.requires_grad_(was)
-
-
-def _as_matrix(target: Target, owner: Tensor, grad: Tensor) -> Tensor:
-    """A parameter's gradient as the matrix (out, in) that its layer's kind reads from the parameter."""
-    kept = owner.data
-    try:
-        owner.data = grad
-        return target.kind.read(target.layer).detach().clone()
-    finally:
-        owner.data = kept
