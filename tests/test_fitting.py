@@ -139,7 +139,7 @@ def test_joint_steps_lower_the_error_down_to_where_no_gradient_is_left(name: str
     newton = Newton(fitting)
     assert newton.possible
     newton._direct = direct
-    errors = [fitting.error, *(newton.step() for _ in range(150))]
+    errors = [fitting.error, *(newton.step() for _ in range(300))]
     assert all(b <= a for a, b in pairwise(errors))
     slopes = [e.pull(fitting.nodes, fitting.residual).norm() for e in fitting.environments]
     # Steps end in a valley with slow directions.

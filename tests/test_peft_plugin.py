@@ -162,6 +162,11 @@ def test_computes_what_attach_computes(name: str, base: str) -> None:
     torch.testing.assert_close(out(model, given), out(plain, given), rtol=0, atol=0)
 
 
+def close(found: Tensor, expected: Tensor) -> None:
+    """The same products of the same float32 numbers, which a BLAS may sum otherwise where they lie elsewhere in memory."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @each
 def test_two_adapters_of_names_that_contain_one_another(name: str, tmp_path: Path) -> None:
     model, targets, given = tiny()
@@ -187,9 +192,9 @@ def test_two_adapters_of_names_that_contain_one_another(name: str, tmp_path: Pat
         assert not any("style" in key for found in keys.values() for key in found)
     again = peft.PeftModel.from_pretrained(tiny()[0], tmp_path / "style", adapter_name="one")
     again.load_adapter(tmp_path / "style2", adapter_name="two")
-    torch.testing.assert_close(out(again, given), first, rtol=0, atol=0)
+    close(out(again, given), first)
     again.set_adapter("two")
-    torch.testing.assert_close(out(again, given), second, rtol=0, atol=0)
+    close(out(again, given), second)
     mixed = again.eval()(given[0].repeat(2, 1, 1), adapter_names=["one", "two", "__base__", "two"])
     expected = torch.stack([first[0], second[1], before[0], second[1]])
     torch.testing.assert_close(mixed, expected, **ROUNDING)
@@ -326,7 +331,7 @@ def test_modules_to_save_train_and_are_saved(tmp_path: Path) -> None:
     adapted = out(model, given).detach()
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(tiny()[0], tmp_path)
-    torch.testing.assert_close(out(again, given), adapted, rtol=0, atol=0)
+    close(out(again, given), adapted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
