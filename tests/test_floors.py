@@ -20,7 +20,7 @@ HOUSE = {
     "network": [["graph"], ["expand"], ["spec"], ["budget", "sums"], ["variants", "relatives", "convolved"], ["catalogue"]],
     "contraction": [["profile"], ["layout", "exact"], ["search"], ["plan"], ["sharing", "cut"], ["chain", "backend"]],
     "update": [
-        ["eager", "initialise", "placed"],
+        ["eager", "initialise", "placed", "based"],
         ["passes", "walsh"],
         ["fixed_maps"],
         ["base"],

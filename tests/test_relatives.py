@@ -120,6 +120,9 @@ FORMULAS: Mapping[str, tuple[sl.AdapterSpec, Callable[[Values, int], Array], int
         lambda v, m: (v["h1_factor_out"] @ v["h1_factor_in"].T) * (v["h2_factor_out"] @ v["h2_factor_in"].T),
         M * (2 + R) * (OUT + IN),
     ),
+    "hira": (relatives.hira(R), lambda v, m: v["W"] * (v["B"] @ v["A"]), M * R * (OUT + IN)),
+    "lora_xs": (relatives.lora_xs(R), lambda v, m: v["U"] @ np.diag(v["S"]) @ v["R"] @ v["V"], M * R * R),
+    "svft": (relatives.svft(R), lambda v, m: v["U"] @ np.diag(v["m"]) @ v["V"], M * R),
 }
 
 

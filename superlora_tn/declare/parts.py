@@ -15,7 +15,8 @@ from typing import Literal
 
 from superlora_tn.declare.bounds import MAX_AXES, MAX_DEPTH, MAX_LEAVES, MAX_NODES, MAX_PARTS, MAX_PLACES, MAX_RANK
 
-INITS = ("auto", "zeros", "ones", "eye", "normal", "uniform", "orthogonal")
+BASED = ("base", "left", "right", "singular")
+INITS = ("auto", "zeros", "ones", "eye", "normal", "uniform", "orthogonal", *BASED)
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 # The library's own indices: the rows of x, and the groups of a flat fold.
 TOKEN, GROUP = "token", "group"
@@ -91,7 +92,9 @@ class Node:
     Args:
         indices: its index names, separated by spaces, in the order of the tensor's axes, e.g. ``"o r"``.
         init: ``"auto"`` (the library scales it, see `initialise`), ``"zeros"``, ``"ones"``, ``"eye"``,
-            ``"normal"``, ``"uniform"`` or ``"orthogonal"``.
+            ``"normal"``, ``"uniform"`` or ``"orthogonal"``; of a frozen node also ``"base"``, the weight W as it is when the
+            adapter is attached (a copy, saved with it), or from its SVD the first ``"left"`` or ``"right"`` singular vectors
+            or ``"singular"`` values, as many as the node's bonds have.
         trainable: False freezes the node: it counts no parameter and gets no gradient.
 
     Raises:
@@ -123,6 +126,9 @@ class Node:
         check_flag(f"node '{self.indices}'", "trainable", self.trainable)
         if self.init not in INITS:
             raise SpecError(f"node '{self.indices}' was given init={shown(self.init)}; choose one of {', '.join(INITS)}.")
+
+        if self.init in BASED and self.trainable:
+            raise SpecError(f"node '{self.indices}' starts as the base's '{self.init}' and is frozen; say trainable=False.")
 
     @property
     def index_names(self) -> tuple[str, ...]:

@@ -178,6 +178,7 @@ def _attach(model: nn.Module, request: _Request) -> Tuned:
             device = _device(layers[next(iter(group.members))])
             rest = (request.dtype, device, generator, request.settings, passes, layers[next(iter(group.members))].kind.inputs)
             adapters.append(make_adapter(spec, group, graph, *rest))
+            adapters[-1].rest_on(lambda name, own=layers: own[name].weight())  # type: ignore[misc]
     entries = [_entry(spec, targets, known) for spec, targets in bound]
     handle = Tuned(entries, adapters, [target for _, targets in bound for target in targets], passes)
     handle.seed, handle._base = seed, Snapshot(model, (Tuned, Adapter), request.also)

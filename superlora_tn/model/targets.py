@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import SpecError
@@ -64,6 +64,19 @@ class Target:
     def sides(self) -> tuple[Target, ...]:
         """All layers that use the weight, this one first."""
         return (self, *self.tied)
+
+    def weight(self) -> Tensor:
+        """The weight as it is now, (out, in).
+
+        Raises:
+            AttachError: it has no values yet.
+        """
+        found = self.kind.read(self.layer).detach()
+        if found.is_meta:
+            raise AttachError(
+                f"the weight of '{self.name}' is on the meta device, and the adapter needs its values; load the base first."
+            )
+        return found
 
 
 def match(model: nn.Module, targets: Targets, exclude: Targets = (), only_layers: Sequence[int] | None = None) -> list[str]:

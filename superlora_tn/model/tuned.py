@@ -157,6 +157,8 @@ class Tuned(Placed):
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         for adapter in self._adapters():
             adapter.refill(generator)
+            if not self.merged:
+                adapter.rest_on(lambda name: self._targets[name].weight())
 
     def _is_empty(self) -> bool:
         return any(is_empty(adapter.tensors()) for adapter in self._adapters())

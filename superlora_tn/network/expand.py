@@ -18,6 +18,7 @@ from superlora_tn.declare.bounds import KEPT_NODES, MAX_GRAPH_NODES
 from superlora_tn.declare.cache import kept
 from superlora_tn.declare.fold import KERNEL, FlatGroup, Group, Mode, factorise
 from superlora_tn.declare.parts import (
+    BASED,
     CP,
     GROUP,
     TOKEN,
@@ -91,11 +92,34 @@ def lower(part: Part, modes: tuple[Mode, ...], batch: int = 1) -> Graph:
     )
     sizes = {name: a.size for a, names_ in fine.items() if len(names_) == 1 for name in names_}
     indices = dict.fromkeys(i for names_ in fine.values() for i in names_)
-    return Graph(
+    graph = Graph(
         nodes,
         tuple((i, sizes[i]) for i in indices),
         tuple((m, fine[Axis(m.name, 1, m.size)]) for m in named),
     )
+    for node in nodes:
+        if node.init in BASED:
+            _check_based(graph, node)
+    return graph
+
+
+def _check_based(graph: Graph, node: GraphNode) -> None:
+    """Raise unless a node has the indices that what it holds of the base has."""
+    if graph.is_flat:
+        raise SpecError(f"the node '{node.name}' holds a weight's '{node.init}', and a flat fold knows no weights apart.")
+    own, out, inward, member = (set(i) for i in (node.indices, graph.open("out"), graph.open("in"), graph.open("member")))
+    wanted = {"base": out | inward, "left": out, "right": inward, "singular": set[str]()}[node.init] | member
+    bond = own - out - inward - member
+    if not wanted <= own or own - wanted != bond or (node.init == "base" and bond):
+        raise SpecError(
+            f"the node '{node.name}' holds each weight's '{node.init}', so its indices are {' '.join(sorted(wanted)) or 'none'}"
+            f"{'' if node.init == 'base' else ' and bonds'}; it was given {' '.join(node.indices)}."
+        )
+    sides = [math.prod(graph.size[i] for i in side) for side in (out, inward)]
+    if math.prod(graph.size[i] for i in bond) > min(sides):
+        raise SpecError(
+            f"the node '{node.name}' has more bonds than the {min(sides)} singular vectors of a weight; choose fewer."
+        )
 
 
 def lower_group(part: Part, group: Group) -> Graph:

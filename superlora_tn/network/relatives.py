@@ -29,6 +29,11 @@ def frozen(indices: str) -> Node:
     return Node(indices, init="uniform", trainable=False)
 
 
+def based(indices: str, what: str) -> Node:
+    """A frozen node of the base's weight."""
+    return Node(indices, init=what, trainable=False)
+
+
 def adalora(rank: int, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """AdaLoRA's form: ``dW[o i] = P[o r] lam[r] Q[r i]``, lam zero (Zhang et al. 2023; PEFT's AdaLoRA, whose pruning of
     ranks is training, not a network). Count: r (out + in + 1) a weight.
@@ -220,6 +225,31 @@ def abba(rank: int, second: int | None = None, alpha: float | None = None, dropo
     return AdapterSpec(Hadamard(CP(rank), CP(rank if second is None else second)), alpha=alpha, dropout=dropout)
 
 
+def hira(rank: int, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
+    """HiRA: ``dW[o i] = W[o i] B[o r] A[r i]``, W the base's weight, B zero (Huang et al. 2025; PEFT's HiRA, without scale).
+
+    Count: r (out + in) a weight. W is kept as a frozen copy, so the adapter takes the memory of the weights once more.
+    """
+    nodes = {"W": based("o i", "base"), "B": Node("o r", init="zeros"), "A": Node("r i")}
+    return AdapterSpec(Network("o i", {"r": rank}, **nodes), alpha=alpha, dropout=dropout)
+
+
+def lora_xs(rank: int, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
+    """LoRA-XS: ``dW[o i] = U[o r] S[r] R[r s] V[s i]``, U, S and V of the weight's SVD, R zero (Balazy et al. 2024, arXiv
+    2405.17604). Count: r^2 a weight.
+    """
+    nodes = {"U": based("o r", "left"), "S": based("r", "singular"), "R": Node("r s", init="zeros"), "V": based("s i", "right")}
+    return AdapterSpec(Network("o i", {"r": rank, "s": rank}, **nodes), alpha=alpha, dropout=dropout)
+
+
+def svft(rank: int, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
+    """SVFT's plain form: ``dW[o i] = U[o r] m[r] V[r i]``, U and V of the weight's SVD, m zero (Lingam et al. 2024, arXiv
+    2405.19597, which takes all min(out, in) vectors). Count: r a weight.
+    """
+    nodes = {"U": based("o r", "left"), "m": Node("r", init="zeros"), "V": based("r i", "right")}
+    return AdapterSpec(Network("o i", {"r": rank}, **nodes), alpha=alpha, dropout=dropout)
+
+
 RELATIVES = {
     "adalora": adalora,
     "lora_fa": lora_fa,
@@ -239,4 +269,7 @@ RELATIVES = {
     "miss": miss,
     "randlora": randlora,
     "abba": abba,
+    "hira": hira,
+    "lora_xs": lora_xs,
+    "svft": svft,
 }

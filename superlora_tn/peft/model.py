@@ -125,6 +125,7 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
             device, dtype = _device_and_dtype(targets[next(iter(group.members))])
             device = torch.device("meta") if empty else device
             adapter = make_adapter(spec, group, graph, dtype, device, generator, passes=self._passes)
+            adapter.rest_on(lambda name: targets[name].weight())
             if not config.init_weights and not empty:
                 _wake(adapter, generator)
             container = self._modules.get(f"{PREFIX}{k}")

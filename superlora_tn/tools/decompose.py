@@ -12,7 +12,7 @@ from torch import Tensor
 
 from superlora_tn.contraction.plan import table
 from superlora_tn.declare.fold import Shape, split_name
-from superlora_tn.declare.parts import SpecError, check_count
+from superlora_tn.declare.parts import BASED, SpecError, check_count
 from superlora_tn.files.own import Entry, tensor_name, write
 from superlora_tn.network.budget import Budget
 from superlora_tn.network.graph import Graph
@@ -246,6 +246,8 @@ def _given(frames: list[Frame], seed: int, start: Mapping[str, Tensor]) -> list[
             name = tensor_name(k, node)
             if name in left:
                 nodes[j] = _started(name, left.pop(name), own.graph, j)
+            elif node.init in BASED:
+                raise FitError(f"'{name}' holds the base's '{node.init}', which dW does not tell; give it by start=.")
         found.append(nodes)
     if left:
         names = ", ".join(tensor_name(k, n) for k, f in enumerate(frames) for n in f.graph.nodes if not n.trainable)

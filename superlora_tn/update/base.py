@@ -15,12 +15,13 @@ from superlora_tn.contraction.backend import DEFAULT, compiled
 from superlora_tn.contraction.plan import Route, make_plan
 from superlora_tn.contraction.profile import CPU, DEVICES, Device
 from superlora_tn.contraction.search import Optimizer
-from superlora_tn.declare.fold import Group, Mode, Shape
+from superlora_tn.declare.fold import Group, Mode, PhysicalGroup, Shape
 from superlora_tn.declare.parts import Dense, SpecError
 from superlora_tn.network.expand import lower
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.network.sums import Block, blocks
+from superlora_tn.update.based import Read, base_values
 from superlora_tn.update.initialise import first_values
 from superlora_tn.update.passes import Passes
 from superlora_tn.update.placed import Placed
@@ -120,6 +121,18 @@ class Adapter(Placed, ABC):
         with torch.no_grad():
             for own, value in zip(nodes, first, strict=True):
                 own.copy_(value.to(device=own.device, dtype=own.dtype))
+
+    def rest_on(self, read: Read) -> None:
+        """Write what frozen nodes hold of the base's weights; nothing where the nodes have no memory.
+
+        Args:
+            read: W of a member, (out, in), by its name.
+        """
+        own = self._own()
+        if isinstance(self.group, PhysicalGroup) and not own[0].is_meta:
+            with torch.inference_mode(False), torch.no_grad():
+                for k, place, value in base_values(self.graph, self.group.members, read):
+                    own[k][place].copy_(value)
 
     def write(self, values: Sequence[Tensor], keep_dtype: bool = True) -> None:
         """Write values of the graph's nodes into the tensors that are there, in their dtype or in that of the values."""
