@@ -1,0 +1,62 @@
+"""Writes gallery.md and its pictures from the declarations: ``python docs/gallery.py``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+from superlora_tn.declare.fold import Shape
+from superlora_tn.network.catalogue import VARIANTS
+from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.tools import draw
+
+HERE = Path(__file__).parent
+PICTURES = Path("images") / "gallery"
+RANK = 4
+SHAPES: dict[str, Shape] = {f"layers.{k}.{name}": (768, 768) for k in range(12) for name in ("q_proj", "v_proj")}
+HEAD = f"""# Gallery
+
+Every variant as its network, written by `python docs/gallery.py` from the declarations. Counts are for the q and v of 12
+layers, {len(SHAPES)} weights of 768 x 768, at rank {RANK}. A yellow node starts at zero, a grey one is frozen.
+"""
+
+
+def declared(name: str) -> AdapterSpec:
+    """A variant at the gallery's rank."""
+    maker = VARIANTS[name]
+    spec = maker(RANK) if "rank" in inspect.signature(maker).parameters else maker()
+    assert isinstance(spec, AdapterSpec)
+    return spec
+
+
+def page() -> str:
+    """The text of gallery.md."""
+    return "\n".join([HEAD, *(part for name in VARIANTS for part in section(name))])
+
+
+def section(name: str) -> Iterator[str]:
+    """One variant: what its docstring says, the network, the count, the picture."""
+    spec = declared(name)
+    graph = spec.lay_out(SHAPES)[0][1]
+    words = (inspect.getdoc(VARIANTS[name]) or "").split("\n\nArgs:")[0].replace("``", "`")
+    yield f"## {name}\n"
+    yield f"{words}\n"
+    yield f"Network: `{graph.equation()}`. Parameters: {spec.count(SHAPES):,}.\n"
+    yield f"![The network of {name}]({(PICTURES / name).as_posix()}.png)\n"
+
+
+def main() -> None:
+    """Write all of it."""
+    from PIL import Image
+
+    (HERE / "gallery.md").write_text(page())
+    for name in VARIANTS:
+        place = draw.network(declared(name).lay_out(SHAPES)[0][1], HERE / PICTURES / f"{name}.png", name)
+        with Image.open(place) as picture:
+            small = picture.convert("RGB").quantize(32)
+        small.save(place, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
