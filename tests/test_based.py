@@ -12,6 +12,7 @@ from torch import nn
 
 import superlora_tn as sl
 from superlora_tn.declare.fold import PhysicalFold
+from superlora_tn.model.targets import Target
 from superlora_tn.tools.decompose import FitError
 
 OUT, IN, R = 12, 10, 3
@@ -94,6 +95,19 @@ def test_a_saved_adapter_keeps_what_it_rests_on(name: str, tmp_path) -> None:
     tuned.reset_parameters()
     assert not tuned.delta("0").any()
     assert model[0].weight.equal(layers()[0].weight)
+
+
+def test_loading_looks_at_no_weight(tmp_path, monkeypatch) -> None:
+    _, tuned = attached(sl.lora_xs(R))
+    tuned.save(tmp_path)
+
+    def refuse(self: Target) -> torch.Tensor:
+        raise AssertionError(self.name)
+
+    monkeypatch.setattr(Target, "weight", refuse)
+    assert torch.equal(sl.load(layers(), tmp_path).delta("0"), tuned.delta("0"))
+    with pytest.raises(AssertionError):
+        sl.attach(layers(), sl.lora_xs(R), ["0"])
 
 
 def test_reset_writes_the_weight_again() -> None:

@@ -59,6 +59,7 @@ class _Request:
         settings: how the adapters compute.
         also: full names of the parameters that train beside them.
         rows: blocks of fused layers that were declared, by their names.
+        is_saved: whether all values come from a file.
     """
 
     entries: tuple[tuple[AdapterSpec, tuple[str, ...]], ...]
@@ -69,6 +70,7 @@ class _Request:
     settings: Settings
     also: tuple[str, ...] = ()
     rows: Mapping[str, Span] = field(default_factory=dict)
+    is_saved: bool = False
 
 
 def attach(
@@ -178,7 +180,8 @@ def _attach(model: nn.Module, request: _Request) -> Tuned:
             device = _device(layers[next(iter(group.members))])
             rest = (request.dtype, device, generator, request.settings, passes, layers[next(iter(group.members))].kind.inputs)
             adapters.append(make_adapter(spec, group, graph, *rest))
-            adapters[-1].rest_on(lambda name, own=layers: own[name].weight())  # type: ignore[misc]
+            if not request.is_saved:
+                adapters[-1].rest_on(lambda name, own=layers: own[name].weight())  # type: ignore[misc]
     entries = [_entry(spec, targets, known) for spec, targets in bound]
     handle = Tuned(entries, adapters, [target for _, targets in bound for target in targets], passes)
     handle.seed, handle._base = seed, Snapshot(model, (Tuned, Adapter), request.also)
@@ -341,7 +344,7 @@ def load(
     # Any seed: the values are overwritten, and drawing them must not move the user's generator.
     beside = tuple(n for n, _ in model.named_parameters() if n in saved.buffers)
     kept = next(iter(saved.tensors.values())).dtype
-    request = _Request(entries, name, dtype or kept, at, 0, Settings(backend, route), beside, saved.rows)
+    request = _Request(entries, name, dtype or kept, at, 0, Settings(backend, route), beside, saved.rows, True)
     handle = _attach(model, request)
     try:
         handle._realise()
