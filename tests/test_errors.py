@@ -134,7 +134,7 @@ DECLARATIONS: list[tuple[str, Make, list[str]]] = [
         ["CP", "rank=5", "rank <= 4"],
     ),
     # folds
-    ("unknown mode", lambda: PhysicalFold("out in layers"), ["mode 'layers'", "modes are out, head, in, layer"]),
+    ("unknown mode", lambda: PhysicalFold("out in layers"), ["mode 'layers'", "modes are out, head, in, kernel"]),
     ("mode twice", lambda: PhysicalFold("out in out"), ["'out' twice", "name it once"]),
     ("no in", lambda: PhysicalFold("out layer"), ["'out layer'", "both 'out' and 'in'"]),
     ("fold no string", lambda: PhysicalFold(None), ["None", "both 'out' and 'in'"]),
@@ -216,7 +216,7 @@ DECLARATIONS: list[tuple[str, Make, list[str]]] = [
     (
         "unknown field",
         lambda: AdapterSpec.from_dict(sl.lora(2).to_dict() | {"fold": {"kind": "PhysicalFold", "modes": "out in"}}),
-        ["PhysicalFold", "expected ['heads', 'modes']", "['heads']"],
+        ["PhysicalFold", "expected ['heads', 'kernel', 'modes']", "['heads']"],
     ),
 ]
 
