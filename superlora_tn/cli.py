@@ -24,6 +24,7 @@ from superlora_tn import (
 from superlora_tn.commands import MODES, RANK, UsageError
 from superlora_tn.contraction.profile import DEVICES
 from superlora_tn.files.command import add_commands
+from superlora_tn.finetune.command import add_command as add_finetune
 from superlora_tn.network.catalogue import VARIANTS
 
 __all__ = ["VARIANTS", "main", "parser"]
@@ -35,7 +36,12 @@ REFUSALS = (
     OSError,
 )
 # The extra that brings a package which some command needs.
-EXTRAS = dict.fromkeys(("matplotlib", "PIL", "rich", "sklearn", "transformers"), "demo") | {"hypothesis": "verify"}
+EXTRAS = dict.fromkeys(("matplotlib", "PIL", "rich", "sklearn", "transformers"), "demo") | {
+    "hypothesis": "verify",
+    "accelerate": "finetune",
+    "datasets": "finetune",
+    "yaml": "finetune",
+}
 
 
 class _Help(argparse.HelpFormatter):
@@ -131,7 +137,8 @@ def parser(program: str = "superlora-tn") -> argparse.ArgumentParser:
     taking.add_argument("--budget", type=count, metavar="N", help="at most so many parameters, in place of a rank")
     taking.add_argument("--targets", nargs="+", default=[], metavar="NAME", help="modules or their endings; none takes all")
     looking, making = add_commands(add)
-    for made in (demo, again, listing, fitting, plan, bench, proof, drawing, taking, looking, making):
+    learning = add_finetune(add)
+    for made in (demo, again, listing, fitting, plan, bench, proof, drawing, taking, looking, making, learning):
         made.add_argument("--json", action="store_true", help="print the result as JSON alone")
     return top
 

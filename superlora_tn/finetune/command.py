@@ -1,0 +1,66 @@
+"""``superlora-tn finetune``: its words, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+
+from superlora_tn.finetune.config import Config, ConfigError, near, read_config
+
+Add = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
+WORDS = "fine-tune a model by an adapter, as a YAML file says; a run that was stopped goes on"
+
+
+def add_command(add: Add) -> argparse.ArgumentParser:
+    """Add the command to a command line; `add` makes one from its name, its function and what it is for."""
+    made = add("finetune", run, WORDS)
+    made.add_argument("config", metavar="CONFIG.yaml", help="lines of 'key: value'")
+    made.add_argument("flags", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help="any key; it goes before the file's")
+    made.epilog = "Keys: " + "; ".join(f"{f.name}, {f.metadata['words']}" for f in fields(Config)) + "."
+    return made
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the configuration, run it, and print what came out."""
+    as_json = args.json or "--json" in args.flags
+    config = read_config(args.config, flags([word for word in args.flags if word != "--json"]))
+    from superlora_tn.finetune.run import finetune
+
+    report = finetune(config)
+    if not report:  # another process of several tells
+        return
+    if as_json:
+        print(json.dumps(report, indent=1))
+        return
+    last: dict[str, float] = next((row for row in reversed(report["history"]) if "eval_loss" in row), {})
+    scores = [f"{name.removeprefix('eval_')} {last[name]:.4g}" for name in ("eval_loss", "eval_accuracy") if name in last]
+    print(f"{report['parameters']:,} parameters on {report['targets']} weights, {report['steps']} steps")
+    print(f"evaluation: {', '.join(scores)}" if scores else "no evaluation")
+    print("\n".join(["written:", *report["files"], f"{config.output}/report.json"]))
+
+
+def flags(words: Sequence[str]) -> dict[str, str]:
+    """``--key value`` and ``--key=value`` by key; of a mapping also ``--settings.rank 4``.
+
+    Raises:
+        ConfigError: words that are neither, or a key without a value.
+    """
+    found: dict[str, str] = {}
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--"):
+            raise ConfigError(f"'{word}' follows no key; write --key value, and a list as one word: \"[q_proj, v_proj]\".")
+        if not equals:
+            if not left:
+                known = [f.name for f in fields(Config)]
+                raise ConfigError(f"{word} has no value{'' if name in known else '; ' + near(name, known)}.")
+            value = left.pop(0)
+        if name in found:
+            raise ConfigError(f"--{name} is given twice, as {found[name]} and as {value}; give it once.")
+        found[name] = value
+    return found

@@ -1,0 +1,260 @@
+"""What ``superlora-tn finetune`` is asked for: a YAML file and flags, checked whole before anything is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from superlora_tn.commands import UsageError
+from superlora_tn.declare.fold import PhysicalFold, Shape
+from superlora_tn.declare.parts import Network, SpecError
+from superlora_tn.files.writes import FORMATS
+from superlora_tn.network.budget import Budget, fit
+from superlora_tn.network.catalogue import VARIANTS
+from superlora_tn.network.spec import AdapterSpec
+
+TASKS = ("image-classification", "text-classification", "causal-lm")
+SCHEDULES = ("linear", "cosine", "constant")
+PRECISIONS = ("float32", "bfloat16", "float16")
+FILES = (".jsonl", ".json", ".csv", ".txt")
+NOTATION = ("result", "nodes", "sizes", "modes")
+RANK = 8
+
+
+class ConfigError(UsageError):
+    """A configuration that cannot be meant; the message says where and what to write."""
+
+
+def facts(words: str, choices: Sequence[str] = (), least: float | None = None) -> dict[str, Any]:
+    """What a key is for, and which values are allowed."""
+    return {"words": words, "choices": tuple(choices), "least": least}
+
+
+def key(words: str, default: Any = MISSING, choices: Sequence[str] = (), least: float | None = None) -> Any:
+    """A key of the configuration, with its default where it has one."""
+    return field(default=default, metadata=facts(words, choices, least))
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Each key is a line of the YAML file, or a flag: ``--rate 1e-3``."""
+
+    model: str = key("a folder as save_pretrained writes it, or a hub name")
+    task: str = key("what is learnt", choices=TASKS)
+    data: str = key("a folder of images by class, a .jsonl, .csv or .txt file, a folder of datasets, or a hub name")
+    output: str = key("folder for checkpoints, report and adapter", "out/finetune")
+    eval_data: str = key("the same, for evaluation; without it eval_share is held apart", "")
+    eval_share: float = key("share of the data that is held apart", 0.1, least=0)
+    text: str = key("the column of the text", "text")
+    label: str = key("the column of the label", "label")
+    image: str = key("the column of the image, in a datasets folder", "image")
+    length: int = key("tokens of a row, at most", 128, least=2)
+    variant: str = key("a variant's name", "lora", choices=tuple(VARIANTS))
+    settings: dict[str, Any] = field(default_factory=dict, metadata=facts("the variant's settings"))
+    network: dict[str, Any] = field(default_factory=dict, metadata=facts(f"in place of a variant: {', '.join(NOTATION)}"))
+    spec: str = key("a JSON file of AdapterSpec.to_dict(), in place of a variant", "")
+    budget: int = key("the most trainable parameters, in place of a rank; 0 is none", 0, least=0)
+    targets: list[str] = field(default_factory=lambda: ["all-linear"], metadata=facts("layers or their endings"))
+    exclude: list[str] = field(default_factory=list, metadata=facts("layers to leave out"))
+    also: list[str] = field(default_factory=list, metadata=facts("what trains beside the adapter, as a new head does"))
+    steps: int = key("optimizer steps; 0 counts by epochs", 0, least=0)
+    epochs: float = key("passes over the data, where steps is 0", 3.0, least=0)
+    batch: int = key("rows a process and step", 8, least=1)
+    accumulate: int = key("batches a step", 1, least=1)
+    rate: float = key("learning rate", 1e-3, least=0)
+    schedule: str = key("of the learning rate", "linear", choices=SCHEDULES)
+    warmup: int = key("steps of warm-up", 0, least=0)
+    decay: float = key("weight decay", 0.0, least=0)
+    clip: float = key("largest norm of the gradient", 1.0, least=0)
+    every: int = key("steps between evaluations, and between checkpoints", 50, least=1)
+    log: int = key("steps between lines of progress", 10, least=1)
+    keep: int = key("how many checkpoints stay", 2, least=2)
+    patience: int = key("stop after so many evaluations that are not better; 0 never", 0, least=0)
+    seed: int = key("of everything that is drawn", 0, least=0)
+    precision: str = key("of the computation", "float32", choices=PRECISIONS)
+    cpu: bool = key("compute on the processor, whatever is there", False)
+    format: str = key("of the adapter; merged writes the model W + dW", "superlora", choices=(*FORMATS, "merged"))
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that goes on has to share: all but the names of places and the format of the result."""
+        return {name: value for name, value in asdict(self).items() if name not in ("output", "format", "keep", "log")}
+
+    def declared(self, shapes: Mapping[str, Shape]) -> AdapterSpec:
+        """The declaration, for a model's targets: name -> (out, in).
+
+        Raises:
+            SpecError: it does not fit them, or nothing fits the budget.
+        """
+        if self.spec or self.network:
+            return self._network()
+        if self.budget and self.variant != "superlora":
+            return fit(lambda rank: self._variant({"rank": rank}), self.budget, shapes).spec
+        made = VARIANTS[self.variant](**self._given({"budget": self.budget} if self.budget else {}))
+        return made.choose(shapes).spec if isinstance(made, Budget) else made
+
+    def _network(self) -> AdapterSpec:
+        if self.spec:
+            return AdapterSpec.from_dict(json.loads(Path(self.spec).read_text()))
+        own = self.network
+        return AdapterSpec(
+            Network(own["result"], own.get("sizes", {}), **own["nodes"]), PhysicalFold(own.get("modes", "out in"))
+        )
+
+    def _given(self, more: Mapping[str, Any]) -> dict[str, Any]:
+        known = inspect.signature(VARIANTS[self.variant]).parameters
+        usual = {"rank": RANK} if "rank" in known and "budget" not in {*more, *self.settings} else {}
+        return {**usual, **self.settings, **more}
+
+    def _variant(self, more: Mapping[str, Any]) -> AdapterSpec:
+        made = VARIANTS[self.variant](**self._given(more))
+        assert isinstance(made, AdapterSpec)
+        return made
+
+
+def read_config(path: str | None, flags: Mapping[str, str]) -> Config:
+    """A configuration from a YAML file and flags, which go before it.
+
+    Args:
+        path: the file; None takes the flags alone.
+        flags: key -> its value as YAML.
+
+    Raises:
+        ConfigError: a key or value that cannot be meant; the message has the file's line, and near names.
+        OSError: the file cannot be read.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    found = {} if path is None else dict(_lines(path))
+    for flag, text in flags.items():
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        name, dot, inner = flag.partition(".")
+        before = found[name][1] if name in found else {}
+        if dot and not isinstance(before, dict):
+            raise ConfigError(f"--{flag}: {name} is no mapping.")
+        found[name] = (f"--{flag}", {**before, inner: value} if dot else value)
+    own = {f.name: f for f in fields(Config)}
+    for name, (where, _) in found.items():
+        if name not in own:
+            raise ConfigError(f"{where}: there is no key '{name}'; {near(name, own)}.")
+    for name, one in own.items():
+        if name not in found and one.default is MISSING and one.default_factory is MISSING:
+            raise ConfigError(f"{path or 'the flags'}: '{name}' is missing: {one.metadata['words']}.")
+    config = Config(**{name: _checked(where, own[name], value) for name, (where, value) in found.items()})
+    _check(config, lambda name: found[name][0] if name in found else path or "the flags")
+    return config
+
+
+def near(name: str, known: Any) -> str:
+    """Which names may have been meant."""
+    close = get_close_matches(str(name), [str(k) for k in known], n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(map(str, known))[:40])}"
+
+
+def _lines(path: str) -> Iterator[tuple[str, tuple[str, Any]]]:
+    """Key -> its place in the file, and its value."""
+    import yaml
+
+    loader = yaml.SafeLoader(Path(path).read_text())
+    seen = set[str]()
+    try:
+        top = loader.get_single_node()
+        if not isinstance(top, yaml.MappingNode):
+            raise ConfigError(f"{path}: a configuration is lines of 'key: value', such as 'task: causal-lm'.")
+        for name, value in top.value:
+            where = f"{path}:{name.start_mark.line + 1}"
+            if name.value in seen:
+                raise ConfigError(f"{where}: '{name.value}' is given twice; give it once.")
+            seen.add(name.value)
+            yield name.value, (where, loader.construct_object(value, deep=True))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: this is no YAML: {error.problem}.") from error
+    finally:
+        loader.dispose()
+
+
+def _checked(where: str, own: Field[Any], value: Any) -> Any:
+    """A value of its key's type, or a refusal."""
+    kind, allowed = str(own.type).partition("[")[0], own.metadata
+    if kind == "float" and isinstance(value, int | str) and not isinstance(value, bool):
+        with suppress(ValueError):
+            value = float(value)  # YAML takes 1e-3 for a word
+    if kind == "list" and isinstance(value, str):
+        value = [value]
+    if kind == "str" and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    types = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
+    wanted = {"str": "a word", "int": "a whole number", "float": "a number", "bool": "true or false"} | {
+        "list": "a list of words",
+        "dict": "lines of 'name: value'",
+    }
+    fits = isinstance(value, types[kind]) and (kind == "bool" or not isinstance(value, bool))
+    if not fits or (kind == "list" and not all(isinstance(entry, str) for entry in value)):
+        raise ConfigError(f"{where}: {own.name} is {value!r}, and has to be {wanted[kind]}.")
+    if allowed["choices"] and value not in allowed["choices"]:
+        raise ConfigError(f"{where}: {own.name} is '{value}'; {near(value, allowed['choices'])}.")
+    if allowed["least"] is not None and not value >= allowed["least"]:
+        raise ConfigError(f"{where}: {own.name} is {value}, and has to be at least {allowed['least']}.")
+    return value
+
+
+def _check(config: Config, where: Callable[[str], str]) -> None:
+    """What keys mean together, and the files that they name."""
+    ways = [name for name in ("network", "spec", "settings", "budget") if getattr(config, name)]
+    for name in ("network", "spec"):
+        others = [other for other in ways if other != name]
+        if name in ways and others:
+            raise ConfigError(f"{where(name)}: {name} is in place of a variant; leave out {' and '.join(others)}.")
+    if config.budget and {"rank", "budget"} & set(config.settings):
+        raise ConfigError(f"{where('budget')}: budget is in place of a rank; leave one of them out.")
+    known = [name for name in inspect.signature(VARIANTS[config.variant]).parameters if name != "projection"]
+    for name in config.settings:
+        if name not in known:
+            raise ConfigError(f"{where('settings')}: {config.variant} has no setting '{name}'; {near(name, known)}.")
+    if config.budget and "rank" not in known:
+        raise ConfigError(f"{where('budget')}: {config.variant} has no rank that a budget could buy; choose another variant.")
+    for name in config.network:
+        if name not in NOTATION:
+            raise ConfigError(f"{where('network')}: a network has no '{name}'; {near(name, NOTATION)}.")
+    if config.network and not {"result", "nodes"} <= set(config.network):
+        raise ConfigError(f"{where('network')}: a network needs result, such as 'out in', and nodes, such as {{w1: out r}}.")
+    if config.patience and not (config.eval_data or config.eval_share):
+        raise ConfigError(f"{where('patience')}: stopping early needs evaluations; give eval_data, or an eval_share.")
+    if not config.eval_share < 1:
+        raise ConfigError(f"{where('eval_share')}: eval_share is {config.eval_share:g}, and has to be below 1.")
+    if not (config.steps or config.epochs):
+        raise ConfigError(f"{where('epochs')}: steps and epochs are both 0, so nothing would be learnt; give one.")
+    for name in ("model", "data", "eval_data", "spec"):
+        _check_there(name, getattr(config, name), where(name))
+    if Path(config.model).is_dir() and not Path(config.model, "config.json").is_file():
+        raise ConfigError(f"{where('model')}: {config.model} holds no config.json; give a folder that save_pretrained wrote.")
+    if not (config.budget or config.settings.get("budget")):
+        try:
+            config.declared({"a": (64, 64), "b": (64, 64)} if config.variant == "superlora" else {})
+        except (SpecError, TypeError, ValueError, KeyError) as error:
+            if config.network or config.spec or config.variant != "superlora":
+                at = where("network" if config.network else "spec" if config.spec else "settings")
+                raise ConfigError(f"{at}: {error}") from error
+
+
+def _check_there(name: str, path: str, where: str) -> None:
+    """Raise for a path that is not there; a name that may be the hub's is left."""
+    if not path or Path(path).exists():
+        return
+    place = Path(path)
+    parent = place.parent
+    is_path = name == "spec" or place.is_absolute() or path.startswith((".", "~")) or place.suffix in FILES
+    if is_path or (len(place.parts) > 1 and parent.is_dir()) or len(place.parts) > 2:
+        names = [other.name for other in parent.iterdir()] if parent.is_dir() else []
+        close = get_close_matches(place.name, names, n=3)
+        meant = f"; did you mean {' or '.join(str(parent / c) for c in close)}?" if close else ""
+        raise ConfigError(f"{where}: {name} is '{path}', which is not there{meant or '.'}")

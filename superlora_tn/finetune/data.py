@@ -1,0 +1,201 @@
+"""Rows to learn from: folders of images by class, files of text, and folders or hub names of ``datasets``."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from superlora_tn.finetune.config import Config, ConfigError, near
+
+Row = dict[str, Any]
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+EVAL = ("validation", "valid", "val", "eval", "test")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What was read.
+
+    Attributes:
+        train: rows with ``text``, or ``image`` and ``label``.
+        held: the same for evaluation; empty where there are none.
+        classes: the labels, in order; empty without labels.
+    """
+
+    train: list[Row]
+    held: list[Row]
+    classes: list[str]
+
+
+def read_rows(config: Config) -> Rows:
+    """Read the data that a configuration names.
+
+    Raises:
+        ConfigError: a row without its column, a file that is not what its name says, or nothing at all.
+    """
+    train, held = _split(config, config.data)
+    if config.eval_data:
+        inner, other = _split(config, config.eval_data)
+        held = other or inner
+    elif not held and config.eval_share and config.task != "causal-lm":
+        train, held = _apart(train, config)
+    if not train:
+        raise ConfigError(f"data '{config.data}' holds nothing to learn from.")
+    classes = [] if config.task == "causal-lm" else sorted({row["label"] for row in train}, key=_numbers_first)
+    strange = next((row["label"] for row in held if classes and row["label"] not in classes), None)
+    if strange is not None:
+        raise ConfigError(f"the evaluation has the label '{strange}', which no training row has; {near(strange, classes)}.")
+    if classes and len(classes) < 2:
+        raise ConfigError(f"data '{config.data}' has the one label '{classes[0]}'; classification needs two at least.")
+    return Rows(train, held, classes)
+
+
+def _numbers_first(label: str) -> tuple[int, int, str]:
+    return (0, int(label), "") if label.isdecimal() else (1, 0, label)
+
+
+def _apart(rows: list[Any], config: Config) -> tuple[list[Any], list[Any]]:
+    """Rows to train on, and a share that is held apart: one row at least, where two are there."""
+    count = min(max(1, round(config.eval_share * len(rows))), len(rows) - 1)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    held = set(order[:count])
+    return [r for k, r in enumerate(rows) if k not in held], [r for k, r in enumerate(rows) if k in held]
+
+
+def _split(config: Config, name: str) -> tuple[list[Row], list[Row]]:
+    """Rows of the training split and of the first other one."""
+    path = Path(name)
+    if path.is_file():
+        return _rows_of_file(config, path), []
+    if path.is_dir() and not any((path / own).exists() for own in ("dataset_info.json", "dataset_dict.json")):
+        if config.task != "image-classification":
+            raise ConfigError(f"data '{name}' is no folder that datasets wrote; give a .jsonl, .csv or .txt file.")
+        inner = path / "train"
+        held = next((path / own for own in EVAL if (path / own).is_dir()), None) if inner.is_dir() else None
+        return _pictures(inner if inner.is_dir() else path), [] if held is None else _pictures(held)
+    import datasets
+
+    found: Any = datasets.load_from_disk(name) if path.is_dir() else datasets.load_dataset(name)
+    if not isinstance(found, dict):
+        return _of_datasets(config, name, found), []
+    train = found.get("train", next(iter(found.values())))
+    own = next((found[key] for key in EVAL if key in found and found[key] is not train), None)
+    return _of_datasets(config, name, train), [] if own is None else _of_datasets(config, name, own)
+
+
+def _pictures(folder: Path) -> list[Row]:
+    rows = [
+        {"image": file, "label": place.name}
+        for place in sorted(folder.iterdir())
+        if place.is_dir()
+        for file in sorted(place.iterdir())
+        if file.suffix.lower() in PICTURES
+    ]
+    if not rows:
+        raise ConfigError(f"{folder} holds no folders of pictures, one a class: {folder}/CLASS/NAME.png.")
+    return rows
+
+
+def _rows_of_file(config: Config, path: Path) -> list[Row]:
+    if config.task == "image-classification":
+        raise ConfigError(f"data '{path}' is a file; images are in a folder of folders, one a class.")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".txt":
+        if config.task != "causal-lm":
+            raise ConfigError(
+                f"data '{path}' has no labels; give a .jsonl or .csv file with '{config.text}' and '{config.label}'."
+            )
+        return [{"text": text}]
+    if path.suffix == ".csv":
+        return [_row(config, f"{path}:{k}", row) for k, row in enumerate(csv.DictReader(text.splitlines()), 2)]
+    rows = []
+    for k, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{path}:{k}: this line is no JSON: {error}.") from error
+        rows.append(_row(config, f"{path}:{k}", value))
+    return rows
+
+
+def _row(config: Config, where: str, row: Any) -> Row:
+    """The columns that the task needs, of one row of text."""
+    columns = [config.text] if config.task == "causal-lm" else [config.text, config.label]
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: a row is an object with {' and '.join(columns)}, not {str(row)[:40]}.")
+    for column in columns:
+        if row.get(column) is None:
+            raise ConfigError(f"{where}: there is no column '{column}'; {near(column, row)}.")
+    return {"text": str(row[config.text])} | ({"label": str(row[config.label])} if len(columns) > 1 else {})
+
+
+def _of_datasets(config: Config, name: str, found: Any) -> list[Row]:
+    content = config.image if config.task == "image-classification" else config.text
+    columns = [content] if config.task == "causal-lm" else [content, config.label]
+    for column in columns:
+        if column not in found.column_names:
+            raise ConfigError(f"data '{name}' has no column '{column}'; {near(column, found.column_names)}.")
+    to = "image" if config.task == "image-classification" else "text"
+    if len(columns) == 1:
+        return [{to: row[content]} for row in found]
+    names = getattr(found.features[config.label], "names", None)
+    return [{to: row[content], "label": str(names[row[config.label]] if names else row[config.label])} for row in found]
+
+
+class Images(Dataset[dict[str, Any]]):
+    """Pictures as a model's processor reads them, opened when they are asked for."""
+
+    def __init__(self, rows: Sequence[Row], classes: Sequence[str], processor: Any) -> None:
+        self.rows, self.processor = rows, processor
+        self.number = {name: k for k, name in enumerate(classes)}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        from PIL import Image
+
+        row = self.rows[k]
+        picture = Image.open(row["image"]) if isinstance(row["image"], Path) else row["image"]
+        pixels: Tensor = self.processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": self.number[row["label"]]}
+
+
+def labelled(rows: Sequence[Row], classes: Sequence[str], tokenizer: Any, length: int) -> list[dict[str, Any]]:
+    """Texts as tokens with their labels' numbers."""
+    number = {name: k for k, name in enumerate(classes)}
+    return [dict(tokenizer(row["text"], truncation=True, max_length=length)) | {"labels": number[row["label"]]} for row in rows]
+
+
+def blocks(rows: Sequence[Row], tokenizer: Any, length: int) -> list[dict[str, Any]]:
+    """Texts one behind another, the end's token between them, cut into rows of the same length; the rest is left out.
+
+    Raises:
+        ConfigError: there is not a single row.
+    """
+    tokens: list[int] = []
+    for row in rows:
+        tokens += tokenizer(row["text"], truncation=False, verbose=False)["input_ids"]
+        tokens += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    found = [tokens[k : k + length] for k in range(0, len(tokens) - length + 1, length)]
+    if not found:
+        raise ConfigError(f"the text has {len(tokens)} tokens, which is no row of length={length}; give a smaller length.")
+    return [{"input_ids": torch.tensor(own), "labels": torch.tensor(own)} for own in found]
+
+
+def block_splits(rows: Rows, tokenizer: Any, config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of tokens to train on, and to evaluate."""
+    train = blocks(rows.train, tokenizer, config.length)
+    if rows.held:
+        return train, blocks(rows.held, tokenizer, config.length)
+    return _apart(train, config) if config.eval_share and len(train) > 1 else (train, [])

@@ -1,0 +1,135 @@
+"""The model, its adapter and its data, ready for the Trainer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from superlora_tn.finetune.config import Config, ConfigError
+from superlora_tn.finetune.data import Images, Rows, block_splits, labelled, read_rows
+from superlora_tn.model.attach import attach
+from superlora_tn.model.targets import bind, match, places
+from superlora_tn.model.tuned import Tuned
+
+AUTO = {
+    "image-classification": transformers.AutoModelForImageClassification,
+    "text-classification": transformers.AutoModelForSequenceClassification,
+    "causal-lm": transformers.AutoModelForCausalLM,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run trains, and on what.
+
+    Attributes:
+        model: with its adapter on it.
+        tuned: the handle.
+        processor: tokenizer or image processor.
+        train, held: rows to train on and to evaluate; `held` may be empty.
+        classes: the labels by number.
+        also: parameters of the model that train beside the adapter, such as a new head.
+    """
+
+    model: Any
+    tuned: Tuned
+    processor: Any
+    train: Any
+    held: Any
+    classes: Sequence[str]
+    also: tuple[str, ...]
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A batch; texts are filled up to the longest."""
+        pads = "input_ids" in rows[0] and not isinstance(rows[0]["input_ids"], torch.Tensor)
+        if pads:
+            return dict(transformers.DataCollatorWithPadding(self.processor)(list(rows)))
+        return dict(transformers.default_data_collator(list(rows)))
+
+
+def prepare(config: Config) -> Job:
+    """Read the data, load the model and attach the adapter; nothing of it depends on what ran before.
+
+    Raises:
+        ConfigError: data that cannot be learnt from, or a model that has no tokenizer or image processor.
+        AttachError, SpecError: the declaration or the targets do not fit the model.
+    """
+    rows = read_rows(config)
+    processor = _processor(config)
+    torch.manual_seed(config.seed)
+    model, classes, fresh = _model(config, rows)
+    train: Any
+    held: Any
+    if config.task == "image-classification":
+        train, held = (Images(own, classes, processor) for own in (rows.train, rows.held))
+    elif config.task == "text-classification":
+        if processor.pad_token_id is None:
+            processor.pad_token = processor.eos_token
+        model.config.pad_token_id = processor.pad_token_id
+        train, held = (labelled(own, classes, processor, config.length) for own in (rows.train, rows.held))
+    else:
+        train, held = block_splits(rows, processor, config)
+    known = places(model)
+    heads = {name.rpartition(".")[0] for name in fresh}  # what is new trains as it is, not as its adapter
+    targets = config.targets[0] if config.targets == ["all-linear"] else config.targets
+    names = [name for name in match(model, targets, config.exclude) if name not in heads]
+    spec = config.declared({name: bind(name, known[name]).shape for name in names})
+    also = [*config.also, *fresh]
+    tuned = attach(model, spec, names, also=also, seed=config.seed)
+    beside = tuple(n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(f"{tuned.name}."))
+    return Job(model, tuned, processor, train, held, classes, beside)
+
+
+def _processor(config: Config) -> Any:
+    try:
+        if config.task == "image-classification":
+            return transformers.AutoImageProcessor.from_pretrained(config.model, backend="pil")
+        return transformers.AutoTokenizer.from_pretrained(config.model)
+    except (OSError, ValueError) as error:
+        what = "image processor (preprocessor_config.json)" if config.task.startswith("image") else "tokenizer"
+        raise ConfigError(f"the model '{config.model}' has no {what} that can be read: {error}") from error
+
+
+def _model(config: Config, rows: Rows) -> tuple[Any, list[str], list[str]]:
+    """The model, the labels by number, and the names of parameters that its files do not have."""
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    classes = rows.classes
+    if classes:
+        given = transformers.AutoConfig.from_pretrained(config.model)
+        own = [given.id2label[k] for k in range(len(given.id2label))] if given.id2label else []
+        if set(classes) <= set(own):
+            classes = own  # its head knows these labels
+        named = {"id2label": dict(enumerate(classes)), "label2id": {name: k for k, name in enumerate(classes)}}
+        options |= {"num_labels": len(classes), "ignore_mismatched_sizes": True, **named}
+    model, facts = AUTO[config.task].from_pretrained(config.model, **options)
+    missing = {*facts["missing_keys"], *(entry[0] for entry in facts["mismatched_keys"])}
+    return model, classes, [name for name, _ in model.named_parameters() if name in missing]
+
+
+def same_run(folder: Path, config: Config) -> None:
+    """Note the configuration in the folder of a run, or compare it with the one that is there.
+
+    Raises:
+        ConfigError: the folder holds a run of another configuration.
+    """
+    note = folder / "config.json"
+    now = json.loads(json.dumps(config.identity()))
+    if not note.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = note.with_suffix(".draft")
+        draft.write_text(json.dumps(now, indent=1))
+        draft.replace(note)
+        return
+    before = json.loads(note.read_text())
+    for name in now:
+        if before.get(name) != now[name]:
+            raise ConfigError(
+                f"{folder} holds a run with {name}: {before.get(name)}, and this one has {name}: {now[name]}; "
+                "give another output, or remove that folder."
+            )
