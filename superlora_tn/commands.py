@@ -286,7 +286,7 @@ def reproduce(args: argparse.Namespace) -> None:
     from superlora_tn_paper.command import Request, reproduce
     from superlora_tn_paper.task import TaskError
 
-    data = args.data or (os.environ.get("SUPERLORA_DATA") if args.scale == "small" else None) or None
+    data = args.data or (os.environ.get("SUPERLORA_DATA") if args.scale != "full" else None) or None
     try:
         request = Request(args.experiment, Path(args.out), args.scale, data, args.model, args.domain, args.device)
         reproduce(request, args.json)

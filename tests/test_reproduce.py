@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,14 +17,16 @@ import torch
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 pytest.importorskip("sklearn", reason="the demo extra is not installed")
 
-from superlora_tn_paper import classification, classification_report, geometry_report, report
+from rich.console import Console
+from superlora_tn_paper import classification, classification_report, converged, converged_report, geometry_report, report
 from superlora_tn_paper.classification import map_words
 from superlora_tn_paper.classification_answers import QUESTIONS, pairs, rank_answer, rank_pairs, summary, tenth_answer, tenths
 from superlora_tn_paper.classification_settings import settings
-from superlora_tn_paper.classification_training import Recipe
+from superlora_tn_paper.classification_training import Recipe, adapted
 from superlora_tn_paper.command import EXPERIMENTS, Request, reproduce
 from superlora_tn_paper.differences import difference
-from superlora_tn_paper.task import MEAN, STD, folder_task
+from superlora_tn_paper.task import MEAN, STD, Memory, Subset, Task, folder_task
+from superlora_tn_paper.vit import Vit
 
 from superlora_tn.cli import main, parser
 from superlora_tn.demo import experiments
@@ -332,6 +335,7 @@ def test_names_that_cannot_be_loaded_are_answered_with_what_to_do(tmp_path, loca
         (["--domain", "mnist"], "--domain mnist goes with --scale small and a data folder"),
         (["--domain", "mnist", "--scale", "full"], "--domain mnist goes with --scale small and a data folder"),
         (["--data", "nowhere", "--domain", "cats"], "there is no domain 'cats'; choose one of tinyimagenet30, mnist"),
+        (["--scale", "converged"], "--scale converged goes with classification and a data folder: --data FOLDER"),
         (["--device", "cuda"], "torch sees no GPU here; use --device cpu"),
     ],
 )
@@ -354,6 +358,115 @@ def test_the_commands_grammar_names_the_experiments_that_there_are():
     commands = next(action for action in parser()._actions if action.dest == "command").choices
     words = next(action for action in commands["reproduce"]._actions if action.dest == "experiment")
     assert sorted(words.choices) == sorted(EXPERIMENTS)
+
+
+def noise_task(bar=None):
+    """A tiny ViT with weights that a seed fixes, and noise of three classes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Vit(dim=16, depth=2, heads=2, hidden=32, patch=16).eval()
+        images, labels = torch.randn(80, 3, 32, 32), torch.arange(80) % 3
+    own = Memory(images, labels)
+    train, test = Subset(own, torch.arange(60)), Subset(own, torch.arange(60, 80))
+    return Task("a tiny ViT on noise", model, "mlp_head.1", ("q_proj", "v_proj"), train, test, "noise")
+
+
+SHORT = converged.ConvergedRecipe(images=32, steps=3, batch=8, extensions=2, seeds=(0, 1), more_seeds=(0, 1, 2), apart=0.2)
+
+
+def test_first_values_are_scaled_so_that_every_family_moves_equally_far_at_first():
+    task = noise_task()
+    batch = next(task.train.drawn(1, 16, 0))
+    sizes = 4 * 16 * 16
+    for setting in settings(task.shapes):
+        with adapted(task, setting.spec, 0) as tuned:
+            converged.scale_first_values(task, tuned, batch, stride=0.1)
+            assert converged.moved(tuned) == 0
+            rate = 1e-4 * (0.1 if setting.variant == "dense" else 1.0)
+            loss = torch.nn.functional.cross_entropy(task.logits(batch[0]), batch[1])
+            own = list(tuned.parameters())
+            with torch.no_grad():
+                for p, slope in zip(own, torch.autograd.grad(loss, own), strict=True):
+                    p.sub_(rate * slope.sign())
+            # the secant rule ends within this; a factor of 2 would still be a comparable start
+            assert converged.moved(tuned) == pytest.approx(1e-4 * 0.1 * sizes**0.5, rel=0.02), setting.job
+
+
+def test_the_grid_of_rates_is_extended_while_the_best_is_at_its_edge(tmp_path, monkeypatch):
+    def tried(optimum):
+        asked = []
+
+        def job(self, setting, rate, seed, judged, prefix="", times=1):
+            asked.append(rate)
+            return {"loss": abs(math.log(rate / optimum))}
+
+        monkeypatch.setattr(converged.Converged, "job", job)
+        own = converged.Converged(noise_task(), SHORT, converged.Store(tmp_path, {}), None, tmp_path)
+        found = own.rates(own.settings[0])
+        assert len(asked) == len(found)
+        return sorted(asked)
+
+    assert tried(1e-2) == [2.5e-3, 1e-2, 4e-2]
+    assert tried(0.16) == [2.5e-3, 1e-2, 4e-2, 0.16, 0.64]
+    assert tried(1e-9) == pytest.approx([2.5e-3 / 16, 2.5e-3 / 4, 2.5e-3, 1e-2, 4e-2])  # it gives up, and says so
+
+
+def test_a_job_of_another_process_is_left_to_it(tmp_path):
+    with converged.alone(tmp_path / "a.lock"):
+        with pytest.raises(converged.Elsewhere), converged.alone(tmp_path / "a.lock"):
+            pass
+        with converged.alone(tmp_path / "b.lock"):
+            pass
+    with converged.alone(tmp_path / "a.lock"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_runs_to_convergence_go_on_where_they_were_stopped_and_judge_only_what_is_finished(tmp_path, monkeypatch):
+    made = []
+    genuine = converged.descend
+
+    def descend(*arguments):
+        if len(made) == 9:
+            made.append(None)
+            raise KeyboardInterrupt
+        made.append(arguments[3])
+        return genuine(*arguments)
+
+    monkeypatch.setattr(converged, "settings", few)
+    monkeypatch.setattr(converged, "descend", descend)
+
+    def go_on(out):
+        return converged.run(out, SHORT, noise_task, Console(quiet=True))
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on(tmp_path / "broken")
+    part = json.loads((tmp_path / "broken" / "classification.json").read_text())
+    assert [r["variant"] for r in part["rows"]] == ["dense"]
+    assert part["unfinished"]
+    told = report.text(tmp_path / "broken")
+    assert "**Unfinished**" in told
+    assert "Has it converged" not in told
+    again, trained = go_on(tmp_path / "broken"), len(made) - 1
+    whole = go_on(tmp_path / "whole")
+    assert len(made) - 1 == 2 * trained  # nothing was trained twice
+    assert steady(again) == steady(whole)
+    assert not whole["unfinished"]
+    assert 2 * SHORT.steps in made
+    by_name = {r["variant"]: r for r in whole["rows"]}
+    assert (len(by_name["dense"]["accuracies"]), len(by_name["LoRA"]["accuracies"])) == (2, 3)
+    assert "Has it converged?" in report.text(tmp_path / "whole")
+    assert (tmp_path / "whole" / converged_report.PARETO).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("gain", "twice", "answers"), [(0.06, 0.0, ("**Yes**", "**no**")), (0.04, 0.1, ("**No**", "**yes**, 1"))]
+)
+def test_whether_it_has_converged_follows_the_rows(gain, twice, answers):
+    row = {"variant": "dense", "words": "", "heads": [0.7, 0.72], "accuracies": [0.7 + gain, 0.72 + gain]}
+    row["twice"] = [a + twice for a in row["accuracies"]]
+    assert answers[0] in converged_report.head_answer([row])
+    assert answers[1] in converged_report.twice_answer([row])
 
 
 @pytest.mark.skipif(not (DATA / "weights_vit_cifar10").is_dir(), reason=f"there is no data folder at {DATA}")

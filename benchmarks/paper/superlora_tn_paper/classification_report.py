@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from superlora_tn.tools import draw
@@ -27,10 +27,6 @@ PARETO = "classification.png"
 
 def draw_classification(result: Data, path: Path) -> Path:
     """Accuracy against parameters, a frontier line a variant, dense fine-tuning and the head alone as lines."""
-    rows = [r for r in result["rows"] if r["variant"] != "dense"]
-    points = [
-        draw.Point(r["variant"], r["parameters"], statistics.fmean(r["accuracies"]), spread(r["accuracies"])) for r in rows
-    ]
     lines = {
         f"dense q and v ({r['parameters']:,}):": statistics.fmean(r["accuracies"])
         for r in result["rows"]
@@ -38,6 +34,15 @@ def draw_classification(result: Data, path: Path) -> Path:
     }
     lines |= {"head alone, same steps:": statistics.fmean(result["head_only"])}
     lines |= {"head alone, to convergence:": result["head_converged"]}
+    return draw_points(result, path, lines)
+
+
+def draw_points(result: Data, path: Path, lines: Mapping[str, float]) -> Path:
+    """Accuracy against parameters, a frontier line a variant, and level lines by name."""
+    rows = [r for r in result["rows"] if r["variant"] != "dense"]
+    points = [
+        draw.Point(r["variant"], r["parameters"], statistics.fmean(r["accuracies"]), spread(r["accuracies"])) for r in rows
+    ]
     return draw.pareto(points, path, "Accuracy against trainable parameters of q and v", lines)
 
 

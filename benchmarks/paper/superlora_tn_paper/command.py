@@ -13,12 +13,14 @@ from rich.progress import Progress
 
 from superlora_tn.demo.base import FULL, DigitsRecipe
 from superlora_tn.demo.progress import on_step
-from superlora_tn_paper import classification, diffusion, geometry, report
+from superlora_tn_paper import classification, converged, diffusion, geometry, report
 from superlora_tn_paper.classification_training import RECIPES, Recipe
+from superlora_tn_paper.converged import ConvergedRecipe
 from superlora_tn_paper.store import Data
 from superlora_tn_paper.task import DOMAINS, Task, TaskError, digits_task, folder_task
 
 EXPERIMENTS = tuple(report.REPORTS)
+LONGER = ConvergedRecipe()
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Request:
 
     Attributes:
         experiment: one of `EXPERIMENTS`.
-        scale: "small" or "full".
+        scale: "small", "converged" (classification with a data folder) or "full".
         data: the data folder, or for the full scale a data set's folder or hub name; None takes what is there without.
         model: for the full scale, a folder or hub name.
         domain: what classification and geometry adapt to, of the small scale with a data folder, one of `task.DOMAINS`;
@@ -52,21 +54,26 @@ class Request:
     def __post_init__(self) -> None:
         if self.model is not None and self.experiment == "diffusion":
             raise TaskError(f"--model {self.model} goes with classification and geometry; diffusion trains its own model.")
-        if self.model is not None and self.scale == "small":
-            raise TaskError(f"--model {self.model} goes with --scale full; the small scale brings its own model.")
+        if self.model is not None and self.scale != "full":
+            raise TaskError(f"--model {self.model} goes with --scale full; the {self.scale} scale brings its own model.")
+        if self.scale == "converged" and (self.experiment != "classification" or self.data is None):
+            raise TaskError("--scale converged goes with classification and a data folder: --data FOLDER (or SUPERLORA_DATA).")
         if self.domain is not None and self.experiment == "diffusion":
             raise TaskError(f"--domain {self.domain} goes with classification and geometry; diffusion goes from SVHN to MNIST.")
         if self.domain is not None and (self.scale == "full" or self.data is None):
             raise TaskError(f"--domain {self.domain} goes with --scale small and a data folder: --data FOLDER.")
 
 
-def reproduce(request: Request, as_json: bool = False, recipes: Mapping[str, Recipe] = RECIPES) -> Data:
+def reproduce(
+    request: Request, as_json: bool = False, recipes: Mapping[str, Recipe] = RECIPES, longer: ConvergedRecipe = LONGER
+) -> Data:
     """Run an experiment into its folder: JSON, pictures, and ``report.md``. A run that was stopped goes on.
 
     Args:
         request: what.
         as_json: print the results as JSON alone.
         recipes: hyper-parameters by scale, of classification and geometry.
+        longer: those of the converged scale.
 
     Raises:
         TaskError: data, model or device are not there.
@@ -75,24 +82,27 @@ def reproduce(request: Request, as_json: bool = False, recipes: Mapping[str, Rec
         raise TaskError("--device cuda was asked for, but torch sees no GPU here; use --device cpu.")
     console = Console(stderr=True) if as_json else Console()
     request.out.mkdir(parents=True, exist_ok=True)
-    result = _run(request, console, recipes)
+    result = _run(request, console, recipes, longer)
     if as_json:
         print(json.dumps(result, indent=1))
     console.print(f"Written: {report.write(request.out)}, with {request.experiment}.json and its pictures beside it.")
     return result
 
 
-def _run(request: Request, console: Console, recipes: Mapping[str, Recipe]) -> Data:
+def _run(request: Request, console: Console, recipes: Mapping[str, Recipe], longer: ConvergedRecipe) -> Data:
     out, scale = request.out, request.scale
     if request.experiment == "diffusion":
         folder = None if request.data is None else Path(request.data)
         if folder is not None and not folder.is_dir():
             raise TaskError(f"the data folder {folder} is not there; give another --data (or SUPERLORA_DATA), or none.")
         return diffusion.run(out, "full" if scale == "full" else "small", folder, request.device, console)
-    recipe = recipes["digits" if scale == "small" and request.data is None else scale]
 
     def make(bar: Progress) -> Task:
         return make_task(request, bar)
+
+    if scale == "converged":
+        return converged.run(out, longer, make, console)
+    recipe = recipes["digits" if scale == "small" and request.data is None else scale]
 
     if request.experiment == "geometry":
         return geometry.run(out, scale, recipe, make, console)

@@ -7,11 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from superlora_tn.demo.whole_file import whole_file
-from superlora_tn_paper import classification_report, diffusion_report, geometry_report
+from superlora_tn_paper import classification_report, converged_report, diffusion_report, geometry_report
 from superlora_tn_paper.store import Data
 
+
+def _classification(result: Data) -> str:
+    return converged_report.report(result) if result["scale"] == "converged" else classification_report.report(result)
+
+
 REPORTS: dict[str, Callable[[Data], str]] = {
-    "classification": classification_report.report,
+    "classification": _classification,
     "geometry": geometry_report.report,
     "diffusion": diffusion_report.report,
 }

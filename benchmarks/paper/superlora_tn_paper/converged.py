@@ -1,0 +1,383 @@
+"""The image classification to convergence: few images seen often, the head from its optimum, a rate for each setting.
+
+Several processes may work into one folder; each finished job is a file, and a job that another process makes is left to it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn import functional
+
+from superlora_tn import Tuned
+from superlora_tn.demo.progress import on_step, progress
+from superlora_tn.tools.measure import machine
+from superlora_tn_paper.classification import map_words
+from superlora_tn_paper.classification_report import PARETO
+from superlora_tn_paper.classification_settings import Setting, settings
+from superlora_tn_paper.classification_training import (
+    adapted,
+    converged_head,
+    descend,
+    features,
+    head_score,
+    score,
+)
+from superlora_tn_paper.converged_report import draw
+from superlora_tn_paper.rates import at_the_edge, best
+from superlora_tn_paper.store import Data, Store, write_json
+from superlora_tn_paper.task import Batch, Subset, Task
+
+REVISION = 1  # raise it when the training code changes, so that older finished jobs expire
+OWN_RATE = ("LoRA", "LoRTA", "projected LoRTA")  # families whose every setting chooses its own rate, and takes more seeds
+PAUSE = 5.0  # seconds until it is looked again whether another process has finished its job
+
+
+@dataclass(frozen=True)
+class ConvergedRecipe:
+    """Every hyper-parameter of the runs to convergence.
+
+    Attributes:
+        images: training images of one seed, drawn by it.
+        steps, batch: of each run.
+        rates: peak learning rates tried at first, each `factor` times the one before; more follow on the side of the best
+            while it is at the edge, `extensions` at most.
+        head_rate: peak rate of the head, which starts at its optimum on the frozen model.
+        stride: the first values are scaled so that a first step at rate r moves all dW by r * stride * sqrt(elements).
+        seeds, more_seeds: of the report, more for the families of `OWN_RATE`.
+        choice_seed: of the runs that choose a rate; none of the report's.
+        apart: the share of all training images that choose a rate, held apart from all training.
+        look: images at once where nothing is trained.
+    """
+
+    images: int = 1000
+    steps: int = 500
+    batch: int = 32
+    rates: tuple[float, ...] = (2.5e-3, 1e-2, 4e-2)
+    factor: float = 4.0
+    extensions: int = 4
+    head_rate: float = 1e-3
+    stride: float = 0.1
+    seeds: tuple[int, ...] = (0, 1, 2)
+    more_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    choice_seed: int = 100
+    apart: float = 0.04
+    look: int = 250
+
+
+NOT_A_JOBS = ("seeds", "more_seeds", "rates", "factor", "extensions")  # of the recipe: each job's own are in its name
+
+
+class Elsewhere(Exception):
+    """Another process is at a job that is needed first."""
+
+
+@contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """Hold a job's lock, which ends with the process that holds it.
+
+    Raises:
+        Elsewhere: another process holds it.
+    """
+    with place.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Elsewhere(place.stem) from None
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
+
+
+def moved(tuned: Tuned) -> float:
+    """Frobenius norm of all targets' dW together."""
+    with torch.no_grad():
+        return float(torch.stack([tuned.delta(name).double().square().sum() for name in tuned.targets]).sum().sqrt())
+
+
+def scale_first_values(task: Task, tuned: Tuned, batch: Batch, stride: float, rate: float = 1e-4) -> float:
+    """Multiply all first values so that a first step of Adam moves dW as far as any other family's.
+
+    Adam's first step moves each number by the rate, whatever its gradient's size. How far dW moves is then up to the first
+    values of the other factors; they are multiplied by one number, found by the secant rule on logarithms.
+
+    Args:
+        task: model and head; only the gradient's signs are used.
+        tuned: the adapter, its dW zero. Where all its numbers are zero (dense) it stays as it is.
+        batch: images and labels of the gradient.
+        stride: wanted is ``|dW| = rate * stride * sqrt(elements)``.
+        rate: of the probing step, small enough that dW is linear in it.
+
+    Returns:
+        The number the first values were multiplied by, 1 where there was nothing to multiply.
+    """
+    own = list(tuned.parameters())
+    first = [p.detach().clone() for p in own]
+    wanted = rate * stride * float(sum(o * i for o, i in task.shapes.values())) ** 0.5
+    if not any(bool(value.any()) for value in first):
+        return 1.0
+
+    def put(factor: float) -> None:
+        with torch.no_grad():
+            for p, value in zip(own, first, strict=True):
+                p.copy_(factor * value)
+
+    def at(factor: float) -> float:
+        put(factor)
+        loss = functional.cross_entropy(task.logits(batch[0]), batch[1].to(task.device))
+        slopes = torch.autograd.grad(loss, own, allow_unused=True)
+        with torch.no_grad():
+            for p, slope in zip(own, slopes, strict=True):
+                if slope is not None:
+                    p.sub_(rate * slope.sign())
+        return moved(tuned)
+
+    factor, before = 1.1, (1.0, at(1.0))
+    for _ in range(4):
+        here = (factor, at(factor))
+        if min(before[1], here[1]) <= 0 or before[0] == here[0]:
+            break
+        power = min(max(math.log(here[1] / before[1]) / math.log(here[0] / before[0]), 0.5), 16.0)
+        factor, before = min(max(here[0] * (wanted / here[1]) ** (1 / power), 1e-3), 1e3), here
+    put(factor)
+    return factor
+
+
+@dataclass(frozen=True)
+class Converged:
+    """What all jobs share.
+
+    Attributes:
+        task: model and data.
+        recipe: hyper-parameters.
+        store: the finished jobs.
+        bar: where progress is shown.
+        locks: a folder for the locks of the jobs being made.
+    """
+
+    task: Task
+    recipe: ConvergedRecipe
+    store: Store
+    bar: Progress
+    locks: Path
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """All settings in the order they are worked off: dense, then the lines of LoRA and LoRTA, then all others."""
+        lines = {"dense": 0, "LoRA": 1, "LoRTA M=3": 2}
+        every = settings(self.task.shapes)
+        return sorted(every, key=lambda s: lines.get(s.variant, 3 if s.family in OWN_RATE else 4))
+
+    @cached_property
+    def parts(self) -> tuple[Subset, Subset]:
+        """The images that seeds draw from, and those that choose a rate."""
+        return self.task.train.cut(self.recipe.apart, self.recipe.choice_seed)
+
+    @cached_property
+    def seen(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Features (n, width) that the frozen model gives its head, and labels."""
+        splits = {"train": self.task.train, "apart": self.parts[1], "test": self.task.test}
+        return {name: features(self.task, split, self.recipe.look) for name, split in splits.items()}
+
+    def drawn(self, seed: int) -> Subset:
+        """The training images of a seed."""
+        pool = self.parts[0].rows
+        most = min(self.recipe.images, len(pool))
+        return Subset(self.task.train.source, pool[torch.randperm(len(pool), generator=_generator(seed))[:most]])
+
+    @cached_property
+    def heads(self) -> dict[int, nn.Linear]:
+        """The heads found so far, by seed."""
+        return {}
+
+    def head(self, seed: int) -> nn.Linear:
+        """The head's optimum on the frozen model for the images of a seed; what it is worth on the test images is a job."""
+        if seed not in self.heads:
+            rows = self.drawn(seed).rows
+            images, labels = self.seen["train"]
+            made, decay = converged_head(self.task, (images[rows], labels[rows]), self.seen["apart"])
+            self.heads[seed] = made
+            self.store.get(f"head_seed_{seed}", lambda: asdict(head_score(made, self.seen["test"])) | {"decay": decay})
+        return self.heads[seed]
+
+    def head_score(self, seed: int) -> float:
+        """Accuracy of the frozen model with the head of a seed."""
+        if not self.store.path(f"head_seed_{seed}").is_file():
+            self.head(seed)
+        return float(self.store.get(f"head_seed_{seed}", dict)["accuracy"])
+
+    def job(self, setting: Setting, rate: float, seed: int, judged: Subset, prefix: str = "", times: int = 1) -> Data:
+        """One run, its result kept.
+
+        Raises:
+            Elsewhere: another process is at it.
+        """
+        name = f"{prefix}{setting.job}_{rate:g}_seed_{seed}" + (f"_x{times}" if times > 1 else "")
+        if self.store.path(name).is_file():
+            return self.store.get(name, dict)
+        with alone(self.locks / f"{name}.lock"):
+            return self.store.get(name, lambda: self._run(setting, rate, seed, judged, times))
+
+    def _run(self, setting: Setting, rate: float, seed: int, judged: Subset, times: int) -> Data:
+        recipe, task = self.recipe, self.task
+        head = self.head(seed)
+        steps, train = times * recipe.steps, self.drawn(seed)
+        show = on_step(self.bar, f"{setting.variant} {setting.words}, rate {rate:g}, seed {seed}")
+        with adapted(task, setting.spec, seed) as tuned:
+            own = task.model.get_submodule(task.head)
+            own.load_state_dict(head.state_dict())
+            first = next(train.drawn(1, recipe.batch, seed))
+            scaled = scale_first_values(task, tuned, first, recipe.stride)
+            peak = recipe.stride * rate if setting.variant == "dense" else rate
+            groups = [(own.parameters(), recipe.head_rate), (tuned.parameters(), peak)]
+            trained, seconds = descend(task, groups, _epochs(train, steps, recipe.batch, seed), steps, show)
+            found = asdict(score(task, judged, recipe.look)) | {"moved": moved(tuned)}
+        return found | {"train_loss": trained, "step_seconds": round(seconds, 5), "first_values_times": scaled}
+
+    def rates(self, setting: Setting) -> dict[str, float]:
+        """Rate -> loss on the images held apart, the grid extended while the best is at its edge."""
+        found: dict[str, float] = {}
+        wanted = list(self.recipe.rates)
+        for _ in range(self.recipe.extensions + 1):
+            for rate in wanted:
+                found[f"{rate:g}"] = self.job(setting, rate, self.recipe.choice_seed, self.parts[1], "choose_")["loss"]
+            top = best(found)
+            if not at_the_edge(top, map(float, found)):
+                break
+            low = top == min(map(float, found))
+            wanted = [top / self.recipe.factor if low else top * self.recipe.factor]
+        return found
+
+    def chooser(self, setting: Setting) -> Setting:
+        """The setting whose rate a setting takes: its own for the lines, else its family's of median count."""
+        if setting.family in OWN_RATE:
+            return setting
+        own = sorted((s for s in self.settings if s.family == setting.family), key=lambda s: s.parameters)
+        return own[(len(own) - 1) // 2]
+
+    def checked(self) -> list[Setting]:
+        """The sample that is run with twice the steps: dense, and the median of the lines of LoRA and LoRTA."""
+        found = []
+        for variant in ("dense", "LoRA", "LoRTA M=3"):
+            own = sorted((s for s in self.settings if s.variant == variant), key=lambda s: s.parameters)
+            found += own[(len(own) - 1) // 2 :][:1]
+        return found
+
+    def row(self, setting: Setting) -> Data:
+        """All that is needed of one setting.
+
+        Raises:
+            Elsewhere: another process is at a part of it.
+        """
+        recipe = self.recipe
+        tried = self.rates(self.chooser(setting))
+        rate = best(tried)
+        seeds = recipe.more_seeds if setting.family in OWN_RATE else recipe.seeds
+        runs = [self.job(setting, rate, seed, self.task.test) for seed in seeds]
+        longer = (
+            [self.job(setting, rate, s, self.task.test, times=2) for s in recipe.seeds] if setting in self.checked() else []
+        )
+        return {
+            "variant": setting.variant,
+            "words": setting.words,
+            "order": setting.order,
+            "groups": setting.groups,
+            "projection": map_words(setting),
+            "parameters": setting.parameters,
+            "tried": tried,
+            "rate": rate,
+            "edge": at_the_edge(rate, map(float, tried)),
+            "seeds": list(seeds),
+            "accuracies": [one["accuracy"] for one in runs],
+            "losses": [one["loss"] for one in runs],
+            "train_losses": [one["train_loss"] for one in runs],
+            "first_values_times": [one["first_values_times"] for one in runs],
+            "heads": [self.head_score(seed) for seed in seeds],
+            "twice": [one["accuracy"] for one in longer],
+            "step_seconds": statistics.median(one["step_seconds"] for one in runs),
+        }
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _epochs(split: Subset, steps: int, batch: int, seed: int) -> Iterator[Batch]:
+    """`steps` batches, every image once an epoch as far as whole batches go, in an order that the seed fixes."""
+    generator, own = _generator(seed), split.rows
+    size = min(batch, len(own))
+    each = len(own) // size
+    plan: list[Tensor] = []
+    while len(plan) < steps:
+        plan += torch.split(own[torch.randperm(len(own), generator=generator)][: each * size], size)
+    return split.source.batches(plan[:steps])
+
+
+def run(out: Path, recipe: ConvergedRecipe, make: Callable[[Progress], Task], console: Console, pause: float = PAUSE) -> Data:
+    """Work off all settings; ``classification.json`` is written after each, with the finished ones alone.
+
+    Args:
+        out: the folder for all that is written; other processes may work into it at the same time.
+        recipe: hyper-parameters.
+        make: gives the task.
+        console: for progress.
+        pause: seconds to wait where only jobs of other processes are left.
+
+    Returns:
+        What ``classification.json`` holds.
+    """
+    with progress(console) as bar:
+        task = make(bar)
+        facts = {k: v for k, v in asdict(recipe).items() if k not in NOT_A_JOBS}
+        facts |= {"task": task.words, "model": task.identity, "device": task.device, "revision": REVISION, "scale": "converged"}
+        store, locks = Store(out / "classification_jobs", facts), out / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        experiment = Converged(task, recipe, store, bar, locks)
+        rows: dict[str, Data] = {}
+        while len(rows) < len(experiment.settings):
+            before = len(rows)
+            for setting in experiment.settings:
+                if setting.job in rows:
+                    continue
+                try:
+                    rows[setting.job] = row = experiment.row(setting)
+                except Elsewhere:
+                    continue
+                console.print(f"{setting.variant} {setting.words}: {statistics.fmean(row['accuracies']):.1%}")
+                result = _result(experiment, rows)
+                write_json(out / "classification.json", result)
+                if len(rows) > 1:
+                    draw(result, out / PARETO)
+            if len(rows) == before:
+                time.sleep(pause)
+    return result
+
+
+def _result(experiment: Converged, rows: dict[str, Data]) -> Data:
+    task, ordered = experiment.task, experiment.settings
+    return {
+        "experiment": "classification",
+        "scale": "converged",
+        "machine": machine(task.device),
+        "task": task.words,
+        "recipe": asdict(experiment.recipe),
+        "images": {"train": len(task.train.rows), "apart": len(experiment.parts[1].rows), "test": len(task.test.rows)},
+        "classes": task.classes,
+        "weights": len(task.shapes),
+        "elements": sum(o * i for o, i in task.shapes.values()),
+        "unfinished": [f"{s.variant} {s.words}".strip() for s in ordered if s.job not in rows],
+        "rows": [rows[s.job] for s in ordered if s.job in rows],
+    }

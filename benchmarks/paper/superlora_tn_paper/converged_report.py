@@ -1,0 +1,117 @@
+"""What the runs to convergence say: a table of what is finished, and verdicts only where nothing is missing."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+from superlora_tn_paper.classification_answers import QUESTIONS, pairs, rank_answer, rank_pairs, summary, tenth_answer, tenths
+from superlora_tn_paper.classification_report import PARETO, draw_points
+from superlora_tn_paper.differences import RULE, difference
+from superlora_tn_paper.markdown import percent, table, where
+from superlora_tn_paper.store import Data
+
+ABOVE = 0.05  # dense fine-tuning is wanted so far above the head alone
+
+
+def report(result: Data) -> str:
+    """The report in markdown."""
+    rows, missing = result["rows"], result["unfinished"]
+    parts = ["# Image classification to convergence", where(result) + " " + _setup(result)]
+    if missing:
+        parts.append(f"**Unfinished**: {len(missing)} settings are missing ({', '.join(missing)}), so nothing is judged yet.")
+    parts += ["## Results", f"![Accuracy against trainable parameters]({PARETO})", _results(rows)]
+    if not missing:
+        parts += ["## Has it converged?", head_answer(rows), twice_answer(rows), edge_answer(rows), *_questions(rows)]
+    return "\n\n".join([*parts, ""])
+
+
+def _setup(result: Data) -> str:
+    recipe = result["recipe"]
+    return (
+        f"{result['task'][0].upper()}{result['task'][1:]}: {result['classes']} classes; each seed draws {recipe['images']:,} "
+        f"training images, {result['images']['apart']:,} others choose the rates, {result['images']['test']:,} test. "
+        f"{recipe['steps']} steps of {recipe['batch']} images, AdamW, one-cycle, no augmentation. The head starts at its "
+        f"optimum on the frozen model for the same images, and goes on at {recipe['head_rate']:g}. First values are multiplied "
+        f"by a number that makes the first step at rate r move all dW by {recipe['stride']:g} r sqrt(elements) in every "
+        f"family; dense fine-tuning takes {recipe['stride']:g} of each rate, which is the same. Every LoRA and LoRTA setting "
+        "chooses its own rate; other families take that of their setting of median count."
+    )
+
+
+def _results(rows: list[Data]) -> str:
+    heading = (
+        "variant",
+        "setting",
+        "parameters",
+        "seeds",
+        "accuracy, %",
+        "head alone, %",
+        "twice the steps, %",
+        "rate",
+        "first values x",
+    )
+    lines = [
+        (
+            r["variant"],
+            r["words"],
+            f"{r['parameters']:,}",
+            str(len(r["seeds"])),
+            percent(r["accuracies"]),
+            percent(r["heads"]),
+            percent(r["twice"]) if r["twice"] else "",
+            f"{r['rate']:g}" + " (edge)" * r["edge"],
+            f"{statistics.fmean(r['first_values_times']):.2f}",
+        )
+        for r in sorted(rows, key=lambda r: -r["parameters"])
+    ]
+    return table(heading, lines) + "\n\nMean ± standard deviation over the seeds."
+
+
+def head_answer(rows: list[Data]) -> str:
+    """Whether dense fine-tuning lies well above the frozen model with its head alone."""
+    dense = next(r for r in rows if r["variant"] == "dense")
+    gain = difference(dense["heads"], dense["accuracies"])
+    answer = "**Yes**" if gain.mean >= ABOVE else "**No**"
+    return f"Dense fine-tuning at least {100 * ABOVE:.0f} points above the head alone: {answer}, {100 * gain.mean:+.1f} points."
+
+
+def twice_answer(rows: list[Data]) -> str:
+    """Whether twice the steps move a setting of the sample by more than one standard error."""
+    lines, moved = [], 0
+    for r in (r for r in rows if r["twice"]):
+        short = r["accuracies"][: len(r["twice"])]
+        change = statistics.fmean(r["twice"]) - statistics.fmean(short)
+        error = statistics.stdev(short) / math.sqrt(len(short)) if len(short) > 1 else 0.0
+        moved += abs(change) > error
+        lines.append(f"{r['variant']} {r['words']}".strip() + f" {100 * change:+.1f} (standard error {100 * error:.1f})")
+    answer = "**no**" if moved == 0 else f"**yes**, {moved} of {len(lines)}"
+    return f"Twice the steps move a setting by more than one standard error: {answer}: {'; '.join(lines)} points."
+
+
+def edge_answer(rows: list[Data]) -> str:
+    """Which rates lie at the edge of what was tried."""
+    found = [f"{r['variant']} {r['words']}".strip() for r in rows if r["edge"]]
+    return f"Best rates at the edge of those tried: {', '.join(found) if found else 'none'}."
+
+
+def _questions(rows: list[Data]) -> list[str]:
+    """The questions of the small scale, on as many seeds as both sides of a pair have."""
+    least = min(len(r["accuracies"]) for r in rows)
+    lines = {"LoRA", "LoRTA M=3", "LoRTA M=4", "LoRTA M=5"}
+    own = [r for r in rows if r["variant"] in lines]
+    even = [{**r, "accuracies": r["accuracies"][:least]} for r in rows]
+    parts = ["## Questions", RULE, rank_answer(rank_pairs(own)), tenth_answer(tenths(own))]
+    for title, what, test in QUESTIONS:
+        parts += [f"### {title}", summary(list(pairs(even, test)), what)]
+    return parts
+
+
+def draw(result: Data, path: Path) -> Path:
+    """Accuracy against parameters, with dense fine-tuning and the head alone as lines."""
+    dense = [r for r in result["rows"] if r["variant"] == "dense"]
+    lines = {f"dense q and v ({r['parameters']:,}):": statistics.fmean(r["accuracies"]) for r in dense}
+    heads = [head for r in dense for head in r["heads"]]
+    lines |= {"head alone, to convergence:": statistics.fmean(heads)} if heads else {}
+    return draw_points(result, path, lines)
