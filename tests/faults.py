@@ -201,7 +201,7 @@ TABLE: Table = {
             "test_halves.py::test_the_thinnest_cut_is_found",
         ),
         "halves-always-taken": (
-            "return 2 * rows * self.bond * (d_out + blocks * d_in) < d_out * d_in * (rows + self.bond)",
+            "return 2 * self.cost(shape, rows, blocks) < d_out * d_in * (rows + self.bond)",
             "return True",
             "test_halves.py::test_dw_is_built_where_halves_do_not_pay",
         ),
@@ -305,8 +305,8 @@ TABLE: Table = {
             "test_holes.py::test_a_split_at_half_its_longer_side_is_dense",
         ),
         "loha-first-product-at-zero": (
-            "last = k == len(part.parts) - 1",
-            "last = k == 0",
+            "last = k == len(part.parts) - 1  # LoHa",
+            "last = k == 0  # LoHa",
             "test_zero_at_start.py::test_a_variant_starts_at_zero_where_its_paper_or_peft_does",
         ),
         "factor-of-in-at-zero": (
@@ -459,12 +459,14 @@ TABLE: Table = {
             "test_map_numbers.py::test_a_map_is_right_in_every_mode_and_after_it",
         ),
     },
-    "superlora_tn/model/kinds.py": {
+    "superlora_tn/model/convolutions.py": {
         "kernel-before-in": (
-            "inner.reshape(-1, *layer.weight.shape[1:])",
-            "inner.reshape(-1, *layer.weight.movedim(1, -1).shape[1:]).movedim(-1, 1)",
+            "kernel = inner.reshape(inner.shape[0], -1, *layer.kernel_size).to(y.dtype)",
+            "kernel = inner.reshape(inner.shape[0], *layer.kernel_size, -1).movedim(-1, 1).to(y.dtype)",
             "test_layers.py::test_convolutions",
         ),
+    },
+    "superlora_tn/model/kinds.py": {
         "conv1d-written-untransposed": (
             "layer.weight.copy_(matrix.t())",
             "layer.weight.copy_(matrix.reshape(layer.weight.shape))",

@@ -15,7 +15,8 @@ FLOORS = [
     ["markdown", "task", "domains", "classification_settings", "diffusion_settings", "classification_answers"],
     ["hub", "judge", "denoising", "classification_training"],
     ["classification_report", "geometry_report", "diffusion_report"],
-    ["classification", "diffusion", "report"],
+    ["classification", "diffusion", "converged_report"],
+    ["converged", "report"],
     ["geometry"],
     ["command"],
 ]
