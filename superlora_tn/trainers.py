@@ -17,10 +17,9 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from superlora_tn.files.own import CheckpointError
+from superlora_tn.model.attach import load
 from superlora_tn.model.attach import tuned as handle_of
 from superlora_tn.model.several import handles
-from superlora_tn.model.targets import AttachError
 from superlora_tn.model.tuned import Tuned
 
 ARGUMENTS = "training_args.bin"
@@ -138,10 +137,5 @@ def from_hub(model: nn.Module, repo_id: str, revision: str | None = None, cache:
     """
     from huggingface_hub import snapshot_download
 
-    from superlora_tn.model.attach import load
-
     folder = repo_id if Path(repo_id).is_dir() else snapshot_download(repo_id, revision=revision, cache_dir=cache)
     return load(model, folder)
-
-
-__all__ = ["AdapterCheckpoints", "AdapterTrainer", "AttachError", "CheckpointError", "card", "from_hub", "push_to_hub"]
