@@ -45,14 +45,16 @@ def test_a_flat_fold_takes_its_splits_from_the_kronecker() -> None:
 PRESETS = sorted(
     name
     for name, value in vars(sl).items()
-    if inspect.isfunction(value) and value.__module__ in ("superlora_tn.network.variants", "superlora_tn.network.relatives")
+    if inspect.isfunction(value)
+    and value.__module__
+    in ("superlora_tn.network.variants", "superlora_tn.network.relatives", "superlora_tn.network.convolved")
 )
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_drops_the_adapters_input_while_it_trains(name: str) -> None:
     """With nearly all dropped, the rest is scaled up to the same mean: two calls differ, none does in evaluation."""
-    assert len(PRESETS) == 27
+    assert len(PRESETS) >= 30
     make = getattr(sl, name)
     known = inspect.signature(make).parameters
     settings = {"rank": 2} if "rank" in known else {}
