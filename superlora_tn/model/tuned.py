@@ -347,14 +347,16 @@ class Tuned(Placed):
             CheckpointError: nodes that are not whole here, something that the format cannot hold, or a folder that cannot be
                 written.
         """
-        adapters = enumerate(self._adapters())
-        pairs = ((k, pair) for k, a in adapters for pair in zip(a.graph.nodes, a.tensors(), strict=True))
-        tensors = {tensor_name(k, node): tensor.detach() for k, (node, tensor) in pairs}
-        kernels = kernels_of(self._targets.values(), format)
+        now = self._saved()
         tables = {name: False for name, target in self._targets.items() if isinstance(target.kind, Table)}
-        beside = Beside(replaced=self._base.to_save(), known=self._base.known)
-        more: Any = {"kernels": kernels, "embeddings": tables, "beside": beside, **options}
-        return save_as(self.entries, tensors, folder, format, **more)
+        beside = Beside(replaced=now.buffers, known=self._base.known)
+        more: Any = {"kernels": kernels_of(self._targets.values(), format), "embeddings": tables, "beside": beside, **options}
+        return save_as(now.entries, now.tensors, folder, format, **more)
+
+    def _saved(self) -> Saved:
+        """As it would be saved now; the nodes' tensors are those in use."""
+        pairs = ((k, p) for k, a in enumerate(self._adapters()) for p in zip(a.graph.nodes, a.tensors(), strict=True))
+        return Saved(self.entries, {tensor_name(k, node): tensor.detach() for k, (node, tensor) in pairs}, self._base.to_save())
 
     def replace(self, folder: str | PathLike[str]) -> None:
         """Take the values of a saved adapter of the same declaration and targets, in place: nothing is compiled again.

@@ -203,9 +203,7 @@ def _saved(name: str, model: nn.Module | None) -> Saved:
         known = handles(model)
         if name not in known:
             raise AttachError(f"the model carries no adapter named '{name}'; {near(name, list(known))}.")
-        handle = known[name]
-        pairs = ((k, p) for k, a in enumerate(handle._adapters()) for p in zip(a.graph.nodes, a.tensors(), strict=True))
-        saved = Saved(handle.entries, {tensor_name(k, n): t.detach() for k, (n, t) in pairs}, handle._base.to_save())
+        saved = known[name]._saved()
     if saved.buffers:
         raise CheckpointError(
             f"'{name}' has parameters or buffers of the base beside it ({next(iter(saved.buffers))}), whose sum means nothing; "

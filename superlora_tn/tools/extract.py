@@ -12,7 +12,7 @@ from torch import Tensor
 from superlora_tn.declare.fold import Shape
 from superlora_tn.files.base_model import BaseModel, base_model
 from superlora_tn.files.errors import CheckpointError
-from superlora_tn.files.own import Saved, tensor_name
+from superlora_tn.files.own import Saved
 from superlora_tn.files.read import read
 from superlora_tn.model.tuned import Tuned
 from superlora_tn.network.budget import Budget
@@ -58,8 +58,7 @@ def convert(
 
 def _saved(adapter: Tuned | str | PathLike[str]) -> Saved:
     if isinstance(adapter, Tuned):
-        pairs = ((k, p) for k, a in enumerate(adapter._adapters()) for p in zip(a.graph.nodes, a.tensors(), strict=True))
-        saved = Saved(adapter.entries, {tensor_name(k, n): t.detach() for k, (n, t) in pairs}, adapter._base.to_save())
+        saved = adapter._saved()
     else:
         found = read(adapter)
         if not isinstance(found, Saved):
