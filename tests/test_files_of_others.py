@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from models import TARGETS, Tiny, assert_untouched, noise, perturb, seeded, snap
 
 import superlora_tn as sl
 
+ROOT = Path(__file__).resolve().parents[1]
 X = noise(2, 3, 12)
 
 
@@ -52,3 +56,29 @@ def test_a_foreign_file_that_does_not_fit_leaves_the_model(tmp_path: Path) -> No
     with pytest.raises(sl.CheckpointError):
         sl.load(other, tmp_path)
     assert_untouched(other, before)
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script that tries all formats."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("tried_formats")
+
+
+def test_formats_that_are_tried_are_right(tried: Any) -> None:
+    """The short version of `docs/formats_tried.md`: every library, few methods."""
+    for name in ("peft", "lycoris", "diffusers", "gguf"):
+        pytest.importorskip(name)
+    found = list(tried.cells(["LoRA", "LoKr", "IA3", "a declared network"]))
+    refused = {(r["format"], r["method"]) for r in found if r["outcome"] == "refused"}
+    assert refused == {("PEFT", "IA3"), ("LyCORIS", "IA3"), ("kohya", "IA3")}
+    assert {r["format"] for r in found} == {"PEFT", "LyCORIS", "kohya", "diffusers", "GGUF"}
+    assert {r["direction"] for r in found} == {"read", "written"}
+    assert [r for r in found if r["outcome"] not in ("right", "refused")] == []
+
+
+def test_the_page_of_tried_formats_is_what_was_found(tried: Any) -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "formats.json").read_text())
+    page = tried.page(found["rows"], found["machine"], found["versions"])
+    assert (ROOT / "docs" / "formats_tried.md").read_text() == page
+    assert "**differs**" not in page

@@ -13,6 +13,15 @@ from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.weight import Weight
 
 METHODS = ("LORA", "LOHA", "LOKR", "VERA", "ADALORA", "GRALORA", "RANDLORA", "MISS", "C3A")
+# What PEFT's other methods of weights do, where that is no sum of W and a network that a file tells.
+OTHERS = {
+    **dict.fromkeys(("OFT", "BOFT", "HRA", "ROAD", "PSOFT"), "turns the weight or its outputs, a product and no sum"),
+    "IA3": "scales a layer's input or output, a product and no sum",
+    **dict.fromkeys(("GLORA", "DEFT", "OSF", "FROD"), "changes the weight itself beside what it adds"),
+    **dict.fromkeys(("LILY", "PVERA", "POLY", "XLORA", "PEANUT"), "adds what depends on the input by more than a product"),
+    "LN_TUNING": "trains norms alone",
+    "TRAINABLE_TOKENS": "replaces rows of an embedding",
+}
 ALPHAS = {"LOHA": "alpha", "LOKR": "alpha", "GRALORA": "alpha", "RANDLORA": "randlora_alpha"}
 # Training, bookkeeping, and which modules are meant (the tensors' names say that too).
 HARMLESS = {
@@ -96,9 +105,10 @@ class Settings:
         """
         method = str(config.get("peft_type")).upper().rpartition(".")[2]
         if method not in METHODS:
+            does = f" {OTHERS[method]}, and" if method in OTHERS else ""
             raise CheckpointError(
-                f"{source}: PEFT's {shown(config.get('peft_type'))} is not among the methods that are read "
-                f"({', '.join(METHODS)}); merge it with PEFT and compare the weights."
+                f"{source}: PEFT's {shown(config.get('peft_type'))}{does} is not among the methods that are read; have PEFT "
+                f"merge it (merge_and_unload), and extract() a network of the difference. Read are {', '.join(METHODS)}."
             )
         for name, value in config.items():
             if name not in HARMLESS | TAKEN and value not in (None, False, 0, "", "none", [], {}):

@@ -59,7 +59,10 @@ def collect(tensors: Mapping[str, Tensor], source: str, modules: Collection[str]
     values: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if words := foreign_method(key):
-            raise CheckpointError(f"{source}: '{key}' is of a method that is no sum with a network ({words}); merge it there.")
+            raise CheckpointError(
+                f"{source}: '{key}' is of a method that is no sum with a network ({words}); merge it there, "
+                "and extract() a network of the difference."
+            )
         found = split_key(key)
         name, field_ = found if found else ("", "")
         # A whole module's own parameter may be called alpha or diff; without company it is no adapter's.
