@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import noise, perturb
 from optional import library
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import superlora_tn as sl
@@ -253,3 +254,104 @@ def test_a_started_adapter_is_combined_with_what_it_departs_from() -> None:
     for name, delta in found.deltas().items():
         np.testing.assert_allclose(delta.numpy(), 2 * handle.delta(name).detach().numpy(), atol=1e-12)
     assert "2 weights" in str(found)
+
+
+def peft_folder(folder: Path, seed: int, rank: int = 2) -> dict[str, np.ndarray]:
+    """Written by PEFT, and dW as its own `get_delta_weight` has it."""
+    peft = library("peft")
+    torch.manual_seed(seed)
+    wrapped = peft.get_peft_model(
+        net(), peft.LoraConfig(r=rank, lora_alpha=3, target_modules=["a", "b"], init_lora_weights=False)
+    )
+    wrapped.save_pretrained(str(folder))
+    wrapped.double()
+    return {n: wrapped.base_model.model[n].get_delta_weight("default").detach().numpy() for n in "ab"}
+
+
+def lycoris_file(file: Path) -> dict[str, np.ndarray]:
+    """A LoKr by LyCORIS' keys, its layers in another order, and dW by its formula: alpha / rank w1 (x) (w2_a w2_b)."""
+    generator, tensors, found = torch.Generator().manual_seed(5), {}, {}
+    for name, (rows, columns) in {"b": (6, 5), "c": (4, 3)}.items():
+        shapes = {"lokr_w1": (2, 2), "lokr_w2_a": (rows, 2), "lokr_w2_b": (2, columns)}
+        own = {k: torch.randn(s, generator=generator) for k, s in shapes.items()}
+        tensors |= {f"lycoris_{name}.{k}": t for k, t in own.items()} | {f"lycoris_{name}.alpha": torch.tensor(3.0)}
+        w1, a, b = (t.double().numpy() for t in own.values())
+        found[name] = 1.5 * np.kron(w1, a @ b)
+    save_file(dict(reversed(tensors.items())), file)
+    return found
+
+
+def added(*terms: tuple[float, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for weight, own in terms:
+        for name, delta in own.items():
+            found[name] = found.get(name, 0) + weight * delta
+    return found
+
+
+def test_files_of_other_libraries_are_combined(tmp_path: Path) -> None:
+    """By path, without a model: the sum of two LoRAs is one of their ranks' sum."""
+    first, second = peft_folder(tmp_path / "first", 1), peft_folder(tmp_path / "second", 2, rank=3)
+    found = sl.combine({tmp_path / "first": 0.7, tmp_path / "second": -0.3})
+    assert found.error < EXACT
+    assert {tuple(t.shape) for t in found.tensors.values()} == {(12, 5), (5, 10)}
+    for name, wanted_ in added((0.7, first), (-0.3, second)).items():
+        np.testing.assert_allclose(found.deltas()[name].numpy(), wanted_, atol=1e-12)
+    cut = sl.combine({tmp_path / "first": 0.7, tmp_path / "second": -0.3}, "svd", rank=2)
+    for name, wanted_ in added((0.7, first), (-0.3, second)).items():
+        np.testing.assert_allclose(cut.deltas()[name].numpy(), svd(wanted_, 2), atol=1e-9)
+
+
+def test_files_are_mixed_with_what_a_model_carries(tmp_path: Path) -> None:
+    """Three origins: PEFT's folder, a file whose names only the model tells, and a live adapter."""
+    first, second = peft_folder(tmp_path / "first", 1), lycoris_file(tmp_path / "x.safetensors")
+    model = net()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    live = sl.attach(model, sl.lotr(2), ["a", "b"], name="style", dtype=torch.float64, seed=0)
+    perturb(live)
+    own = {name: live.delta(name).detach().numpy() for name in live.targets}
+    found = sl.combine({"style": 1.0, tmp_path / "first": 0.5, str(tmp_path / "x.safetensors"): -2.0}, model=model)
+    expected = added((1.0, own), (0.5, first), (-2.0, second))
+    assert found.deltas().keys() == expected.keys()
+    for name, delta in found.deltas().items():
+        np.testing.assert_allclose(delta.numpy(), expected[name], atol=1e-12)
+    assert set(sl.tuned(model, "style").targets) == {"a", "b"}
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    with pytest.raises(sl.CheckpointError, match="the modules are known only with the base model"):
+        sl.combine({tmp_path / "first": 0.5, tmp_path / "x.safetensors": 1.0})
+    with pytest.raises(sl.AttachError, match="carries no adapter named 'nowhere', and no file is there"):
+        sl.combine({"nowhere": 1.0}, model=model)
+
+
+def in_two_orders(spec: sl.AdapterSpec, folder: Path) -> list[sl.Tuned]:
+    """Adapters of one declaration that list their weights as a, b and b, a; saved in folders of these names."""
+    found = []
+    for k, names in enumerate(("ab", "ba")):
+        model = nn.ModuleDict({n: nn.Linear(10, 12) for n in names}).double()
+        found.append(sl.attach(model, spec, list(names), dtype=torch.float64, seed=k))
+        perturb(found[-1], seed=k)
+        assert list(found[-1].targets) == list(names)
+        found[-1].save(folder / names)
+    return found
+
+
+@pytest.mark.parametrize("spec", [sl.lora(2), sl.lotr(2), sl.lorta(2, groups=2)], ids=["lora", "lotr", "flat"])
+def test_the_order_of_the_weights_does_not_matter(spec: sl.AdapterSpec, tmp_path: Path) -> None:
+    first, second = in_two_orders(spec, tmp_path)
+    found = sl.combine({tmp_path / "ab": 2.0, tmp_path / "ba": -1.0}).deltas()
+    for name in "ab":
+        wanted_ = 2.0 * first.delta(name).detach() - second.delta(name).detach()
+        np.testing.assert_allclose(found[name].numpy(), wanted_.numpy(), atol=1e-12)
+
+
+def test_nodes_are_merged_weight_by_weight_whatever_their_order(tmp_path: Path) -> None:
+    """B and A of each weight added with the roots of the weights, as PEFT's "linear" does; LoTR has common nodes."""
+    handles = in_two_orders(sl.lora(2), tmp_path)
+    found = sl.combine({tmp_path / "ab": 2.0, tmp_path / "ba": 3.0}, "linear", on="nodes").deltas()
+    for name in "ab":
+        own = [[p.detach().numpy() for p in a.parameters()] for h in handles for a in h.adapters if name in a.members]
+        b, a = (2.0**0.5 * one + 3.0**0.5 * two for one, two in zip(*own, strict=True))
+        np.testing.assert_allclose(found[name].numpy(), b @ a.T, atol=1e-12)
+    in_two_orders(sl.lotr(2), tmp_path)
+    with pytest.raises(sl.SpecError, match="number their weights in one order"):
+        sl.combine({tmp_path / "ab": 2.0, tmp_path / "ba": 3.0}, "linear", on="nodes")

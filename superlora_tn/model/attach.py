@@ -338,7 +338,7 @@ def load(
     Raises:
         CheckpointError: files missing, damaged, of a newer schema, or of another base.
     """
-    saved = _read(model, folder, part, at)
+    saved = read_for(model, folder, part, at)
     _check_base(model, folder, saved, at)
     entries = tuple((entry.spec, tuple(entry.targets)) for entry in saved.entries)
     # Any seed: the values are overwritten, and drawing them must not move the user's generator.
@@ -355,8 +355,12 @@ def load(
     return handle
 
 
-def _read(model: nn.Module, path: str | PathLike[str], part: str | None, at: At | None) -> Saved:
-    """An adapter of this library or another, fitted to the model's names and shapes."""
+def read_for(model: nn.Module, path: str | PathLike[str], part: str | None = None, at: At | None = None) -> Saved:
+    """An adapter of this library or another, fitted to the model's names and shapes; the arguments are those of `load`.
+
+    Raises:
+        CheckpointError: it is damaged, or does not fit.
+    """
     found = read(path)
     if isinstance(found, Saved):
         return found

@@ -8,6 +8,7 @@ are exact for any network. All else makes dW of each weight and fits a declarati
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import CP, SpecError, check_number, check_rank, reference_rank
 from superlora_tn.declare.rows import Span
+from superlora_tn.files.foreign import Parsed
 from superlora_tn.files.own import CheckpointError, Entry, Saved, tensor_name, write
 from superlora_tn.files.read import read
 from superlora_tn.files.thin import Filled, filled, thin
-from superlora_tn.model.attach import load
+from superlora_tn.model.attach import load, read_for
 from superlora_tn.model.several import handles
 from superlora_tn.model.targets import AttachError, near
 from superlora_tn.model.tuned import Tuned
@@ -89,7 +91,7 @@ class Combined:
 
 
 def combine(
-    weights: Mapping[str, float],
+    weights: Mapping[str, float] | Mapping[str | os.PathLike[str], float],
     how: How = "cat",
     *,
     model: nn.Module | None = None,
@@ -102,14 +104,16 @@ def combine(
     """Several adapters as one new adapter; strengths set by `use` do not count, and weights that one lacks get the others'.
 
     Args:
-        weights: of each adapter: by its name on `model`, or without a model by its folder.
+        weights: of each adapter: by its name on `model`, or by its folder or file, of this library or another (see
+            `docs/files.md`).
         how: ``"cat"`` is the weighted sum, exactly. The others make dW of each weight and fit `to`: ``"svd"`` the weighted sum,
             ``"magnitude"`` with the smallest numbers of each adapter's dW dropped, ``"dare"`` with random ones dropped and the
             rest scaled up (Yu et al. 2023, arXiv 2311.03099), ``"ties"`` with the smallest dropped and of the rest the mean of
             those of the winning sign (Yadav et al. 2023, arXiv 2306.01708), ``"dare_ties"`` likewise with random ones dropped.
             These are PEFT's ``svd``, ``magnitude_prune_svd``, ``dare_linear_svd``, ``ties_svd`` and ``dare_ties_svd``.
             ``"linear"`` adds nodes, and is for ``on="nodes"``.
-        model: that carries the adapters.
+        model: that carries the adapters, or that the files are for. Without it, files are taken by the names in them, and those
+            that follow from a base (kohya's names, DoRA, VeRA) are refused.
         to: the new declaration; None takes LoRA of `rank`.
         rank: None takes the largest of the adapters' own.
         density: the part of dW's numbers that is kept, above 0 up to 1; of ``"cat"`` and ``"svd"`` nothing is dropped.
@@ -123,7 +127,7 @@ def combine(
 
     Raises:
         AttachError: a name that the model does not carry, or weights of one name and different shapes.
-        CheckpointError: a folder that is no adapter of this library, or one with parameters that train beside.
+        CheckpointError: a file that is no adapter, does not fit, needs the model, or has parameters that train beside.
         SpecError: a setting out of its range, or a declaration that does not fit.
     """
     if (how != "cat" and how not in MERGES) or on not in ("delta", "nodes"):
@@ -191,25 +195,29 @@ class _Part:
         return filled(self.saved.entries, {name: tensor.double().cpu() for name, tensor in self.saved.tensors.items()})
 
 
-def _saved(name: str, model: nn.Module | None) -> Saved:
-    if model is None:
-        found = read(name)
-        if not isinstance(found, Saved):
-            raise CheckpointError(
-                f"{name} is an adapter of another library; load() it into a model, and combine it by its name."
-            )
-        saved = found
-    else:
-        known = handles(model)
-        if name not in known:
-            raise AttachError(f"the model carries no adapter named '{name}'; {near(name, list(known))}.")
+def _saved(name: str | os.PathLike[str], model: nn.Module | None) -> Saved:
+    known = {} if model is None else handles(model)
+    if isinstance(name, str) and name in known:
         saved = known[name]._saved()
+    elif model is None:
+        found = read(name)
+        saved = found if isinstance(found, Saved) else _plain(found)
+    elif not os.path.exists(name):
+        raise AttachError(f"the model carries no adapter named '{name}', and no file is there; {near(str(name), list(known))}.")
+    else:
+        saved = read_for(model, name)
     if saved.buffers:
         raise CheckpointError(
             f"'{name}' has parameters or buffers of the base beside it ({next(iter(saved.buffers))}), whose sum means nothing; "
             "combine adapters that have none."
         )
     return saved
+
+
+def _plain(found: Parsed) -> Saved:
+    """A file of another library by the names that stand in it."""
+    fitted = found.plain()
+    return Saved(fitted.entries, fitted.tensors, {**fitted.added, **fitted.replaced})
 
 
 def _targets(parts: Sequence[_Part]) -> tuple[dict[str, Shape], dict[str, Span]]:
@@ -234,12 +242,13 @@ def _stacked(parts: Sequence[_Part]) -> tuple[tuple[Entry, ...], dict[str, Tenso
         return None
     try:
         specs = [summed([part.saved.entries[k].spec for part in parts]) for k in range(len(first))]
+        laid = [_laid(part.saved) for part in parts]
         tensors: dict[str, Tensor] = {}
         k = 0
         for number, spec in enumerate(specs):
             factors = [part.weight * part.saved.entries[number].spec.scale / spec.scale for part in parts]
-            for _, graph in spec.lay_out(first[number].targets):
-                values = [[part.saved.tensors[tensor_name(k, node)].double().cpu() for node in graph.nodes] for part in parts]
+            for group, graph in spec.lay_out(first[number].targets):
+                values = [own[number][tuple(group.members)] for own in laid]
                 places = blocks(graph, [[tuple(v.shape) for v in own] for own in values])
                 for j, node in enumerate(graph.nodes):
                     whole = torch.zeros(node.shape, dtype=torch.float64)
@@ -247,9 +256,21 @@ def _stacked(parts: Sequence[_Part]) -> tuple[tuple[Entry, ...], dict[str, Tenso
                         whole[place[j]] += own[j] * (factor if j == 0 else 1.0)
                     tensors[tensor_name(k, node)] = whole
                 k += 1
-    except (SpecError, ZeroDivisionError):
+    except (SpecError, ZeroDivisionError, KeyError):  # a KeyError: they number their weights in different orders
         return None
     return tuple(Entry(spec, own.targets) for spec, own in zip(specs, first, strict=True)), tensors
+
+
+def _laid(saved: Saved) -> list[dict[tuple[str, ...], list[Tensor]]]:
+    """Of each declaration, the nodes of every group in float64, by its weights: files have them in orders of their own."""
+    found, k = [], 0
+    for entry in saved.entries:
+        own = {}
+        for group, graph in entry.spec.lay_out(entry.targets):
+            own[tuple(group.members)] = [saved.tensors[tensor_name(k, node)].double().cpu() for node in graph.nodes]
+            k += 1
+        found.append(own)
+    return found
 
 
 def _merged(
@@ -260,15 +281,18 @@ def _merged(
     plain = [[(replace(e.spec, alpha=None, rslora=False), e.targets) for e in part.saved.entries] for part in parts]
     if any(own != plain[0] for own in plain):
         raise SpecError("on='nodes' merges adapters of one declaration on the same weights; these differ. Merge on='delta'.")
+    laid = [_laid(part.saved) for part in parts]
+    if any([set(one) for one in own] != [set(one) for one in laid[0]] for own in laid):
+        raise SpecError("on='nodes' merges adapters that number their weights in one order; these differ. Merge on='delta'.")
     tensors: dict[str, Tensor] = {}
     k = 0
     for number, (spec, targets) in enumerate(plain[0]):
         scales = [part.weight * part.saved.entries[number].spec.scale for part in parts]
-        for _, graph in spec.lay_out(targets):
+        for group, graph in spec.lay_out(targets):
             trained = [j for j, node in enumerate(graph.nodes) if node.trainable]
             for j, node in enumerate(graph.nodes):
                 name = tensor_name(k, node)
-                given = [part.saved.tensors[name].double().cpu() for part in parts]
+                given = [own[number][tuple(group.members)][j] for own in laid]
                 roots = [abs(s) ** (1 / len(trained)) * (math.copysign(1, s) if j == trained[-1] else 1.0) for s in scales]
                 if j not in trained and not all(torch.equal(one, given[0]) for one in given):
                     raise SpecError(f"the frozen node '{name}' differs between the adapters; merge on='delta'.")
