@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -130,26 +130,10 @@ def combine(
         CheckpointError: a file that is no adapter, does not fit, needs the model, or has parameters that train beside.
         SpecError: a setting out of its range, or a declaration that does not fit.
     """
-    if (how != "cat" and how not in MERGES) or on not in ("delta", "nodes"):
-        raise SpecError(
-            f"combine was given how={how!r}, on={on!r}; choose of cat, {', '.join(MERGES)}, and of 'delta', 'nodes'."
-        )
-    if on == "nodes" and (how in ("cat", "svd") or to is not None or rank is not None):
-        raise SpecError(f"combine(how={how!r}, on='nodes') merges nodes as they are, by linear, ties, dare and the like alone.")
-    if on == "delta" and how == "linear":
-        raise SpecError("combine(how='linear') adds nodes; say on='nodes', or take how='cat' or 'svd' for sums of dW.")
-    if not weights:
-        raise SpecError("combine was given no adapter; give weights such as {'style': 0.7, 'subject': 0.3}.")
-    for name, weight in weights.items():
-        check_number("combine", f"weight of '{name}'", weight)
-    check_number("combine", "density", density)
-    if not 0 < density <= 1:
-        raise SpecError(f"combine was given density={density}; it is above 0 and at most 1.")
+    _check(weights, how, on, to is not None or rank is not None, density)
     parts = [_Part(_saved(name, model), float(weight)) for name, weight in weights.items()]
     shapes, rows = _targets(parts)
     if how == "cat":
-        if to is not None or rank is not None:
-            raise SpecError("combine(how='cat') is exact, of the ranks that takes; for other ranks choose how='svd'.")
         entries, tensors = _stacked(parts) or _thin(parts, shapes)
     elif on == "nodes":
         entries, tensors = _merged(parts, MERGES[how], density, torch.Generator().manual_seed(seed))
@@ -171,6 +155,27 @@ def combine(
     placed = tuple(Entry(e.spec, e.targets, {n: s for n, s in rows.items() if n in e.targets}) for e in entries)
     errors = {name: _relative(delta, wanted(name)) for name, delta in _deltas(placed, tensors)}
     return Combined(placed, tensors, errors)
+
+
+def _check(weights: Mapping[Any, float], how: How, on: On, sized: bool, density: float) -> None:
+    """Raise for settings out of their range; `sized` says whether a declaration or a rank was given."""
+    if (how != "cat" and how not in MERGES) or on not in ("delta", "nodes"):
+        raise SpecError(
+            f"combine was given how={how!r}, on={on!r}; choose of cat, {', '.join(MERGES)}, and of 'delta', 'nodes'."
+        )
+    if on == "nodes" and (how in ("cat", "svd") or sized):
+        raise SpecError(f"combine(how={how!r}, on='nodes') merges nodes as they are, by linear, ties, dare and the like alone.")
+    if on == "delta" and how == "linear":
+        raise SpecError("combine(how='linear') adds nodes; say on='nodes', or take how='cat' or 'svd' for sums of dW.")
+    if not weights:
+        raise SpecError("combine was given no adapter; give weights such as {'style': 0.7, 'subject': 0.3}.")
+    for name, weight in weights.items():
+        check_number("combine", f"weight of '{name}'", weight)
+    check_number("combine", "density", density)
+    if not 0 < density <= 1:
+        raise SpecError(f"combine was given density={density}; it is above 0 and at most 1.")
+    if how == "cat" and sized:
+        raise SpecError("combine(how='cat') is exact, of the ranks that takes; for other ranks choose how='svd'.")
 
 
 def _deltas(entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
