@@ -40,6 +40,7 @@ EXTRAS = dict.fromkeys(("matplotlib", "PIL", "rich", "sklearn", "transformers"),
     "hypothesis": "verify",
     "accelerate": "finetune",
     "datasets": "finetune",
+    "diffusers": "finetune",
     "yaml": "finetune",
 }
 

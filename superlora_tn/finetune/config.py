@@ -19,7 +19,7 @@ from superlora_tn.network.budget import Budget, fit
 from superlora_tn.network.catalogue import VARIANTS
 from superlora_tn.network.spec import AdapterSpec
 
-TASKS = ("image-classification", "text-classification", "causal-lm")
+TASKS = ("image-classification", "text-classification", "causal-lm", "diffusion")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
 FILES = (".jsonl", ".json", ".csv", ".txt")
@@ -47,14 +47,20 @@ class Config:
 
     model: str = key("a folder as save_pretrained writes it, or a hub name")
     task: str = key("what is learnt", choices=TASKS)
-    data: str = key("a folder of images by class, a .jsonl, .csv or .txt file, a folder of datasets, or a hub name")
+    data: str = key(
+        "a folder of images by class or with captions, a .jsonl, .csv or .txt file, a folder of datasets, or a hub name"
+    )
     output: str = key("folder for checkpoints, report and adapter", "out/finetune")
     eval_data: str = key("the same, for evaluation; without it eval_share is held apart", "")
     eval_share: float = key("share of the data that is held apart", 0.1, least=0)
-    text: str = key("the column of the text", "text")
+    text: str = key("the column of the text or caption", "text")
     label: str = key("the column of the label", "label")
     image: str = key("the column of the image, in a datasets folder", "image")
     length: int = key("tokens of a row, at most", 128, least=2)
+    size: int = key("of diffusion's images, a side in pixels; 0 is the model's own", 0, least=0)
+    samples: int = key("images that a diffusion model draws at the end", 4, least=0)
+    sample_steps: int = key("steps of drawing one", 25, least=1)
+    guidance: float = key("of drawn images by caption or class, where the model was trained for it; 1 is none", 4.0, least=1)
     variant: str = key("a variant's name", "lora", choices=tuple(VARIANTS))
     settings: dict[str, Any] = field(default_factory=dict, metadata=facts("the variant's settings"))
     network: dict[str, Any] = field(default_factory=dict, metadata=facts(f"in place of a variant: {', '.join(NOTATION)}"))

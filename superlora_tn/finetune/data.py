@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from superlora_tn.finetune.config import Config, ConfigError, near
 
 Row = dict[str, Any]
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+SEEN = ("image-classification", "diffusion")
+METADATA = ("metadata.jsonl", "metadata.csv")
 EVAL = ("validation", "valid", "val", "eval", "test")
 
 
@@ -25,9 +27,9 @@ class Rows:
     """What was read.
 
     Attributes:
-        train: rows with ``text``, or ``image`` and ``label``.
+        train: rows with ``text``, or ``image`` and ``label``; for diffusion ``image``, and ``text`` or ``label`` where known.
         held: the same for evaluation; empty where there are none.
-        classes: the labels, in order; empty without labels.
+        classes: the labels of a classification, in order; empty for other tasks.
     """
 
     train: list[Row]
@@ -49,7 +51,7 @@ def read_rows(config: Config) -> Rows:
         train, held = _apart(train, config)
     if not train:
         raise ConfigError(f"data '{config.data}' holds nothing to learn from.")
-    classes = [] if config.task == "causal-lm" else sorted({row["label"] for row in train}, key=_numbers_first)
+    classes = in_order(row["label"] for row in train) if config.task.endswith("classification") else []
     strange = next((row["label"] for row in held if classes and row["label"] not in classes), None)
     if strange is not None:
         raise ConfigError(f"the evaluation has the label '{strange}', which no training row has; {near(strange, classes)}.")
@@ -58,8 +60,9 @@ def read_rows(config: Config) -> Rows:
     return Rows(train, held, classes)
 
 
-def _numbers_first(label: str) -> tuple[int, int, str]:
-    return (0, int(label), "") if label.isdecimal() else (1, 0, label)
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Each label once: numbers by their size, then words."""
+    return sorted(set(labels), key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label))
 
 
 def _apart(rows: list[Any], config: Config) -> tuple[list[Any], list[Any]]:
@@ -76,11 +79,11 @@ def _split(config: Config, name: str) -> tuple[list[Row], list[Row]]:
     if path.is_file():
         return _rows_of_file(config, path), []
     if path.is_dir() and not any((path / own).exists() for own in ("dataset_info.json", "dataset_dict.json")):
-        if config.task != "image-classification":
+        if config.task not in SEEN:
             raise ConfigError(f"data '{name}' is no folder that datasets wrote; give a .jsonl, .csv or .txt file.")
         inner = path / "train"
         held = next((path / own for own in EVAL if (path / own).is_dir()), None) if inner.is_dir() else None
-        return _pictures(inner if inner.is_dir() else path), [] if held is None else _pictures(held)
+        return _seen(config, inner if inner.is_dir() else path), [] if held is None else _seen(config, held)
     import datasets
 
     found: Any = datasets.load_from_disk(name) if path.is_dir() else datasets.load_dataset(name)
@@ -89,6 +92,32 @@ def _split(config: Config, name: str) -> tuple[list[Row], list[Row]]:
     train = found.get("train", next(iter(found.values())))
     own = next((found[key] for key in EVAL if key in found and found[key] is not train), None)
     return _of_datasets(config, name, train), [] if own is None else _of_datasets(config, name, own)
+
+
+def _seen(config: Config, folder: Path) -> list[Row]:
+    """Pictures of a folder: by class, or for diffusion with captions in a metadata file or beside each, or alone."""
+    if config.task != "diffusion":
+        return _pictures(folder)
+    note = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    if note is not None:
+        return [_captioned(config, folder, where, row) for where, row in _objects(note)]
+    rows = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in PICTURES:
+            beside = file.with_suffix(".txt")
+            rows.append({"image": file} | ({"text": beside.read_text(encoding="utf-8").strip()} if beside.is_file() else {}))
+    return rows or _pictures(folder)
+
+
+def _captioned(config: Config, folder: Path, where: str, row: Any) -> Row:
+    """One row of a metadata file: ``file_name``, and the columns of caption and label where they are."""
+    if not isinstance(row, dict) or not row.get("file_name"):
+        raise ConfigError(f"{where}: a row is an object with 'file_name', and '{config.text}' or '{config.label}'.")
+    if not (folder / row["file_name"]).is_file():
+        raise ConfigError(f"{where}: there is no picture {folder / row['file_name']}.")
+    columns = {"text": config.text, "label": config.label}
+    known = {to: str(row[column]) for to, column in columns.items() if row.get(column) is not None}
+    return {"image": folder / row["file_name"], **known}
 
 
 def _pictures(folder: Path) -> list[Row]:
@@ -105,27 +134,32 @@ def _pictures(folder: Path) -> list[Row]:
 
 
 def _rows_of_file(config: Config, path: Path) -> list[Row]:
-    if config.task == "image-classification":
-        raise ConfigError(f"data '{path}' is a file; images are in a folder of folders, one a class.")
-    text = path.read_text(encoding="utf-8")
+    if config.task in SEEN:
+        raise ConfigError(f"data '{path}' is a file; give the folder of the pictures.")
     if path.suffix == ".txt":
         if config.task != "causal-lm":
             raise ConfigError(
                 f"data '{path}' has no labels; give a .jsonl or .csv file with '{config.text}' and '{config.label}'."
             )
-        return [{"text": text}]
+        return [{"text": path.read_text(encoding="utf-8")}]
+    return [_row(config, where, row) for where, row in _objects(path)]
+
+
+def _objects(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each row of a .csv or .jsonl file is, and its columns."""
     if path.suffix == ".csv":
-        return [_row(config, f"{path}:{k}", row) for k, row in enumerate(csv.DictReader(text.splitlines()), 2)]
-    rows = []
-    for k, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{path}:{k}: this line is no JSON: {error}.") from error
-        rows.append(_row(config, f"{path}:{k}", value))
-    return rows
+        with path.open(encoding="utf-8", newline="") as lines:
+            reader = csv.DictReader(lines)
+            for row in reader:
+                yield f"{path}:{reader.line_num}", row
+        return
+    for k, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"{path}:{k}: this line is no JSON: {error}.") from error
+            yield f"{path}:{k}", value
 
 
 def _row(config: Config, where: str, row: Any) -> Row:
@@ -140,6 +174,8 @@ def _row(config: Config, where: str, row: Any) -> Row:
 
 
 def _of_datasets(config: Config, name: str, found: Any) -> list[Row]:
+    if config.task == "diffusion":
+        return _captioned_of_datasets(config, name, found)
     content = config.image if config.task == "image-classification" else config.text
     columns = [content] if config.task == "causal-lm" else [content, config.label]
     for column in columns:
@@ -148,8 +184,25 @@ def _of_datasets(config: Config, name: str, found: Any) -> list[Row]:
     to = "image" if config.task == "image-classification" else "text"
     if len(columns) == 1:
         return [{to: row[content]} for row in found]
+    named = _labels(config, found)
+    return [{to: row[content], "label": named(row[config.label])} for row in found]
+
+
+def _labels(config: Config, found: Any) -> Callable[[Any], str]:
     names = getattr(found.features[config.label], "names", None)
-    return [{to: row[content], "label": str(names[row[config.label]] if names else row[config.label])} for row in found]
+    return lambda value: str(names[value] if names else value)
+
+
+def _captioned_of_datasets(config: Config, name: str, found: Any) -> list[Row]:
+    """Rows for diffusion: the image, and caption and label where there are such columns."""
+    if config.image not in found.column_names:
+        raise ConfigError(f"data '{name}' has no column '{config.image}'; {near(config.image, found.column_names)}.")
+    makes: dict[str, tuple[str, Callable[[Any], Any]]] = {"image": (config.image, lambda value: value)}
+    if config.text in found.column_names:
+        makes["text"] = (config.text, str)
+    if config.label in found.column_names:
+        makes["label"] = (config.label, _labels(config, found))
+    return [{to: make(row[column]) for to, (column, make) in makes.items()} for row in found]
 
 
 class Images(Dataset[dict[str, Any]]):

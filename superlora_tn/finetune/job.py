@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -16,6 +17,7 @@ from superlora_tn.finetune.data import Images, Rows, block_splits, labelled, rea
 from superlora_tn.model.attach import attach
 from superlora_tn.model.targets import bind, match, places
 from superlora_tn.model.tuned import Tuned
+from superlora_tn.trainers import AdapterTrainer
 
 AUTO = {
     "image-classification": transformers.AutoModelForImageClassification,
@@ -52,6 +54,29 @@ class Job:
             return dict(transformers.DataCollatorWithPadding(self.processor)(list(rows)))
         return dict(transformers.default_data_collator(list(rows)))
 
+    def trainer(self, *args: Any, **options: Any) -> Any:
+        """The Trainer of this job."""
+        return AdapterTrainer(*args, compute_metrics=_accuracy if self.classes else None, **options)
+
+    def write(self, place: Path) -> None:
+        """Write the model whole, with what reads its inputs."""
+        self.model.save_pretrained(place)
+        self.processor.save_pretrained(place)
+
+    @property
+    def prefix(self) -> str | None:
+        """In front of the names in diffusers' format; None is the format's own."""
+        return None
+
+    def results(self, out: Path) -> dict[str, Any]:
+        """What more is made of the trained model, for the report."""
+        return {}
+
+
+def _accuracy(given: Any) -> dict[str, float]:
+    scores = given.predictions[0] if isinstance(given.predictions, tuple) else given.predictions
+    return {"accuracy": float(np.mean(np.argmax(scores, -1) == given.label_ids))}
+
 
 def prepare(config: Config) -> Job:
     """Read the data, load the model and attach the adapter; nothing of it depends on what ran before.
@@ -75,15 +100,26 @@ def prepare(config: Config) -> Job:
         train, held = (labelled(own, classes, processor, config.length) for own in (rows.train, rows.held))
     else:
         train, held = block_splits(rows, processor, config)
+    tuned, beside = adapted(model, config, fresh)
+    return Job(model, tuned, processor, train, held, classes, beside)
+
+
+def adapted(model: Any, config: Config, fresh: Sequence[str]) -> tuple[Tuned, tuple[str, ...]]:
+    """Attach the adapter that a configuration declares; returns the handle, and what trains beside it.
+
+    Args:
+        model: the base.
+        config: targets, declaration and seed.
+        fresh: names of parameters that are new and train whole.
+    """
     known = places(model)
     heads = {name.rpartition(".")[0] for name in fresh}  # what is new trains as it is, not as its adapter
     targets = config.targets[0] if config.targets == ["all-linear"] else config.targets
     names = [name for name in match(model, targets, config.exclude) if name not in heads]
     spec = config.declared({name: bind(name, known[name]).shape for name in names})
-    also = [*config.also, *fresh]
-    tuned = attach(model, spec, names, also=also, seed=config.seed)
+    tuned = attach(model, spec, names, also=[*config.also, *fresh], seed=config.seed)
     beside = tuple(n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(f"{tuned.name}."))
-    return Job(model, tuned, processor, train, held, classes, beside)
+    return tuned, beside
 
 
 def _processor(config: Config) -> Any:
@@ -126,7 +162,9 @@ def same_run(folder: Path, config: Config) -> None:
         draft.write_text(json.dumps(now, indent=1))
         draft.replace(note)
         return
-    before = json.loads(note.read_text())
+    # A folder of an earlier release lacks keys that came since.
+    before = json.loads(json.dumps({f.name: f.default for f in fields(Config) if f.default is not MISSING}))
+    before |= json.loads(note.read_text())
     for name in now:
         if before.get(name) != now[name]:
             raise ConfigError(

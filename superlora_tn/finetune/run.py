@@ -10,14 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import transformers
 
 from superlora_tn.files.writes import Report
 from superlora_tn.finetune.config import Config
 from superlora_tn.finetune.job import Job, prepare, same_run
 from superlora_tn.tools import draw
-from superlora_tn.trainers import AdapterTrainer
 
 WHOLE = "whole"  # a file that says that a checkpoint was written to its end
 REPORT, CURVES = "report.json", "curves.png"
@@ -60,7 +58,7 @@ def finetune(config: Config) -> dict[str, Any]:
         done: dict[str, Any] = json.loads((out / REPORT).read_text())
         if done["format"] == config.format:
             return done
-    job = prepare(config)
+    job = _job(config, arguments)
     trainer = _trainer(config, job, arguments)
     last = _last_checkpoint(out)
     _train(trainer, last)
@@ -84,11 +82,20 @@ def finetune(config: Config) -> dict[str, Any]:
     }
     if any("loss" in row or "eval_loss" in row for row in history):
         report["curves"] = str(_curves(history, out / CURVES))
+    report |= job.results(out)
     report["files"] = _write(config, job, out)
     draft = out / f"{REPORT}.draft"
     draft.write_text(json.dumps(report, indent=1))
     draft.replace(out / REPORT)
     return report
+
+
+def _job(config: Config, arguments: Any) -> Job:
+    if config.task != "diffusion":
+        return prepare(config)
+    from superlora_tn.finetune import diffusion  # diffusers is imported where it is asked for
+
+    return diffusion.prepare(config, arguments.device)
 
 
 def _train(trainer: Any, last: Path | None) -> None:
@@ -147,22 +154,16 @@ def _trainer(config: Config, job: Job, arguments: Any) -> Any:
         callbacks.append(transformers.EarlyStoppingCallback(config.patience))
     if not len(job.held):
         arguments.eval_strategy, arguments.load_best_model_at_end = "no", False
-    trainer = AdapterTrainer(
+    trainer = job.trainer(
         job.model,
         arguments,
         data_collator=job.collate,
         train_dataset=job.train,
         eval_dataset=job.held if len(job.held) else None,
-        compute_metrics=_accuracy if job.classes else None,
         callbacks=callbacks,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
-
-
-def _accuracy(given: Any) -> dict[str, float]:
-    scores = given.predictions[0] if isinstance(given.predictions, tuple) else given.predictions
-    return {"accuracy": float(np.mean(np.argmax(scores, -1) == given.label_ids))}
 
 
 def _last_checkpoint(out: Path) -> Path | None:
@@ -202,10 +203,10 @@ def _write(config: Config, job: Job, out: Path) -> list[str]:
     if config.format == "merged":
         place = out / "merged"
         job.tuned.bake()
-        job.model.save_pretrained(place)
-        job.processor.save_pretrained(place)
+        job.write(place)
         return [str(place)]
     place = out / "adapter"
     place.mkdir(exist_ok=True)
-    written: Report = job.tuned.save(place, config.format)  # type: ignore[arg-type]
+    more = {"prefix": job.prefix} if config.format == "diffusers" else {}
+    written: Report = job.tuned.save(place, config.format, **more)  # type: ignore[arg-type]
     return [str(file) for file in written.files]
