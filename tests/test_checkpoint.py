@@ -234,8 +234,8 @@ def test_bytes_that_are_not_text_raise(folder: Path) -> None:
 
 
 def test_a_newer_schema_raises_and_says_upgrade(folder: Path) -> None:
-    edit_json(folder, lambda body: body.update(schema=3))
-    refuse(folder, "schema 3", "up to 2", "upgrade superlora_tn")
+    edit_json(folder, lambda body: body.update(schema=4))
+    refuse(folder, "schema 4", "up to 3", "upgrade superlora_tn")
 
 
 @pytest.mark.parametrize("schema", [0, -1, True, "1", None, 1.0, [1]])

@@ -56,7 +56,7 @@ HOUSE = {
         ["weights", "site"],
         ["merging"],
         ["tuned"],
-        ["beside", "several", "kernels"],
+        ["beside", "several", "kernels", "saved"],
         ["attach"],
     ],
     "tools": [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from models import noise, perturb
 from optional import library
+from saved import body_of, edit_json
 from torch import Tensor, nn
 
 import superlora_tn as sl
@@ -92,7 +94,8 @@ def test_the_output_stays_and_everything_is_as_before(name: str, tmp_path: Path)
     for folder in ("own", "peft"):
         again = sl.load(model, tmp_path / folder)
         torch.testing.assert_close(model(x), after)
-        assert again.num_parameters == (count if name in ("orthogonal", "eva") else 2 * count)
+        # PEFT's format has no half that does not train.
+        assert again.num_parameters == (count if folder == "own" or name in ("orthogonal", "eva") else 2 * count)
         again.detach()
 
 
@@ -105,6 +108,73 @@ def test_a_state_dict_goes_on_where_it_stopped(name: str) -> None:
     again.load_state_dict(model.state_dict())
     x = noise(5, 12, seed=9, dtype=torch.float64)
     assert torch.equal(again(x), model(x))
+
+
+def train(tuned: sl.Tuned, model: nn.Module, steps: int) -> None:
+    optimizer = torch.optim.SGD(tuned.parameters(), lr=0.05)
+    for k in range(steps):
+        optimizer.zero_grad()
+        loss(model, batches(next(model.parameters()).dtype)[k % 3]).backward()
+        optimizer.step()
+
+
+SAVED = {
+    "lora": (sl.lora(RANK, alpha=ALPHA), sl.pissa(), torch.float64),
+    "lora in float32": (sl.lora(RANK, alpha=ALPHA, rslora=True), sl.olora(), torch.float32),
+    "lotr": (sl.lotr(3), sl.pissa(), torch.float64),
+    "flat": (sl.lorta(2, groups=2), sl.pissa(), torch.float64),
+    "no departure": (sl.lora(RANK), sl.orthogonal(2), torch.float64),
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_a_loaded_start_trains_on_as_if_it_had_not_been_saved(case: str, tmp_path: Path) -> None:
+    """Bit for bit: the same half trains, and the other is the start still."""
+    spec, how, dtype = SAVED[case]
+    model = net(dtype)
+    tuned = sl.start(attached(model, spec), how)
+    first = [p.detach().clone() for p in tuned.parameters()]
+    train(tuned, model, 3)
+    tuned.save(tmp_path)
+    other = net(dtype)
+    again = sl.load(other, tmp_path)
+    assert again.num_parameters == tuned.num_parameters == sum(p.numel() for p in again.parameters())
+    assert again.entries == tuned.entries
+    for own, handle in ((model, tuned), (other, again)):
+        train(handle, own, 4)
+        handle.save(tmp_path / f"{id(handle)}")
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), tuned.parameters(), strict=True))
+    assert all(torch.equal(again.delta(n), tuned.delta(n)) for n in tuned.targets)
+    assert (tmp_path / f"{id(tuned)}" / "adapter.json").read_bytes() == (
+        tmp_path / f"{id(again)}" / "adapter.json"
+    ).read_bytes()
+    again.replace(tmp_path)
+    tuned.replace(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), tuned.parameters(), strict=True))
+    if how.departs:
+        again.reset_parameters()
+        assert all(torch.equal(p, q) for p, q in zip(again.parameters(), first, strict=True))
+
+
+def test_only_a_departure_needs_a_newer_reader(tmp_path: Path) -> None:
+    """Everything else is written as before; in an older schema the new field is none."""
+    attached(net()).save(tmp_path / "plain")
+    sl.start(attached(net()), sl.orthogonal(1)).save(tmp_path / "orthogonal")
+    sl.start(attached(net()), sl.pissa()).save(tmp_path / "pissa")
+    assert [body_of(tmp_path / n)["schema"] for n in ("plain", "orthogonal", "pissa")] == [2, 2, 3]
+    for change, words in (
+        (lambda body: body.update(schema=2), "expected a list of dicts of spec and targets"),
+        (lambda body: body["entries"][0].update(trains=sl.lora(3).to_dict()), "the sum of two of these is not"),
+        (lambda body: body["entries"][0].update(trains=sl.lokr(3).to_dict()), "no network of their form"),
+        (lambda body: body["entries"][0].update(trains=None), "expected"),
+        (lambda body: body["entries"][0].update(trains=[1]), "expected"),
+    ):
+        folder = Path(shutil.copytree(tmp_path / "pissa", tmp_path / f"changed {words[:9]}", dirs_exist_ok=True))
+        edit_json(folder, change)
+        model = net()
+        with pytest.raises(sl.CheckpointError, match=words):
+            sl.load(model, folder)
+        assert all(torch.equal(v, w) for v, w in zip(model.state_dict().values(), net().state_dict().values(), strict=True))
 
 
 def test_reset_goes_back_to_the_start() -> None:
@@ -242,8 +312,9 @@ def test_the_starts_are_pefts(name: str) -> None:
             torch.testing.assert_close(b.abs(), peft_b.abs(), rtol=1e-2, atol=1e-4)
             torch.testing.assert_close(a.abs(), peft_a.abs(), rtol=1e-2, atol=2e-3)
             continue
-        # PEFT computes in float32.
-        torch.testing.assert_close(ALPHA / RANK * b @ a, own.get_delta_weight("default").detach(), rtol=1e-4, atol=2e-5)
+        # PEFT computes in float32; for CorDA it also inverts second moments of condition 1e3.
+        bound = 1e-4 if name == "corda" else 2e-5
+        torch.testing.assert_close(ALPHA / RANK * b @ a, own.get_delta_weight("default").detach(), rtol=1e-4, atol=bound)
 
 
 NETWORKS = {

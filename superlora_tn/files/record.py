@@ -1,6 +1,7 @@
 """What an adapter's JSON says: declarations, the weights they adapt, and the file of their tensors, by its hash.
 
-Schema 1 had one declaration, its tensors in ``adapter.safetensors`` and, during a save, the old ones beside it.
+Schema 1 had one declaration, its tensors in ``adapter.safetensors`` and, during a save, the old ones beside it. Schema 3 is the
+second, with adapters that depart from a start; all others are written in the second, which older releases read.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from superlora_tn.files.bounds import Bounds, parse, shown
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.network.graph import GraphNode
 from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.network.sums import summed
 
-SCHEMA = 2
+SCHEMA = 3
 FORMAT = "superlora_tn adapter"
 FIELDS = {
     1: ("format", "schema", "spec", "targets", "tensors_sha256", "digest"),
     2: ("format", "schema", "entries", "buffers", "tensors", "tensors_sha256", "digest"),
+    3: ("format", "schema", "entries", "buffers", "tensors", "tensors_sha256", "digest"),
 }
 FIRST_TENSORS = ("adapter.safetensors", "adapter.safetensors.previous")
 FIRST_DRAFTS = ("adapter.safetensors.new", "adapter.json.new")
@@ -40,11 +43,14 @@ class Entry:
 
     Attributes:
         rows: of targets that are blocks of a layer, which rows they are.
+        trains: where the adapter departs from a start, the declaration of the half that trains: `spec` is the sum of two of it,
+            and the first block of every node is that half (see `Adapter.depart`).
     """
 
     spec: AdapterSpec
     targets: Mapping[str, Shape]
     rows: Mapping[str, Span] = field(default_factory=dict)
+    trains: AdapterSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def written(source: str, entries: Sequence[Entry], buffers: Mapping[str, tuple[i
     """
     body: dict[str, Any] = {
         "format": FORMAT,
-        "schema": SCHEMA,
+        "schema": 3 if any(entry.trains is not None for entry in entries) else 2,
         "entries": [_written(entry) for entry in entries],
         "buffers": {name: list(shape) for name, shape in buffers.items()},
         "tensors": file_name(sha256),
@@ -116,7 +122,8 @@ def written(source: str, entries: Sequence[Entry], buffers: Mapping[str, tuple[i
 
 def _written(entry: Entry) -> dict[str, Any]:
     body: dict[str, Any] = {"spec": entry.spec.to_dict(), "targets": {n: list(s) for n, s in entry.targets.items()}}
-    return body | ({"rows": {name: str(span) for name, span in entry.rows.items()}} if entry.rows else {})
+    body |= {"rows": {name: str(span) for name, span in entry.rows.items()}} if entry.rows else {}
+    return body | ({} if entry.trains is None else {"trains": entry.trains.to_dict()})
 
 
 def record_of(source: str, text: bytes) -> Record:
@@ -163,16 +170,23 @@ def entries_of(record: Record) -> tuple[Entry, ...]:
         CheckpointError: with what was found and what was expected.
     """
     given = record.entries
-    fields = ({"spec", "targets"}, {"spec", "targets", "rows"})
-    if not isinstance(given, list) or not all(isinstance(one, dict) and set(one) in fields for one in given):
+    known = {"spec", "targets", "rows"} | ({"trains"} if record.schema > 2 else set())
+    if not isinstance(given, list) or not all(isinstance(e, dict) and {"spec", "targets"} <= set(e) <= known for e in given):
         raise CheckpointError(f"{record.source} has entries={shown(given)}; expected a list of dicts of spec and targets.")
     try:
-        return tuple(
-            Entry(AdapterSpec.from_dict(one["spec"]), _targets(one["targets"]), _rows(one.get("rows", {}), one["targets"]))
-            for one in given
-        )
+        return tuple(_entry(one) for one in given)
     except (SpecError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"{record.source}: {_cut(error)}") from error
+
+
+def _entry(one: Mapping[str, Any]) -> Entry:
+    spec, trains = AdapterSpec.from_dict(one["spec"]), None
+    targets, rows = _targets(one["targets"]), _rows(one.get("rows", {}), one["targets"])
+    if "trains" in one:
+        trains = AdapterSpec.from_dict(one["trains"])
+        if summed([trains] * 2) != spec:
+            raise SpecError(f"'trains' is {trains.network}, and the sum of two of these is not the declaration {spec.network}.")
+    return Entry(spec, targets, rows, trains)
 
 
 def buffers_of(record: Record) -> dict[str, tuple[int, ...]]:

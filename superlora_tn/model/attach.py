@@ -8,30 +8,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from superlora_tn.contraction.backend import DEFAULT
 from superlora_tn.contraction.plan import Route
 from superlora_tn.contraction.search import Optimizer
-from superlora_tn.declare.parts import SpecError
 from superlora_tn.declare.rows import Span
-from superlora_tn.files.own import CheckpointError, Entry, Saved
-from superlora_tn.files.read import read
+from superlora_tn.files.own import Entry
 from superlora_tn.model.beside import also_trained
 from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.kernels import by_kernel
 from superlora_tn.model.kinds import Held
 from superlora_tn.model.merging import forget_compiled
 from superlora_tn.model.places import declared
+from superlora_tn.model.saved import At, check_base, depart, read_for
 from superlora_tn.model.shown import Block, show
 from superlora_tn.model.site import BeginHook, EndHook, UpdateHook, watchers
-from superlora_tn.model.targets import AttachError, Place, Target, Targets, bind, is_sharded, match, near, places
+from superlora_tn.model.targets import AttachError, Place, Target, Targets, bind, is_sharded, match, places
 from superlora_tn.model.trainer import admissions
 from superlora_tn.model.tuned import Tuned
 from superlora_tn.model.weights import check_apart, found, freeze, was_trainable, weight_of
@@ -42,7 +39,6 @@ from superlora_tn.update.make import make_adapter
 from superlora_tn.update.passes import Passes
 
 NAME = "superlora"
-At = Literal["weight", "output"]
 Specs = AdapterSpec | Budget | Mapping[str, AdapterSpec | Budget]
 
 
@@ -328,6 +324,8 @@ def load(
 ) -> Tuned:
     """Attach a saved adapter, strictly: whatever does not fit raises and leaves the model as it was.
 
+    Of an adapter that departs from a start (see `start`) the same half trains on.
+
     Args:
         model: the base the adapter was trained on.
         folder: what `save` wrote, or a folder or file of PEFT, LyCORIS, kohya, diffusers or others (see `docs/files.md`).
@@ -339,8 +337,8 @@ def load(
         CheckpointError: files missing, damaged, of a newer schema, or of another base.
     """
     saved = read_for(model, folder, part, at)
-    _check_base(model, folder, saved, at)
-    entries = tuple((entry.spec, tuple(entry.targets)) for entry in saved.entries)
+    check_base(model, folder, saved, at)
+    entries = tuple((entry.trains or entry.spec, tuple(entry.targets)) for entry in saved.entries)
     # Any seed: the values are overwritten, and drawing them must not move the user's generator.
     beside = tuple(n for n, _ in model.named_parameters() if n in saved.buffers)
     kept = next(iter(saved.tensors.values())).dtype
@@ -348,51 +346,9 @@ def load(
     handle = _attach(model, request)
     try:
         handle._realise()
+        depart(handle, saved.entries, [adapter.tensors() for adapter in handle._adapters()])
         handle._take(saved, keep_dtype=dtype is not None)
     except BaseException:
         handle.detach()
         raise
     return handle
-
-
-def read_for(model: nn.Module, path: str | PathLike[str], part: str | None = None, at: At | None = None) -> Saved:
-    """An adapter of this library or another, fitted to the model's names and shapes; the arguments are those of `load`.
-
-    Raises:
-        CheckpointError: it is damaged, or does not fit.
-    """
-    found = read(path)
-    if isinstance(found, Saved):
-        return found
-    known = places(model)
-    targets: dict[str, Target] = {}
-    for name, place in known.items():
-        if place.is_supported and not place.tied and place.span is None:
-            with suppress(AttachError):
-                targets[name] = bind(name, place, at)
-    shapes = {name: target.shape for name, target in targets.items()}
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-    def weights(name: str) -> Tensor:
-        return targets[name].kind.read(targets[name].layer).detach()
-
-    return found.fitted(shapes, parameters=tensors, weights=weights, part=part).saved(tensors.__getitem__)
-
-
-def _check_base(model: nn.Module, folder: str | PathLike[str], saved: Saved, at: At | None) -> None:
-    """Raise unless the model has the weights that the adapter is for."""
-    known = places(model, saved.rows)
-    for entry in saved.entries:
-        for target, shape in entry.targets.items():
-            if target not in known:
-                raise CheckpointError(
-                    f"{folder}: this base has no module '{target}', which the adapter needs; {near(target, known)}."
-                )
-            try:
-                own = bind(target, known[target], at).shape
-            except (AttachError, SpecError) as error:
-                raise CheckpointError(f"{folder}: this base cannot take the adapter: {error}") from error
-            if own != tuple(shape):
-                raise CheckpointError(
-                    f"{folder}: '{target}' is {own} in this base and {tuple(shape)} in the adapter; it is another base."
-                )

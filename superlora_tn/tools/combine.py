@@ -8,11 +8,11 @@ are exact for any network. All else makes dW of each weight and fits a declarati
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import CP, SpecError, check_number, check_rank, reference_rank
 from superlora_tn.declare.rows import Span
-from superlora_tn.files.foreign import Parsed
+from superlora_tn.files.foreign import Fitted
 from superlora_tn.files.own import CheckpointError, Entry, Saved, tensor_name, write
 from superlora_tn.files.read import read
 from superlora_tn.files.thin import Filled, filled, thin
-from superlora_tn.model.attach import load, read_for
+from superlora_tn.model.attach import load
+from superlora_tn.model.saved import read_for
 from superlora_tn.model.several import handles
 from superlora_tn.model.targets import AttachError, near
 from superlora_tn.model.tuned import Tuned
@@ -91,7 +92,7 @@ class Combined:
 
 
 def combine(
-    weights: Mapping[str, float] | Mapping[str | os.PathLike[str], float],
+    weights: Mapping[str, float] | Mapping[str | PathLike[str], float],
     how: How = "cat",
     *,
     model: nn.Module | None = None,
@@ -200,14 +201,14 @@ class _Part:
         return filled(self.saved.entries, {name: tensor.double().cpu() for name, tensor in self.saved.tensors.items()})
 
 
-def _saved(name: str | os.PathLike[str], model: nn.Module | None) -> Saved:
+def _saved(name: str | PathLike[str], model: nn.Module | None) -> Saved:
     known = {} if model is None else handles(model)
     if isinstance(name, str) and name in known:
         saved = known[name]._saved()
     elif model is None:
         found = read(name)
-        saved = found if isinstance(found, Saved) else _plain(found)
-    elif not os.path.exists(name):
+        saved = found if isinstance(found, Saved) else _plain(found.plain())
+    elif not Path(name).exists():
         raise AttachError(f"the model carries no adapter named '{name}', and no file is there; {near(str(name), list(known))}.")
     else:
         saved = read_for(model, name)
@@ -219,9 +220,7 @@ def _saved(name: str | os.PathLike[str], model: nn.Module | None) -> Saved:
     return saved
 
 
-def _plain(found: Parsed) -> Saved:
-    """A file of another library by the names that stand in it."""
-    fitted = found.plain()
+def _plain(fitted: Fitted) -> Saved:
     return Saved(fitted.entries, fitted.tensors, {**fitted.added, **fitted.replaced})
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from superlora_tn.declare.fold import FlatGroup, Shape
 from superlora_tn.declare.parts import SpecError, check_count, check_number
 from superlora_tn.files.own import tensor_name
+from superlora_tn.model.saved import depart
 from superlora_tn.model.targets import AttachError
 from superlora_tn.model.tuned import Tuned
 from superlora_tn.network.graph import Graph
@@ -247,8 +248,7 @@ def start(tuned: Tuned, how: Start) -> Tuned:
 
     The model's output does not change, but for rounding. Of starts with a dW0 (`pissa`, `olora`, `corda`, `lora_ga`) the
     declarations (`tuned.entries`) and what `save` writes have twice the ranks from now on, of which one half trains; dW is
-    zero. Nothing in the files says which half that was, so go on training from a state dict of the model (attach, start, then
-    load it), or train all of it.
+    zero. The files say which half that is, so `load` goes on training it.
 
     Args:
         tuned: attached, and not started so before.
@@ -267,17 +267,16 @@ def start(tuned: Tuned, how: Start) -> Tuned:
     adapters = list(tuned._adapters())
     if any(adapter._pads is not None for adapter in adapters):
         raise AttachError("the adapter departs from a start already; detach() it and attach another.")
-    specs = {entry.spec: summed([entry.spec] * 2) if how.departs else entry.spec for entry in tuned.entries}
-    laid = [graph for entry in tuned.entries for _, graph in specs[entry.spec].lay_out(entry.targets)]
+    # Of what cannot depart, before anything is looked at.
+    departed = [replace(e, spec=summed([e.spec] * 2), trains=e.spec) for e in tuned.entries] if how.departs else []
     known = how.look(tuned)
     values = [_values(tuned, how, adapter, known) for adapter in adapters]
-    for adapter, graph, nodes in zip(adapters, laid, values, strict=True):
-        if how.departs:
-            adapter.depart(specs[adapter.spec], graph, nodes)
-        else:
-            with torch.inference_mode(False), torch.no_grad():
-                adapter.write(nodes)
-    tuned.entries = tuple(replace(entry, spec=specs[entry.spec]) for entry in tuned.entries)
+    if how.departs:
+        depart(tuned, departed, values)
+        return tuned
+    with torch.inference_mode(False), torch.no_grad():
+        for adapter, nodes in zip(adapters, values, strict=True):
+            adapter.write(nodes)
     return tuned
 
 

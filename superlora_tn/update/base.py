@@ -144,8 +144,11 @@ class Adapter(Placed, ABC):
                 continue
             corner = tuple(slice(0, size) for size in own.shape)
             own.copy_(value[corner])
-            rest = self._buffers[f"origin_{self.graph.nodes[k].name}"]
+            name = f"origin_{self.graph.nodes[k].name}"
+            rest = self._buffers[name]
             assert rest is not None
+            if not keep_dtype and rest.dtype != value.dtype:
+                rest = self._buffers[name] = rest.to(value.dtype)
             rest.copy_(value)[corner] = 0
 
     def depart(self, spec: AdapterSpec, graph: Graph, values: Sequence[Tensor]) -> None:
