@@ -9,6 +9,7 @@ from superlora_tn.contraction.plan import choose, make_plan
 from superlora_tn.contraction.profile import Device
 from superlora_tn.contraction.search import PlanError
 from superlora_tn.declare.fold import FlatFold, PhysicalFold
+from superlora_tn.declare.joins import Magnitude, Multiply
 from superlora_tn.declare.maps import Compose, Fastfood, Shuffle
 from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, Network, Node, SpecError, TensorTrain, Tucker
 from superlora_tn.declare.rows import Rows
@@ -23,6 +24,7 @@ from superlora_tn.model.tuned import Tuned
 from superlora_tn.network.budget import Budget, Choice, fit, within
 from superlora_tn.network.convolved import conv_lokr, conv_lora
 from superlora_tn.network.expand import lower
+from superlora_tn.network.joined import dora
 from superlora_tn.network.relatives import (
     abba,
     adalora,
@@ -81,6 +83,8 @@ __all__ = [
     "Kind",
     "Kronecker",
     "LayerError",
+    "Magnitude",
+    "Multiply",
     "Network",
     "Node",
     "PhysicalFold",
@@ -110,6 +114,7 @@ __all__ = [
     "corda",
     "decompose",
     "dense",
+    "dora",
     "eva",
     "extract",
     "fact_tk",

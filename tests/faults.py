@@ -65,10 +65,27 @@ TABLE: Table = {
             "self.kind.put(self.layer, self.base * (1 + 1e-7))",
             "test_merge_detach.py::test_unmerge_and_detach_give_the_base_back_byte_for_byte",
         ),
+    },
+    "superlora_tn/update/joined.py": {
         "merge-rounds-twice": (
-            "current.to(torch.promote_types(current.dtype, delta.dtype)) + delta",
-            "current + delta.to(current.dtype)",
+            "return weight.to(wide) + network",
+            "return weight + network.to(weight.dtype)",
             "test_layers.py::test_adding_to_a_weight_rounds_once",
+        ),
+        "detached-norm-has-a-gradient": (
+            "with torch.no_grad() if join.detached else nullcontext():\n        more",
+            "with nullcontext():\n        more",
+            "test_joins.py::test_norms_without_dw_are_those_of_w_plus_dw",
+        ),
+        "left-is-right": (
+            'network @ weight if join.side == "left" else weight @ network',
+            'network @ weight if join.side == "left" else weight @ network.T',
+            "test_joins.py::test_outputs_merged_weights_and_read_weights_follow_the_formula",
+        ),
+        "norms-of-an-older-weight": (
+            "self._held[0] != now",
+            "False",
+            "test_joins.py::test_norms_of_w_are_found_again_when_w_changes",
         ),
     },
     "superlora_tn/model/recognise.py": {

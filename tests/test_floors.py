@@ -16,15 +16,22 @@ ROOT = Path(superlora_tn.__file__).parents[1]
 CORE, BACKENDS = ROOT / "superlora_tn", ROOT / "backends" / "superlora_tn_backends"
 # Folders from the ground up, and in each its rooms from the ground up; what is in none of them stands on top.
 HOUSE = {
-    "declare": [["bounds", "cache", "divisors"], ["parts"], ["maps", "fold", "rows"], ["codec"]],
-    "network": [["graph"], ["expand"], ["spec"], ["budget", "sums"], ["variants", "relatives", "convolved"], ["catalogue"]],
-    "contraction": [["profile"], ["layout", "exact"], ["search"], ["plan"], ["sharing", "cut"], ["chain", "backend"]],
+    "declare": [["bounds", "cache", "divisors"], ["parts"], ["maps", "fold", "rows", "joins"], ["codec"]],
+    "network": [
+        ["graph"],
+        ["expand"],
+        ["spec"],
+        ["budget", "sums", "joined"],
+        ["variants", "relatives", "convolved"],
+        ["catalogue"],
+    ],
+    "contraction": [["profile"], ["layout", "exact"], ["search"], ["plan"], ["sharing", "cut", "rows"], ["chain", "backend"]],
     "update": [
         ["eager", "initialise", "placed", "based"],
-        ["passes", "walsh"],
+        ["passes", "walsh", "magnitudes"],
         ["fixed_maps"],
         ["base"],
-        ["lookup"],
+        ["lookup", "joined"],
         ["physical", "flat"],
         ["make"],
     ],
@@ -53,6 +60,7 @@ HOUSE = {
         ["recognise"],
         ["places"],
         ["targets"],
+        ["joins"],
         ["weights", "site"],
         ["merging"],
         ["tuned"],

@@ -8,10 +8,11 @@ from typing import Any
 
 from superlora_tn.declare.bounds import MAX_DEPTH
 from superlora_tn.declare.fold import FlatFold, PhysicalFold
+from superlora_tn.declare.joins import JOINS
 from superlora_tn.declare.maps import PROJECTIONS, Compose
 from superlora_tn.declare.parts import PARTS, Hadamard, Kronecker, Network, Node, SpecError, shown
 
-KINDS: dict[str, type] = {k.__name__: k for k in (*PARTS, Node, PhysicalFold, FlatFold, *PROJECTIONS)}
+KINDS: dict[str, type] = {k.__name__: k for k in (*PARTS, Node, PhysicalFold, FlatFold, *PROJECTIONS, *JOINS)}
 
 # Fields that came after adapters had been saved without them; where they are missing, their defaults say what was meant.
 LATER = {

@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from superlora_tn.declare.fold import Shape
+from superlora_tn.declare.fold import Group, Shape
 from superlora_tn.declare.parts import SpecError
 from superlora_tn.declare.rows import Span
 from superlora_tn.files.bounds import Bounds, parse, shown
 from superlora_tn.files.errors import CheckpointError
-from superlora_tn.network.graph import GraphNode
+from superlora_tn.network.graph import Graph, GraphNode
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.network.sums import summed
 
@@ -80,6 +80,13 @@ class Record:
 def tensor_name(group: int, node: GraphNode) -> str:
     """Under which name a node of a group is kept; groups are numbered through all entries."""
     return f"group{group}.{node.name}"
+
+
+def names_of(group: int, spec: AdapterSpec, laid: Group, graph: Graph) -> dict[str, tuple[int, ...]]:
+    """Under which names the nodes of a group are kept, and behind them its magnitudes, each with its shape."""
+    found: dict[str, tuple[int, ...]] = {tensor_name(group, node): node.shape for node in graph.nodes}
+    count = spec.magnitudes(laid)
+    return found | ({f"magnitude{group}": (count,)} if count else {})
 
 
 def buffer_name(name: str) -> str:
@@ -217,9 +224,10 @@ def nodes_of(source: str, entries: Sequence[Entry]) -> dict[str, tuple[int, ...]
             if twice := known & set(entry.targets):
                 raise SpecError(f"two declarations adapt {shown(min(twice))}; each has targets of its own.")
             known |= set(entry.targets)
-            graphs = [graph for _, graph in entry.spec.lay_out(entry.targets)]
-            nodes |= {tensor_name(groups + k, node): node.shape for k, graph in enumerate(graphs) for node in graph.nodes}
-            groups += len(graphs)
+            laid = entry.spec.lay_out(entry.targets)
+            for k, (group, graph) in enumerate(laid):
+                nodes |= names_of(groups + k, entry.spec, group, graph)
+            groups += len(laid)
     except (SpecError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"{source}: {_cut(error)}") from error
     return nodes

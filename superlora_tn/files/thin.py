@@ -80,6 +80,10 @@ def filled(
     """
     k = 0
     for entry in entries:
+        try:
+            entry.spec.check_added("formats of other libraries are")
+        except SpecError as error:
+            raise CheckpointError(str(error)) from error
         for group, graph in entry.spec.lay_out(entry.targets):
             values = [tensors[tensor_name(k, node)].detach() for node in graph.nodes]
             k += 1

@@ -17,21 +17,23 @@ from torch import nn
 from superlora_tn.contraction.backend import DEFAULT
 from superlora_tn.contraction.plan import Route
 from superlora_tn.contraction.search import Optimizer
+from superlora_tn.declare.joins import Magnitude
 from superlora_tn.declare.rows import Span
 from superlora_tn.files.own import Entry
 from superlora_tn.model.beside import also_trained
 from superlora_tn.model.buffers import Snapshot
+from superlora_tn.model.joins import bound, enters
 from superlora_tn.model.kernels import by_kernel
 from superlora_tn.model.kinds import Held
 from superlora_tn.model.merging import forget_compiled
 from superlora_tn.model.places import declared
 from superlora_tn.model.saved import At, check_base, depart, read_for
 from superlora_tn.model.shown import Block, show
-from superlora_tn.model.site import BeginHook, EndHook, UpdateHook, watchers
+from superlora_tn.model.site import BeginHook, EndHook, EnterHook, UpdateHook, watchers
 from superlora_tn.model.targets import AttachError, Place, Target, Targets, bind, is_sharded, match, places
 from superlora_tn.model.trainer import admissions
 from superlora_tn.model.tuned import Tuned
-from superlora_tn.model.weights import check_apart, found, freeze, was_trainable, weight_of
+from superlora_tn.model.weights import check_alone, check_apart, freeze, was_trainable, weight_of
 from superlora_tn.network.budget import Budget
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Adapter, Settings
@@ -162,15 +164,15 @@ def _attach(model: nn.Module, request: _Request) -> Tuned:
     """Everything that can fail comes before the first change of the model."""
     _check_name(model, request.name)
     known = places(model, request.rows)
-    bound = [(spec, [bind(n, known[n], request.at) for n in names]) for spec, names in request.entries]
-    for spec, targets in bound:
-        _check_targets(spec, targets, known, request.name)
-        _check_dtype(targets, request.dtype)
-    check_apart([target for _, targets in bound for target in targets])
+    entries = [(spec, [bound(spec.join, n, known[n], request.at) for n in names]) for spec, names in request.entries]
+    for spec, targets in entries:
+        _check_targets(spec, targets, request.name)
+        _check_dtype(spec, targets, request.dtype)
+    check_apart([target for _, targets in entries for target in targets])
     passes, seed = Passes(), _agreed(request.seed)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     adapters: list[Adapter] = []
-    for spec, targets in bound:
+    for spec, targets in entries:
         layers = {target.name: target for target in targets}
         for group, graph in spec.lay_out({target.name: target.shape for target in targets}):
             device = _device(layers[next(iter(group.members))])
@@ -178,8 +180,8 @@ def _attach(model: nn.Module, request: _Request) -> Tuned:
             adapters.append(make_adapter(spec, group, graph, *rest))
             if not request.is_saved:
                 adapters[-1].rest_on(lambda name, own=layers: own[name].weight())  # type: ignore[misc]
-    entries = [_entry(spec, targets, known) for spec, targets in bound]
-    handle = Tuned(entries, adapters, [target for _, targets in bound for target in targets], passes)
+    declared = [_entry(spec, targets, known) for spec, targets in entries]
+    handle = Tuned(declared, adapters, [target for _, targets in entries for target in targets], passes)
     handle.seed, handle._base = seed, Snapshot(model, (Tuned, Adapter), request.also)
     _put_on(model, handle, request.name)
     return handle
@@ -198,14 +200,9 @@ def _check_name(model: nn.Module, name: str) -> None:
         raise AttachError(f"the model has something named '{name}' already; detach() it, or attach under another name=.")
 
 
-def _check_targets(spec: AdapterSpec, targets: Sequence[Target], known: Mapping[str, Place], name: str) -> None:
+def _check_targets(spec: AdapterSpec, targets: Sequence[Target], name: str) -> None:
+    check_alone(spec, targets, name)
     for target in targets:
-        there = found(target)
-        if there is not None and any(other == name for other, _ in there.members):
-            raise AttachError(
-                f"'{target.name}' is adapted already under the name '{name}'; detach() that adapter first, attach under "
-                "another name=, or choose other targets."
-            )
         if isinstance(target.kind, Held) and spec.dropout:
             raise AttachError(
                 f"dropout={spec.dropout} drops the adapter's input, which is not seen where the weight of '{target.name}' is "
@@ -220,8 +217,10 @@ def _check_targets(spec: AdapterSpec, targets: Sequence[Target], known: Mapping[
             return
 
 
-def _check_dtype(targets: Sequence[Target], dtype: torch.dtype) -> None:
-    """Raise for a complex adapter on a real weight, which would lose imaginary parts."""
+def _check_dtype(spec: AdapterSpec, targets: Sequence[Target], dtype: torch.dtype) -> None:
+    """Raise for a complex adapter on a real weight, which would lose imaginary parts, or with magnitudes, which are real."""
+    if dtype.is_complex and isinstance(spec.join, Magnitude):
+        raise AttachError(f"dtype={dtype} is complex, and magnitudes (DoRA) are real; give a real dtype.")
     for target in targets if dtype.is_complex else ():
         own = (target.kind.owners(target.layer) or {}).values()
         if not any(tensor.is_complex() for tensor in own):
@@ -288,6 +287,8 @@ def _hook(model: nn.Module, handle: Tuned) -> None:
                 side.kind.ready(side.layer, member)
                 sites.append(UpdateHook(side, member))
                 hooks.append(side.layer.register_forward_hook(sites[-1], with_kwargs=True))
+                if enters(side.kind, member):
+                    hooks.append(side.layer.register_forward_pre_hook(EnterHook(sites[-1]), with_kwargs=True))
     hooks += watchers(model, sites)
     hooks += admissions(model)
 

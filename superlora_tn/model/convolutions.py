@@ -39,6 +39,19 @@ class Convolution(Kind):
         """Its sizes."""
         return tuple(layer.kernel_size)
 
+    def axis(self, layer: Any) -> int:
+        """The channels'."""
+        return -1 - len(layer.kernel_size)
+
+    def bias(self, layer: Any) -> Tensor | None:
+        """One number a channel."""
+        found = super().bias(layer)
+        return None if found is None else self.spread(layer, found, found)
+
+    def spread(self, layer: Any, values: Tensor, x: Tensor) -> Tensor:
+        """One number a channel."""
+        return values.reshape(-1, *(1 for _ in layer.kernel_size))
+
     def ready(self, layer: Any, member: Member) -> None:
         """Chains are for the positions of its kernel."""
         member.adapter.link_up(math.prod(layer.kernel_size))

@@ -8,6 +8,7 @@ from torch import nn
 
 from superlora_tn.contraction.plan import choose, table
 from superlora_tn.declare.fold import FlatGroup, split_name
+from superlora_tn.files.record import Entry, names_of
 from superlora_tn.update.base import Adapter
 
 TOKENS = 1024
@@ -43,6 +44,22 @@ def _describe(adapter: Adapter) -> tuple[str, str, str, str, str]:
         route,
         f"{price * 1e3:.2f} ms",
     )
+
+
+def names(number: int, adapter: Adapter) -> list[str]:
+    """Under which names an adapter of this number is saved: all of `Adapter.whole`."""
+    return list(names_of(number, adapter.spec, adapter.group, adapter.graph))
+
+
+def notes(entries: Sequence[Entry], held: Sequence[str]) -> list[str]:
+    """Lines behind the table: how updates join weights where they are not added, and which are where the weight is read."""
+    found: dict[str, int] = {}
+    for entry in entries:
+        if entry.spec.join is not None:
+            found[str(entry.spec.join)] = found.get(str(entry.spec.join), 0) + len(entry.targets)
+    lines = [f"{count} joined as {words}" for words, count in found.items()]
+    more = ", ..." if len(held) > 1 else ""
+    return lines + ([f"{len(held)} adapted where the weight is read ({held[0]}{more})"] if held else [])
 
 
 def share_of(model: nn.Module, trained: int, also: Sequence[str]) -> str:

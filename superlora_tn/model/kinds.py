@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.rows import Span
-from superlora_tn.model.spans import cut, joined, put
+from superlora_tn.model.spans import cut, joined, put, replaced
 from superlora_tn.update.base import Member, Side
 from superlora_tn.update.eager import is_eager
 
@@ -94,6 +94,19 @@ class Kind(ABC):
     def takes_all(self) -> bool:
         """Whether `join` takes for x all that the layer was called with, as (arguments, keywords)."""
         return False
+
+    def bias(self, layer: Any) -> Tensor | None:
+        """What the layer adds to its output behind the weight, shaped to meet the output."""
+        found = getattr(layer, "bias", None)
+        return found() if callable(found) else found
+
+    def spread(self, layer: Any, values: Tensor, x: Tensor) -> Tensor:
+        """A factor for each row of the weight, shaped to meet the layer's output for x; 1 for what is not meant."""
+        return values
+
+    def axis(self, layer: Any) -> int:
+        """Which axis of the output counts the rows of the weight, from behind."""
+        return -1
 
     def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
         """The layer's output with the update added.
@@ -260,6 +273,10 @@ class RowsOf(Kind):
     def write(self, layer: Any, matrix: Tensor) -> None:
         """The other rows stay as they are."""
         put(self.kind.read(layer), self.span, matrix)
+
+    def spread(self, layer: Any, values: Tensor, x: Tensor) -> Tensor:
+        """1 for the other rows."""
+        return replaced(values.new_ones(self.kind.shape(layer)[0], 1), [(self.span, values[:, None])])[:, 0]
 
     def owners(self, layer: Any) -> dict[str, Tensor] | None:
         """Those of the layer."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from superlora_tn.declare.joins import Magnitude
 from superlora_tn.model.shown import blocks_of, hide
 from superlora_tn.model.targets import AttachError, Target
 from superlora_tn.model.weights import Weight, drop, weight_of
-from superlora_tn.update.base import Member
+from superlora_tn.update.base import Adapter, Member
+from superlora_tn.update.joined import joined
 
 Members = Mapping[str, Member]
 
@@ -27,6 +29,27 @@ def _built(member: Member) -> Tensor:
     """dW of another handle's member, as its own merge builds it, bit for bit."""
     with member.adapter.passes.opened():
         return member.current()
+
+
+def change(member: Member, targets: Mapping[str, Target]) -> Tensor:
+    """What an adapter adds to a weight in all, (out, in): dW, and of other joins W' - W.
+
+    Raises:
+        AttachError: it is found from W, which holds the adapter now.
+    """
+    if member.adapter.spec.join is None:
+        return member.current()
+    target = targets[member.name]
+    if weight_of(target).merged:
+        raise AttachError(f"W' - W of '{target.name}' is found from W, which holds the adapter now; unmerge() first.")
+    weight = target.weight()
+    return joined(member, weight, member.current()) - weight
+
+
+def check_resettable(adapters: Iterable[Adapter], merged: bool) -> None:
+    """Raise where first values are found from W, and W holds the adapter now."""
+    if merged and any(isinstance(adapter.spec.join, Magnitude) for adapter in adapters):
+        raise AttachError("magnitudes start at the norms of W's rows, and W holds the adapter now; unmerge() first.")
 
 
 def check_finite(name: str, weight: Weight, delta: Tensor) -> None:

@@ -22,6 +22,7 @@ from superlora_tn.model.kinds import Held, LayerError
 from superlora_tn.model.spans import cut, replaced
 from superlora_tn.update.base import Member
 from superlora_tn.update.eager import is_eager
+from superlora_tn.update.joined import joined
 from superlora_tn.update.passes import state, unseen
 
 SLOT = "_superlora_shown"
@@ -139,7 +140,7 @@ def _read(module: nn.Module, name: str) -> Any:
         return stored
     found = blocks[0].member.adapter.passes.current() if is_eager() else None
     adapters = list({id(b.member.adapter): b.member.adapter for b in blocks}.values())
-    read = [stored, *(t for adapter in adapters for t in adapter.tensors())]
+    read = [stored, *(t for adapter in adapters for t in adapter.whole())]
     if found is None or (now := state(read)) is None:
         with unseen() if is_eager() else nullcontext():
             return _updated(stored, blocks)
@@ -171,6 +172,7 @@ def _stacked(stored: Tensor, blocks: list[Block]) -> Tensor | None:
         return None
     adapter = first.member.adapter
     same = all(block.member.adapter is adapter for block in blocks)
+    same = same and adapter.spec.join is None
     delta = adapter.together([block.member for block in blocks]) if same else None
     if delta is None:
         return None
@@ -184,7 +186,7 @@ def _matrix(stored: Tensor, blocks: list[Block]) -> Tensor:
     sums: dict[Span | None, Tensor] = {}
     for block in blocks:
         span, delta = block.kind.span, block.member.current()
-        sums[span] = (sums[span] if span in sums else cut(matrix, span)) + delta
+        sums[span] = joined(block.member, sums[span] if span in sums else cut(matrix, span), delta)
     # Rounded once, as merging does.
     whole = replaced(matrix, [(span, rows.to(stored.dtype)) for span, rows in sums.items()])
     own = stored if kind.slot is None else stored[kind.slot]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from superlora_tn.model.joins import entering, joiner
 from superlora_tn.model.kinds import LayerError, Linear, RowsOf
 from superlora_tn.model.recognise import adopt, writable
 from superlora_tn.model.targets import Target, is_sharded
@@ -22,6 +23,8 @@ from superlora_tn.update.base import Member
 from superlora_tn.update.eager import is_eager
 from superlora_tn.update.passes import Passes
 from superlora_tn.update.placed import is_empty
+
+NONE: dict[str, Any] = {}
 
 
 class UpdateHook:
@@ -38,6 +41,7 @@ class UpdateHook:
         self.ran = False
         self._prove = writable if isinstance(target.kind, RowsOf) else adopt
         self._takes_all = target.kind.takes_all
+        self._join = joiner(target.kind, member)
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         """Some libraries copy hooks to another module and forget that this one takes keyword arguments."""
@@ -65,7 +69,7 @@ class UpdateHook:
             return self._on_rows(layer, x, output, *rows)
         base = self._prove(layer, self, x, output) if eager else None
         given: Any = (args, kwargs) if self._takes_all else x
-        return self.target.kind.join(layer, self.member, given, output, base)
+        return self._join(layer, self.member, given, output, base)
 
     def _on_rows(self, layer: nn.Module, x: Tensor, output: Tensor, rows: tuple[int, ...], count: int) -> Tensor:
         """The output with the update added to some rows of the batch."""
@@ -78,7 +82,7 @@ class UpdateHook:
         if not rows:
             return output
         index = torch.tensor([row * each + k for row in rows for k in range(each)], device=x.device)
-        updated = self.target.kind.join(layer, self.member, x.index_select(0, index), output.index_select(0, index), None)
+        updated = self._join(layer, self.member, x.index_select(0, index), output.index_select(0, index), None)
         return output.index_copy(0, index, updated)
 
     def _on_shards(self, layer: nn.Module, x: Any, output: Any, by_rows: bool) -> Any:
@@ -86,9 +90,10 @@ class UpdateHook:
         from torch.distributed.tensor import DTensor, Replicate  # here, as importing it takes longer than this library
 
         adapter = self.member.adapter
-        if type(self.target.kind) is not Linear or by_rows or (adapter.spec.dropout and layer.training):
+        added = type(self.target.kind) is Linear and adapter.spec.join is None
+        if not added or by_rows or (adapter.spec.dropout and layer.training):
             raise LayerError(
-                f"'{self.target.name}' is tensor parallel; there only linear layers are adapted, without dropout, and all rows "
+                f"'{self.target.name}' is tensor parallel; there dW is added to linear layers, without dropout, and all rows "
                 "of a batch alike. Leave it out."
             )
         update = self.member.update(x.full_tensor() if is_sharded(x) else x, None, None, layer.training)
@@ -111,6 +116,28 @@ class UpdateHook:
                 "call it with the input first, or leave it out."
             )
         return found
+
+
+class EnterHook:
+    """The forward pre-hook of a layer whose input is multiplied (`Multiply("right")`), while the adapter is active."""
+
+    def __init__(self, site: UpdateHook) -> None:
+        self.site = site
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] = NONE) -> Any:
+        """The layer's arguments with another input."""
+        site, member = self.site, self.site.member
+        if not member.active:
+            return None
+        x = args[0] if args else site._input(kwargs)
+        if is_sharded(x) or (is_eager() and member.adapter.passes.rows is not None):
+            raise LayerError(
+                f"'{site.target.name}' is multiplied from the right: its input is whole, and for all rows the same."
+            )
+        if is_eager():
+            site._check_real(x)
+        turned = entering(member, x, layer.training)
+        return ((turned, *args[1:]), kwargs) if args else (args, {n: turned if v is x else v for n, v in kwargs.items()})
 
 
 def _call() -> FrameType:

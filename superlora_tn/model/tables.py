@@ -57,6 +57,14 @@ class Table(Kind):
         """Turned as the table is."""
         layer.weight.copy_(matrix.t() if self.side == "in" else matrix)
 
+    def bias(self, layer: Any) -> Tensor | None:
+        """None."""
+        return None
+
+    def spread(self, layer: Any, values: Tensor, x: Tensor) -> Tensor:
+        """Its rows count dim; of a tied table, the numbers in x."""
+        return values if self.side == "in" else values[x][..., None]
+
     def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
         """y (..., dim) + dW's rows of x (...), with gradients weighted as the table's own would be."""
         if x.numel() == 0:
@@ -110,6 +118,11 @@ class TableRows(Table):
     def write(self, layer: Any, matrix: Tensor) -> None:
         """The other rows stay as they are."""
         put(layer.weight, self.span, matrix.t())
+
+    def spread(self, layer: Any, values: Tensor, x: Tensor) -> Tensor:
+        """1 for numbers in x that are not the block's."""
+        inside = (x >= self.span.start) & (x < self.span.stop)
+        return torch.where(inside[..., None], values, torch.ones_like(values))
 
     def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
         """y (..., dim) + dW's rows of those numbers in x (...) that the block has."""

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from superlora_tn.contraction.plan import RouteChoice, choose
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import check_number
-from superlora_tn.files.own import CheckpointError, Entry, Saved, read, tensor_name
+from superlora_tn.files.own import CheckpointError, Entry, Saved, read
 from superlora_tn.files.writes import Beside, Format, Report, save_as
 from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.convolutions import kernels_of
-from superlora_tn.model.describe import share_of, summary
+from superlora_tn.model.describe import names, notes, share_of, summary
 from superlora_tn.model.kinds import Held
-from superlora_tn.model.merging import check_finite, check_unchanged, forget_compiled, leave, put_back
+from superlora_tn.model.merging import change, check_finite, check_resettable, check_unchanged, forget_compiled, leave, put_back
 from superlora_tn.model.tables import Table
 from superlora_tn.model.targets import AttachError, Target, near
 from superlora_tn.model.weights import Holder, Weight, check_mergeable, report_rounding, thaw_all, weight_of
@@ -131,12 +131,12 @@ class Tuned(Placed):
         self._switch()
 
     def delta(self, target: str) -> Tensor:
-        """dW of one target as it stands, scale included, shape (out, in).
+        """dW of one target as it stands, scale included, shape (out, in); of other joins than the sum it is W' - W.
 
         Raises:
-            AttachError: no such target.
+            AttachError: no such target; or its join needs W, which holds the adapter now (merged).
         """
-        return self._member(target).current()
+        return change(self._member(target), self._targets)
 
     def plan(self, target: str, tokens: int) -> RouteChoice:
         """Both routes of one target at a number of tokens (rows of x), priced for its device; print it.
@@ -145,7 +145,7 @@ class Tuned(Placed):
             AttachError: no such target.
         """
         adapter = self._member(target).adapter
-        return choose(adapter.graph, self.targets[target], tokens, adapter.profile, adapter.settings.optimize)
+        return choose(adapter.graph, adapter.members[target].shape, tokens, adapter.profile, adapter.settings.optimize)
 
     def reset_parameters(self, seed: int | None = None) -> None:
         """Give all nodes their first values again (dW is zero), for instance after `to_empty`.
@@ -153,6 +153,7 @@ class Tuned(Placed):
         Args:
             seed: of the values; None takes the seed of `attach`, or without one draws anew.
         """
+        check_resettable(self._adapters(), self.merged)
         seed = self.seed if seed is None else seed
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         for adapter in self._adapters():
@@ -217,7 +218,7 @@ class Tuned(Placed):
         try:
             with torch.no_grad(), self._passes.opened():
                 for name, weight in self._weights().items():
-                    delta = self.delta(name)
+                    delta = self._members[name].current()
                     weight.add(self._members[name], delta)
                     check_finite(name, weight, delta)
                     weight.settle()
@@ -355,8 +356,8 @@ class Tuned(Placed):
 
     def _saved(self) -> Saved:
         """As it would be saved now; the nodes' tensors are those in use."""
-        pairs = ((k, p) for k, a in enumerate(self._adapters()) for p in zip(a.graph.nodes, a.tensors(), strict=True))
-        return Saved(self.entries, {tensor_name(k, node): tensor.detach() for k, (node, tensor) in pairs}, self._base.to_save())
+        pairs = (p for k, a in enumerate(self._adapters()) for p in zip(names(k, a), a.whole(), strict=True))
+        return Saved(self.entries, {name: tensor.detach() for name, tensor in pairs}, self._base.to_save())
 
     def replace(self, folder: str | PathLike[str]) -> None:
         """Take the values of a saved adapter of the same declaration and targets, in place: nothing is compiled again.
@@ -385,7 +386,7 @@ class Tuned(Placed):
             raise CheckpointError(f"this base has no '{wrong}' of shape {tuple(saved.buffers[wrong].shape)}, as was saved.")
         with torch.inference_mode(False), torch.no_grad():
             for k, adapter in enumerate(self._adapters()):
-                adapter.write([saved.tensors[tensor_name(k, node)] for node in adapter.graph.nodes], keep_dtype)
+                adapter.write([saved.tensors[name] for name in names(k, adapter)], keep_dtype)
         self._base.put(saved.buffers)
 
     def __str__(self) -> str:
@@ -393,8 +394,6 @@ class Tuned(Placed):
         scales = ", ".join(f"{scale:g}" for scale in dict.fromkeys(entry.spec.scale for entry in self.entries))
         head = f"{len(self._targets)} weights, {self.num_parameters:,} trainable parameters{share}, scale {scales}"
         state = "merged" if self.merged else "detached" if self._model is None else "attached"
-        held = self.held
-        at = [f"{len(held)} adapted where the weight is read ({held[0]}{', ...' if len(held) > 1 else ''})"] if held else []
-        return "\n".join([f"{head}, {state}", *summary(list(self._adapters())), *at])
+        return "\n".join([f"{head}, {state}", *summary(list(self._adapters())), *notes(self.entries, self.held)])
 
     __repr__ = __str__

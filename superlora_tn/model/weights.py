@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from superlora_tn.declare.rows import Span
 from superlora_tn.model.kinds import Held, Kind
 from superlora_tn.model.targets import AttachError, Target, is_sharded
+from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Member
+from superlora_tn.update.joined import joined
 
 SLOT = "_superlora_weights"
 CHUNK = 1 << 22
@@ -42,16 +44,16 @@ class Weight:
         self._print: tuple[Any, ...] = ()
 
     def add(self, member: Member, delta: Tensor) -> None:
-        """Write W + dW, rounded once; W is kept."""
+        """Write W + dW, or what else the join makes of dW (`Member.current`), rounded once; W is kept."""
         current = self.kind.read(self.layer).detach()
         if self.base is None:
             self.base = self.kind.keep(self.layer)
         self.merged.append(member)
         # In the wider of the two types, so that neither is rounded before the sum is.
-        whole = current.to(torch.promote_types(current.dtype, delta.dtype)) + delta
+        whole = joined(member, current, delta)
         self.kind.write(self.layer, whole)
         if self.kind.rounds:
-            norm = float(delta.norm())
+            norm = float((whole - current).norm())
             self.lost = float((self.kind.read(self.layer).detach() - whole).norm()) / norm if norm else 0.0
 
     def settle(self) -> None:
@@ -116,6 +118,24 @@ def check_apart(targets: Sequence[Target]) -> None:
             if overlap(target, other):
                 raise AttachError(f"'{other.name}' and '{target.name}' have rows of one weight in common; name one of them.")
         layers[id(target.layer)].append(target)
+
+
+def check_alone(spec: AdapterSpec, targets: Sequence[Target], name: str) -> None:
+    """Raise where a weight has an adapter of this name, or several would be on it of which one does not add."""
+    for target in targets:
+        there = found(target)
+        if there is not None and any(other == name for other, _ in there.members):
+            raise AttachError(
+                f"'{target.name}' is adapted already under the name '{name}'; detach() that adapter first, attach under "
+                "another name=, or choose other targets."
+            )
+        for record in [*met(target), *([] if there is None else [there])]:
+            for other, member in record.members:
+                if (join := spec.join or member.adapter.spec.join) is not None:
+                    raise AttachError(
+                        f"'{target.name}' has the adapter '{other}', and adapters share a weight only where all are added; "
+                        f"one of these is not ({join}). detach() '{other}' first, or choose other targets."
+                    )
 
 
 def met(target: Target) -> Iterator[Weight]:

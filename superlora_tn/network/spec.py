@@ -19,8 +19,9 @@ from superlora_tn.declare.bounds import (
 )
 from superlora_tn.declare.codec import decode, encode
 from superlora_tn.declare.fold import FlatFold, FlatGroup, Fold, Group, Mode, PhysicalFold, Shape
+from superlora_tn.declare.joins import JOINS, Join, Magnitude, Multiply
 from superlora_tn.declare.maps import PROJECTIONS, Projection
-from superlora_tn.declare.parts import PARTS, Kronecker, Part, SpecError, check_flag, check_number, reference_rank, shown
+from superlora_tn.declare.parts import BASED, PARTS, Kronecker, Part, SpecError, check_flag, check_number, reference_rank, shown
 from superlora_tn.network.expand import lower_group
 from superlora_tn.network.graph import Graph
 
@@ -38,6 +39,7 @@ class AdapterSpec:
         alpha: dW is scaled by alpha / rank; None scales by 1. A network without a declared rank counts as rank 1.
         dropout: probability of dropping an element of the adapter's input while training, as LoRA's.
         rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023).
+        join: how dW joins the weight: None adds it; `Magnitude` is DoRA, `Multiply` multiplies from a side.
 
     Raises:
         SpecError: any of these is not what it has to be.
@@ -49,6 +51,7 @@ class AdapterSpec:
     alpha: float | None = None
     dropout: float = 0.0
     rslora: bool = False
+    join: Join | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.network, PARTS):
@@ -73,6 +76,17 @@ class AdapterSpec:
                 f"AdapterSpec was given dropout={shown(self.dropout)}; a probability from 0 up to, not including, 1."
             )
         check_flag("AdapterSpec", "rslora", self.rslora)
+        self._check_join()
+
+    def _check_join(self) -> None:
+        if self.join is not None and not isinstance(self.join, JOINS):
+            raise SpecError(f"AdapterSpec was given join={shown(self.join)}; give Magnitude(), Multiply('left') or None.")
+        if not isinstance(self.join, Multiply):
+            return
+        if isinstance(self.fold, PhysicalFold) and self.fold.kernel_modes:
+            raise SpecError("a network that multiplies has no modes of a kernel: it is over (out, out) or (in, in).")
+        if not self.join.residual and self.alpha is not None:
+            raise SpecError(f"alpha={self.alpha} would scale R itself, which starts at the identity; leave alpha=None.")
 
     @property
     def scale(self) -> float:
@@ -96,15 +110,39 @@ class AdapterSpec:
                 raise SpecError(
                     f"target '{name:.80}' has the shape {shown(shape)}; a weight is (out, in), whole numbers of at least 1."
                 )
-        groups = self.fold.lay_out(shapes, self.projection.ratio if self.projection else 1.0)
         elements = sum(d_out * d_in for d_out, d_in in shapes.values())
+        if isinstance(self.join, Multiply):
+            shapes = {name: self.join.sides(shape) for name, shape in shapes.items()}
+        groups = self.fold.lay_out(shapes, self.projection.ratio if self.projection else 1.0)
         alike = {group.modes: group for group in groups}
         _check_modes(list(alike))
         self._check_tables(groups, elements)
         graphs = {modes: lower_group(self.network, group) for modes, group in alike.items()}
         laid = tuple((group, graphs[group.modes]) for group in groups)
         _check_nodes([graph for _, graph in laid], elements)
+        if isinstance(self.join, Multiply) and any(n.init in BASED for graph in graphs.values() for n in graph.nodes):
+            raise SpecError("a network that multiplies has no nodes of the base's values, whose sides are the weight's.")
         return laid
+
+    def check_added(self, what: str) -> None:
+        """Raise where dW is not added to the weight.
+
+        Args:
+            what: who needs it to be: the beginning of the message.
+        """
+        if self.join is not None:
+            raise SpecError(
+                f"{what} for updates that are added, W + dW; this one joins otherwise ({self.join}). Bake it into the base "
+                "(tuned.bake()), or declare it with join=None."
+            )
+
+    def magnitudes(self, group: Group) -> int:
+        """How many magnitudes train beside the nodes of a group: one for each row of its weights, with `Magnitude`."""
+        if not isinstance(self.join, Magnitude):
+            return 0
+        if isinstance(group, FlatGroup):
+            return sum(d_out for _, d_out, _ in group.members.values())
+        return len(group.members) * group.shape[0]
 
     def _check_tables(self, groups: Sequence[Group], elements: int) -> None:
         """Refuse fixed maps whose tables are far longer than the weights."""
@@ -126,11 +164,12 @@ class AdapterSpec:
         """
         if not isinstance(shapes, Mapping):
             shapes = {f"layer.{k}.weight": (int(o), int(i)) for k, (o, i) in enumerate(shapes)}
-        return sum(graph.num_parameters for _, graph in self.lay_out(shapes))
+        return sum(graph.num_parameters + self.magnitudes(group) for group, graph in self.lay_out(shapes))
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as plain data, for JSON."""
-        return {f.name: encode(getattr(self, f.name)) for f in fields(self)}
+        """The spec as plain data, for JSON; without `join` where dW is added, so that earlier releases read it too."""
+        found = {f.name: encode(getattr(self, f.name)) for f in fields(self)}
+        return {name: value for name, value in found.items() if name != "join" or value is not None}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> AdapterSpec:
@@ -138,7 +177,7 @@ class AdapterSpec:
         if not isinstance(data, Mapping):
             raise SpecError(f"a spec is a dict of its fields; it was given as {type(data).__name__}.")
         names = {f.name for f in fields(cls)}
-        if set(data) != names:
+        if set(data) | {"join"} != names:
             raise SpecError(f"a spec has the fields {sorted(names)}; it was given {sorted(map(str, data))}.")
         return cls(**{name: decode(value) for name, value in data.items()})
 

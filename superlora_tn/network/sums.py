@@ -28,6 +28,8 @@ def summed(specs: Sequence[AdapterSpec]) -> AdapterSpec:
         SpecError: they are of different structures, or of one whose sums are no network of it.
     """
     first = specs[0]
+    for spec in specs:
+        spec.check_added("sums of adapters are")
     if any((spec.fold, spec.projection) != (first.fold, first.projection) for spec in specs):
         raise SpecError("the adapters are laid out by different folds or maps, so their sum is none of them.")
     if first.projection is not None and not first.projection.linear:

@@ -11,11 +11,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from superlora_tn.model.convolutions import TransposedConvolution
+from superlora_tn.model.joins import entering, enters, joiner
 from superlora_tn.model.kinds import Kind, Linear, Transposed
 from superlora_tn.model.recognise import adopt
 from superlora_tn.model.weights import Weight
 from superlora_tn.update.base import Member
 from superlora_tn.update.eager import is_eager
+from superlora_tn.update.joined import joined
 
 BASE = "__base__"  # PEFT's word, among adapter_names, for the base alone
 
@@ -29,16 +31,18 @@ class SuperLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         base_layer: the layer.
         kind: how its weight is read, written and updated.
         superlora_members: its member of each adapter, by the adapter's name.
+        superlora_joins: what gives its output with the update of each.
     """
 
     adapter_layer_names = ()
-    other_param_names = ("superlora_members",)
+    other_param_names = ("superlora_members", "superlora_joins")
 
     def __init__(self, base_layer: nn.Module, kind: Kind) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.kind = kind
         self.superlora_members: dict[str, Member] = {}
+        self.superlora_joins: dict[str, Any] = {}
         self.merged_adapters: list[str] = []
         self._own = Weight(self.inner(), kind)
 
@@ -52,6 +56,13 @@ class SuperLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; which ones are active then is the tuner's to say, the same for all layers."""
         self.superlora_members.pop(adapter_name, None)
+        self.superlora_joins.pop(adapter_name, None)
+
+    def add_member(self, adapter_name: str, member: Member) -> None:
+        """Take an adapter's member."""
+        self.kind.ready(self.inner(), member)
+        self.superlora_members[adapter_name] = member
+        self.superlora_joins[adapter_name] = joiner(self.kind, member)
 
     def inner(self) -> nn.Module:
         """The layer itself, inside whatever else wraps it."""
@@ -75,19 +86,33 @@ class SuperLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             self.unmerge()
         if rows is not None and self.merged:
             raise ValueError("adapter_names was given for a mixed batch while adapters are merged; unmerge_adapter() first.")
-        result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
+            plain: Tensor = self.base_layer(x, *args, **kwargs)
+            return plain
+        layer, active = self.inner(), [name for name in rows or self.names() if name in self.superlora_members]
+        members = [self.superlora_members[name] for name in active]
+        self._check_alone(members if rows is None else ())
+        if any(enters(self.kind, member) for member in members):
+            if rows is not None:
+                raise ValueError(f"'{members[0].name}' is multiplied from the right, and that is one for all rows of a batch.")
+            x = entering(members[0], x, layer.training)
+        result: Tensor = self.base_layer(x, *args, **kwargs)
         if rows is not None:
             return self._mixed(x, result, rows)
-        layer = self.inner()
         base = adopt(layer, None, x, result) if is_eager() and layer is self.base_layer else None
-        for name in self.names():
-            member = self.superlora_members.get(name)
-            if member is not None:
-                # Only the first may write to the output: behind it, the output has a graph of an adapter.
-                result, base = self.kind.join(layer, member, x, result, base), None
+        for name, member in zip(active, members, strict=True):
+            # Only the first may write to the output: behind it, the output has a graph of an adapter.
+            result, base = self.superlora_joins[name](layer, member, x, result, base), None
         return result
+
+    def _check_alone(self, members: Sequence[Member]) -> None:
+        """Raise for several adapters at once of which one does not add."""
+        wrong = next((m.adapter.spec.join for m in members if m.adapter.spec.join is not None), None)
+        if len(members) > 1 and wrong is not None:
+            raise ValueError(
+                f"{len(members)} adapters are active on one layer, which works where all are added; one is not ({wrong}). "
+                "set_adapter() a single one."
+            )
 
     def _mixed(self, x: Tensor, result: Tensor, names: Sequence[str]) -> Tensor:
         """Each row with the update of its own adapter; where the first axis is n times as long, each name is for n rows."""
@@ -103,12 +128,15 @@ class SuperLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 continue
             index = torch.tensor([k * each + j for k, n in enumerate(names) if n == name for j in range(each)], device=x.device)
             own = x.index_select(0, index), result.index_select(0, index)
-            result = result.index_copy(0, index, self.kind.join(self.inner(), member, *own, None))
+            result = result.index_copy(0, index, self.superlora_joins[name](self.inner(), member, *own, None))
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW of an adapter in the shape of the layer's weight, as PEFT's own conversions read it."""
-        delta = self.superlora_members[adapter].delta().detach()
+        member = self.superlora_members[adapter]
+        base = self.kind.read(self.inner()).detach()
+        added = member.adapter.spec.join is None
+        delta = (member.delta() if added else joined(member, base, member.current()) - base).detach()
         weight: Any = self.inner().weight
         if isinstance(self.kind, TransposedConvolution):
             return self.kind.laid(self.inner(), delta)
@@ -129,10 +157,10 @@ class SuperLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         Raises:
             ValueError: NaN or infinity, with `safe_merge`.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            member = self.superlora_members.get(name)
-            if member is None:
-                continue
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.superlora_members]
+        self._check_alone([self.superlora_members[name] for name in [*self.merged_adapters, *names]])
+        for name in names:
+            member = self.superlora_members[name]
             before = self._deltas(self.merged_adapters)
             self._own.add(member, member.current().detach())
             if safe_merge and not torch.isfinite(self.kind.read(self.inner())).all():

@@ -16,9 +16,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
+from superlora_tn.model.joins import bound
 from superlora_tn.model.kinds import Held
 from superlora_tn.model.site import BeginHook, EndHook
-from superlora_tn.model.targets import AttachError, Target, bind, near, places
+from superlora_tn.model.targets import AttachError, Target, near, places
 from superlora_tn.model.weights import check_mergeable
 from superlora_tn.peft.config import NAME, SuperLoraConfig
 from superlora_tn.peft.layer import BASE, SuperLoraLayer, wrapped
@@ -110,7 +111,7 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
                 layer = layers[name]
                 found[name] = Target(name, f"{name}.base_layer", layer.inner(), layer.kind)
                 continue
-            found[name] = bind(name, known[name])
+            found[name] = bound(config.adapter_spec.join, name, known[name])
             if isinstance(found[name].kind, Held):
                 raise AttachError(
                     f"'{name}' is used by reading its weight (an nn.MultiheadAttention, or a forward of its own), and PEFT "
@@ -148,8 +149,7 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
         """Bind a layer to its member of the adapter, in a layer of ours."""
         layer = target if isinstance(target, SuperLoraLayer) else wrapped(target, self._targets[current_key].kind)
         members = (a.members[current_key] for a in self._adapters(adapter_name) if current_key in a.members)
-        layer.superlora_members[adapter_name] = member = next(members)
-        layer.kind.ready(layer.inner(), member)
+        layer.add_member(adapter_name, next(members))
         if layer is not target:
             layer.set_adapter(self.active_adapters)
             layer.train(target.training)
@@ -163,6 +163,7 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
             del self._modules[name]
         for layer in self._layers():
             layer.superlora_members.pop(adapter_name, None)
+            layer.superlora_joins.pop(adapter_name, None)
 
     def _train(self, names: Sequence[str], requires_grad: bool) -> None:
         for name in names:

@@ -211,9 +211,11 @@ def frame(group: Group, spec: AdapterSpec, graph: Graph) -> Frame:
 
 @frame.register
 def _physical(group: PhysicalGroup, spec: AdapterSpec, graph: Graph) -> Frame:
+    spec.check_added("fits and conversions are")
     return PhysicalFrame(group, spec, graph)
 
 
 @frame.register
 def _flat(group: FlatGroup, spec: AdapterSpec, graph: Graph) -> Frame:
+    spec.check_added("fits and conversions are")
     return FlatFrame(group, spec, graph)

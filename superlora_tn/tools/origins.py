@@ -267,6 +267,8 @@ def start(tuned: Tuned, how: Start) -> Tuned:
     adapters = list(tuned._adapters())
     if any(adapter._pads is not None for adapter in adapters):
         raise AttachError("the adapter departs from a start already; detach() it and attach another.")
+    for entry in tuned.entries:
+        entry.spec.check_added("starts are")
     # Of what cannot depart, before anything is looked at.
     departed = [replace(e, spec=summed([e.spec] * 2), trains=e.spec) for e in tuned.entries] if how.departs else []
     known = how.look(tuned)

@@ -16,15 +16,15 @@ from superlora_tn.contraction.plan import Route, make_plan
 from superlora_tn.contraction.profile import CPU, DEVICES, Device
 from superlora_tn.contraction.search import Optimizer
 from superlora_tn.declare.fold import Group, Mode, PhysicalGroup, Shape
-from superlora_tn.declare.parts import Dense, SpecError
+from superlora_tn.declare.parts import Dense
 from superlora_tn.network.expand import lower
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.network.sums import Block, blocks
 from superlora_tn.update.based import Read, base_values
 from superlora_tn.update.initialise import first_values
+from superlora_tn.update.magnitudes import Magnitudes
 from superlora_tn.update.passes import Passes
-from superlora_tn.update.placed import Placed
 
 # Plans are made for these numbers of tokens; a call takes the plan of the largest that is not above its own.
 TOKEN_STEPS = (1, 32, 256, 2048, 16384)
@@ -62,7 +62,7 @@ class Links:
     sizes: tuple[int, int, int, int]
 
 
-class Adapter(Placed, ABC):
+class Adapter(Magnitudes, ABC):
     """The trainable network of one group of weights.
 
     Its parameters and frozen buffers are named ``node_<name>``, in graph order.
@@ -112,6 +112,7 @@ class Adapter(Placed, ABC):
                     self.register_parameter(name, nn.Parameter(tensor))
                 else:
                     self.register_buffer(name, tensor)
+            self._add_magnitudes(dtype, device)
         self.prepare()
 
     def refill(self, generator: torch.Generator | None) -> None:
@@ -123,20 +124,23 @@ class Adapter(Placed, ABC):
                 own.copy_(value.to(device=own.device, dtype=own.dtype))
 
     def rest_on(self, read: Read) -> None:
-        """Write what frozen nodes hold of the base's weights; nothing where the nodes have no memory.
+        """Write what frozen nodes and magnitudes hold of the base's weights; nothing where the nodes have no memory.
 
         Args:
             read: W of a member, (out, in), by its name.
         """
         own = self._own()
-        if isinstance(self.group, PhysicalGroup) and not own[0].is_meta:
-            with torch.inference_mode(False), torch.no_grad():
-                for k, place, value in base_values(self.graph, self.group.members, read):
-                    own[k][place].copy_(value)
+        if own[0].is_meta:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            self._measure(read)
+            physical = self.group.members if isinstance(self.group, PhysicalGroup) else {}
+            for k, place, value in base_values(self.graph, physical, read):
+                own[k][place].copy_(value)
 
     def write(self, values: Sequence[Tensor], keep_dtype: bool = True) -> None:
-        """Write values of the graph's nodes into the tensors that are there, in their dtype or in that of the values."""
-        for k, (own, value) in enumerate(zip(self._own(), values, strict=True)):
+        """Write values into the tensors that are there (see `whole`), in their dtype or in that of the values."""
+        for k, (own, value) in enumerate(zip([*self._own(), *self.beside()], values, strict=True)):
             if not keep_dtype and own.dtype != value.dtype:
                 own.data = own.data.to(value.dtype)
             if self._pads is None:
@@ -190,7 +194,7 @@ class Adapter(Placed, ABC):
     def num_parameters(self) -> int:
         """Trainable numbers."""
         if self._pads is None:
-            return self.graph.num_parameters
+            return self.graph.num_parameters + self.spec.magnitudes(self.group)
         return sum(own.numel() for own, node in zip(self._own(), self.graph.nodes, strict=True) if node.trainable)
 
     def _first(self, device: torch.device, generator: torch.Generator | None) -> Sequence[Tensor]:
@@ -223,18 +227,8 @@ class Adapter(Placed, ABC):
         except KeyError:
             return [self._viewed(name) for name in self._names]
 
-    def _viewed(self, name: str) -> Tensor:
-        """A node where FSDP1 has put a view of its flat parameter in its place, as it does in backward."""
-        node = self._parameters.get(name, self._buffers.get(name, self.__dict__.get(name)))
-        if node is not None and (name not in self.__dict__ or (type(node) is Tensor and node._is_view())):
-            return node
-        raise SpecError(
-            f"the adapter's node {name[5:]!r} is no parameter any more (pruned, parametrized or deleted); adapters keep their "
-            "nodes as plain parameters. Undo that, or train the network you want from the start."
-        )
-
     def delta(self, target: str) -> Tensor:
-        """dW of a target, scale included, shape (out, in), in the parameters' dtype, from the nodes alone."""
+        """dW of a target, scale included, (out, in), in the parameters' dtype, from the nodes alone."""
         return self.delta_of(self.members[target])
 
     def forward(self, x: Tensor, target: str, out: Tensor, base: Tensor | None = None) -> Tensor:
@@ -244,6 +238,17 @@ class Adapter(Placed, ABC):
     @abstractmethod
     def delta_of(self, member: Member) -> Tensor:
         """dW of a member, see `delta`."""
+
+    def more(self, member: Member, weight: Tensor) -> Tensor | None:
+        """By how much dW changes the squared norms of W's rows, (out,), in float32 or wider, without building dW.
+
+        None where building dW is cheaper.
+        """
+        return None
+
+    def whole(self) -> list[Tensor]:
+        """All that the adapted weights are made of beside W: the nodes, then what is beside them."""
+        return [*self.tensors(), *self.beside()]
 
     @abstractmethod
     def update(
@@ -346,6 +351,10 @@ class Member:
     def active(self) -> bool:
         """Whether the adapter is on."""
         return self.adapter.active
+
+    def magnitude(self) -> Tensor:
+        """The magnitudes of its rows, (out,)."""
+        return self.adapter.magnitude_of(self.name)
 
     def delta(self) -> Tensor:
         """dW, see `Adapter.delta`."""

@@ -1,4 +1,4 @@
-"""Values of the frozen nodes that come from the base's weights: W itself, or its singular vectors and values."""
+"""What an adapter takes from the base's weights: W itself, its singular vectors and values, or the norms of its rows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from superlora_tn.declare.parts import BASED
 from superlora_tn.network.graph import Graph, GraphNode
 
 Read = Callable[[str], Tensor]
+
+
+def row_norms(matrix: Tensor) -> Tensor:
+    """The norms of the rows of a matrix (out, in), in float32 or wider."""
+    found: Tensor = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.promote_types(matrix.dtype, torch.float32))
+    return found
 
 
 def base_values(

@@ -17,9 +17,11 @@ from superlora_tn.contraction.chain import Chain, chain
 from superlora_tn.contraction.cut import halves
 from superlora_tn.contraction.plan import Route, choose, make_plan
 from superlora_tn.contraction.profile import Device
+from superlora_tn.contraction.rows import row_products
 from superlora_tn.contraction.search import Optimizer
 from superlora_tn.contraction.sharing import Scheme, scheme
 from superlora_tn.declare.fold import PhysicalGroup, Shape
+from superlora_tn.declare.joins import Magnitude
 from superlora_tn.network.graph import Graph
 from superlora_tn.update.base import NOMINAL_TOKENS, TOKEN_STEPS, Adapter, Links, Member, Run, Side
 from superlora_tn.update.eager import is_eager, is_recorded
@@ -99,6 +101,9 @@ class PhysicalAdapter(Adapter):
         self._halves = None if route == "delta" else halves(self.graph, *settings)
         parts = () if self._halves is None else (self._halves.outer, self._halves.inner)
         self._half_runs = [(half.nodes, compiled(half.plan, backend)) for half in parts]
+        normed = isinstance(self.spec.join, Magnitude) and route != "delta"
+        rows = row_products(self.graph, self.group.shape, *settings, route == "apply") if normed else None
+        self._row_runs = None if rows is None else (compiled(rows.crossed, backend), compiled(rows.squared, backend))
         for name, positions in self.group.members.items():
             member = self.members[name]
             member.shape = self.group.shape
@@ -143,6 +148,18 @@ class PhysicalAdapter(Adapter):
         """See `Adapter.current`; whoever reads a weight several times may take several gradients of what it reads."""
         scale = self.scale
         return lasting(lambda own: self._build(*self._nodes(member, list(own)), alpha=scale), self.tensors())
+
+    def more(self, member: Member, weight: Tensor) -> Tensor | None:
+        """See `Adapter.more`."""
+        if self._row_runs is None:
+            return None
+        (crossed, squared), nodes = self._row_runs, self._nodes(member, self.tensors())
+        wide = [n.to(torch.promote_types(n.dtype, torch.float32)) for n in nodes]
+        # Beside ||W||^2 the product with W is small, so W's own half precision does: a wide copy would be as large as dW.
+        half = weight.dtype in (torch.float16, torch.bfloat16)
+        dtype = weight.dtype if half else torch.promote_types(weight.dtype, wide[0].dtype)
+        meet = crossed(weight.to(dtype), *(n.to(dtype) for n in wide)).to(wide[0].dtype)
+        return cast(Tensor, 2 * self.scale * meet + self.scale**2 * squared(*wide, *wide))
 
     def stack_up(self) -> None:
         """See `Adapter.stack_up`."""

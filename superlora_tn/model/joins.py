@@ -1,0 +1,171 @@
+"""Updates that are not added: the output of a layer whose weight is scaled row by row, or multiplied from a side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from superlora_tn.declare.joins import Join, Magnitude, Multiply
+from superlora_tn.model.convolutions import Convolution
+from superlora_tn.model.kinds import Held, Kind, LayerError, Linear, RowsOf
+from superlora_tn.model.spans import columns, joined
+from superlora_tn.model.tables import Table, TableRows
+from superlora_tn.model.targets import AttachError, Place, Target, bind
+from superlora_tn.update.base import Member
+from superlora_tn.update.joined import Norms, factors, unkept
+from superlora_tn.update.joined import joined as weight_of
+
+
+class Scaled:
+    """With magnitudes: ``s (y - b + x dW^T) + b`` for the output y, with s = m / ||W + dW|| for each row of W."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind, self.norms = kind, Norms()
+
+    def __call__(self, layer: Any, member: Member, x: Any, y: Tensor, base: Tensor | None) -> Tensor:
+        """See `Kind.join`."""
+        kind, weight = self.kind, _whole(self.kind, layer, member)
+        if isinstance(kind, Linear | RowsOf) and x.is_nested:
+            return _nested(kind, layer, member, x, y)
+        owners = list((kind.owners(layer) or {}).values())
+        scale = factors(member, weight, self.norms.of(weight, owners))
+        if member.adapter.spec.dropout and layer.training and not isinstance(kind, Table):
+            return self._dropped(layer, member, x, y, weight, scale)
+        plain = kind.join(layer, member, x, y, base)
+        scale, bias = kind.spread(layer, scale, x), kind.bias(layer)
+        whole = plain * scale if bias is None else torch.addcmul(bias * (1 - scale), plain, scale)
+        return whole.to(plain.dtype)
+
+    def _dropped(self, layer: Any, member: Member, x: Tensor, y: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """Dropout takes elements of the whole change's input, as in PEFT: ``y + drop(x) (W' - W)^T``."""
+        kind, given, x = self.kind, x, member.drop(x, True).to(y.dtype)
+        if isinstance(kind, Linear | RowsOf):
+            y = _plain(kind).passed(layer, member, given, y)
+            own = functional.linear(x, weight.to(x.dtype)) * (scale - 1)
+            more = (own + member.update(x, None, None, False) * scale).to(y.dtype)
+            return y + more if isinstance(kind, Linear) else joined(y, more, kind.span, False)
+        change = scale[:, None] * (weight + member.current()) - weight
+        assert isinstance(kind, Convolution)
+        return y + kind.convolve(layer, x, change.reshape(change.shape[0], -1, *layer.kernel_size).to(y.dtype), y)
+
+
+class FromLeft:
+    """``R (y - b) + b`` for the output y."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+
+    def __call__(self, layer: Any, member: Member, x: Any, y: Tensor, base: Tensor | None) -> Tensor:
+        """See `Kind.join`."""
+        kind, bias = self.kind, self.kind.bias(layer)
+        if isinstance(kind, Linear | RowsOf):
+            if x.is_nested:
+                return _nested(kind, layer, member, x, y)
+            y = _plain(kind).passed(layer, member, x, y)
+        plain = y if bias is None else y - bias
+        if isinstance(kind, RowsOf):
+            own = columns(plain, kind.span).flatten(-2)
+            return joined(y, _turned(member, own, layer.training, torch.zeros_like(own)), kind.span, False)
+        axis = kind.axis(layer)
+        return _turned(member, plain.movedim(axis, -1), layer.training, y.movedim(axis, -1)).movedim(-1, axis)
+
+
+class FromRight:
+    """The layer was given ``R x`` for x (see `entering`); of a block of rows, which shares x with others, y gets the change."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+
+    def __call__(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
+        """See `Kind.join`."""
+        kind = self.kind
+        if isinstance(kind, Linear):
+            return kind.passed(layer, member, x, y)
+        assert isinstance(kind, RowsOf)
+        if x.is_nested:
+            return _nested(kind, layer, member, x, y)
+        x = x.to(y.dtype)
+        change = _turned(member, x, layer.training, torch.zeros_like(x))
+        return joined(y, functional.linear(change, kind.read(layer).to(y.dtype)), kind.span, False)
+
+
+def joiner(kind: Kind, member: Member) -> Any:
+    """What gives a layer's output with the update, called as `Kind.join`."""
+    join = member.adapter.spec.join
+    if join is None:
+        return kind.join
+    if isinstance(join, Magnitude):
+        return Scaled(kind)
+    return FromLeft(kind) if join.side == "left" else FromRight(kind)
+
+
+def enters(kind: Kind, member: Member) -> bool:
+    """Whether the layer is to be given another input, by `entering`."""
+    join = member.adapter.spec.join
+    return isinstance(join, Multiply) and join.side == "right" and isinstance(kind, Linear)
+
+
+def entering(member: Member, x: Tensor, training: bool) -> Tensor:
+    """``R x`` for the layer's input x (..., in)."""
+    return _turned(member, x, training, x)
+
+
+def bound(join: Join | None, name: str, place: Place, at: str | None = None) -> Target:
+    """`bind` for a join: where a layer's input and output do not serve, its weight is adapted where it is read.
+
+    Raises:
+        AttachError: it cannot be adapted, or not so.
+    """
+    target = bind(name, place, at)
+    if not isinstance(join, Multiply):
+        return target
+    if target.tied or isinstance(target.kind, TableRows):
+        raise AttachError(f"'{name}' is a tied weight or a block of a table, which no network multiplies; add dW there.")
+    if isinstance(target.kind, Held | Linear | RowsOf):
+        return target
+    layer: Any = target.layer
+    # A product from the left mixes rows of all groups, which read different channels.
+    grouped = isinstance(target.kind, Convolution) and layer.groups > 1
+    return bind(name, place, "weight") if join.side == "right" or grouped else target
+
+
+def _turned(member: Member, x: Tensor, training: bool, y: Tensor) -> Tensor:
+    """``y + (R - 1) x`` for x (..., side): R x where y is x."""
+    if x.is_nested:
+        one = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        return y + functional.linear(member.drop(x, training), (weight_of(member, one, member.current()) - one).to(x.dtype))
+    away = unkept(member)
+    if away == 1 and y is x:
+        return member.update(x, None, None, training)
+    return member.update(x, y if away == 0 else y - away * x, None, training)
+
+
+def _plain(kind: Linear | RowsOf) -> Linear:
+    """The kind of the whole layer."""
+    return kind.kind if isinstance(kind, RowsOf) else kind
+
+
+def _nested(kind: Linear | RowsOf, layer: Any, member: Member, x: Tensor, y: Tensor) -> Tensor:
+    """``y + x (W' - W)^T`` for sequences of several lengths, by the built change."""
+    weight = _whole(kind, layer, member)
+    change = weight_of(member, weight, member.current()) - weight
+    if isinstance(kind, RowsOf):
+        change = functional.pad(change, (0, 0, kind.span.start, kind.span.period - kind.span.stop))
+    return y + functional.linear(member.drop(x, layer.training), change.to(y.dtype))
+
+
+def _whole(kind: Kind, layer: Any, member: Member) -> Tensor:
+    """W (out, in) as it is now; its rows' norms need all of it."""
+    try:
+        weight = kind.read(layer).detach()
+    except LayerError as error:
+        raise LayerError(f"magnitudes (DoRA) on '{member.name}' need the norms of the weight's rows: {error}") from error
+    if tuple(weight.shape) != member.shape or type(weight).__name__ == "DTensor":
+        raise LayerError(
+            f"magnitudes (DoRA) on '{member.name}' need the whole weight {member.shape}, and it is sharded now: "
+            f"{tuple(weight.shape)}. Add dW there (join=None), or leave it out."
+        )
+    return weight

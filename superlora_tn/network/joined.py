@@ -1,0 +1,30 @@
+"""Variants whose update is not added to the weight: DoRA of any declaration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from superlora_tn.declare.joins import Magnitude
+from superlora_tn.declare.parts import SpecError, shown
+from superlora_tn.network.spec import AdapterSpec
+
+
+def dora(spec: AdapterSpec, detached: bool = True) -> AdapterSpec:
+    """DoRA of any declaration: ``W' = m (W + dW) / ||W + dW||`` row by row (Liu et al. 2024), ``sl.dora(sl.lokr(4))``.
+
+    Count: the declaration's, and one number for each row (output) of each weight.
+
+    Args:
+        spec: how dW is declared.
+        detached: the norm gets no gradient, as in the paper's section 4.3 and PEFT; False differentiates it too.
+
+    Raises:
+        SpecError: not a declaration, or one that joins otherwise already.
+    """
+    if not isinstance(spec, AdapterSpec):
+        raise SpecError(
+            f"dora was given {shown(spec)}; give a declaration such as superlora_tn.lora(8) (of a budget, what it buys)."
+        )
+    if spec.join is not None:
+        raise SpecError(f"dora was given a declaration that joins otherwise already ({spec.join}); give one with join=None.")
+    return replace(spec, join=Magnitude(detached))
