@@ -33,6 +33,7 @@ HOUSE = {
         ["base"],
         ["lookup", "joined"],
         ["physical", "flat"],
+        ["together"],
         ["make"],
     ],
     "files": [
@@ -54,6 +55,7 @@ HOUSE = {
     "model": [
         ["spans", "blocks", "buffers", "describe", "trainer"],
         ["kinds"],
+        ["stacks"],
         ["convolutions"],
         ["tried", "shown", "tables"],
         ["packed"],

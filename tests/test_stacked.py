@@ -16,9 +16,12 @@ from models import noise, perturb
 from optional import library
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import superlora_tn as sl
 from superlora_tn.declare.fold import split_expert
+from superlora_tn.model import shown
+from superlora_tn.model.stacks import Stack
 from superlora_tn.update.physical import PhysicalAdapter
 
 EXPERTS, DIM, HIDDEN = 3, 6, 8
@@ -281,6 +284,155 @@ def test_transformers_experts(name: str, way: str, spec: str, tmp_path: Path) ->
     torch.testing.assert_close(model(input_ids=x).logits, out.logits, rtol=1e-4, atol=1e-5)
     tuned.detach()
     torch.testing.assert_close(model(input_ids=x).logits, moe(name).eval()(input_ids=x).logits, rtol=1e-4, atol=1e-5)
+
+
+# --- W + dW of a stack that is not built -------------------------------------------------------------------------------
+
+ALL, EACH, ROWS = 4, 5, 3  # experts, in and rows of each
+OUT = 6
+RUNS = torch.tensor([2, 2, 7, 9], dtype=torch.int32)  # where the rows of each expert end; the second has none
+CHOICE = torch.tensor([3, 0, 3])
+
+
+def grouped(x: Tensor, stack: Tensor) -> Tensor:
+    return F.grouped_mm(x, stack, offs=RUNS)
+
+
+# What a module does with its stack (which, out, in), seen so, and the shape of x.
+READS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = {
+    "linear": (lambda x, w: sum(F.linear(x, w[e]) * (e + 1) for e in range(ALL)), (ROWS, EACH)),
+    "linear, bias, number as a tensor": (lambda x, w: F.linear(x, w[torch.tensor(2)], x.new_ones(OUT)), (2, ROWS, EACH)),
+    "from behind, transposed": (lambda x, w: x @ w[-1].t() + torch.mm(x, w.mT[0]), (ROWS, EACH)),
+    "bmm": (lambda x, w: torch.bmm(x, w.transpose(1, 2)), (ALL, ROWS, EACH)),
+    "matmul": (lambda x, w: x @ w.mT, (ALL, ROWS, EACH)),
+    "bmm of columns": (lambda x, w: w.bmm(x.mT), (ALL, ROWS, EACH)),
+    "chosen": (lambda x, w: torch.bmm(w[CHOICE], x[:3].unsqueeze(-1)).squeeze(-1), (ROWS, EACH)),
+    "chosen, transposed": (lambda x, w: torch.bmm(x[:3].unsqueeze(1), w.mT[CHOICE]).squeeze(1), (ROWS, EACH)),
+}
+# And what is done with W + dW itself.
+BUILDS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = {
+    "einsum": (lambda x, w: torch.einsum("eti,eoi->eto", x, w), (ALL, ROWS, EACH)),
+    "the whole": (lambda x, w: x.sum() * w, (1,)),
+    "unbound": (lambda x, w: sum(x @ one.T for one in w), (ROWS, EACH)),
+    "joined": (lambda x, w: x.sum() * torch.cat([w, w[:1]]), (1,)),
+    "not its product": (lambda x, w: F.linear(x, w[1].T), (ROWS, OUT)),
+    "all axes turned": (lambda x, w: w.permute(2, 1, 0) * x.sum() + w.transpose(0, 2), (1,)),
+    "a run": (lambda x, w: x.sum() * w[1:3], (1,)),
+    "written over": (lambda x, w: (w * 1).mul_(x.sum()), (1,)),
+}
+
+
+class Reading(nn.Module):
+    """Reads its stack in one of the ways."""
+
+    def __init__(self, read: Callable[[Tensor, Tensor], Tensor], transposed: bool, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.read, self.is_transposed, self.num_experts = read, transposed, ALL
+        shape = (ALL, EACH, OUT) if transposed else (ALL, OUT, EACH)
+        self.stack = nn.Parameter(noise(*shape, seed=5, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(x, self.stack.mT if self.is_transposed else self.stack)
+
+
+@pytest.mark.parametrize("way", {**READS, **BUILDS})
+@pytest.mark.parametrize(
+    ("spec", "transposed"), [("lora", False), ("experts share", True), ("a pair each", True), ("lokr", False)]
+)
+def test_what_a_module_computes_with_a_stack(way: str, spec: str, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two adapters on every matrix; values and gradients are those of the sum of all that is stored."""
+    read, shape = {**READS, **BUILDS}[way]
+    model = Reading(read, transposed)
+    tuned = [sl.attach(model, SPECS[spec], ["stack"], name=n, route="apply", dtype=torch.float64) for n in ("one", "two")]
+    for k, handle in enumerate(tuned):
+        perturb(handle, seed=k)
+    weight = model.state_dict()["stack"].mT if transposed else model.state_dict()["stack"]
+    deltas = [torch.stack([handle.delta(f"stack.{e}") for e in range(ALL)]) for handle in tuned]
+    x = noise(*shape, dtype=torch.float64).requires_grad_()
+    other = read(x, weight + sum(deltas))
+    if way in READS and (spec != "lokr" or "linear" in way or "behind" in way):
+        monkeypatch.setattr(shown, "_whole", None)  # nothing is built
+    y = model(x)
+    torch.testing.assert_close(y, other)
+    g, wanted = noise(*y.shape, seed=3, dtype=torch.float64), [x, *tuned[0].parameters(), *tuned[1].parameters()]
+    found = torch.autograd.grad(y, wanted, g, allow_unused=True, materialize_grads=True)  # some experts are not met
+    for own, right in zip(found, torch.autograd.grad(other, wanted, g), strict=True):
+        torch.testing.assert_close(own, right)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), other)
+
+
+@pytest.mark.parametrize("spec", ["lora", "experts share", "a pair each"])
+def test_a_grouped_product_of_a_stack(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's grouped product takes rows of whole 16 bytes and no float64, so the bound is float32's."""
+    monkeypatch.setattr("test_stacked.OUT", 8)
+    monkeypatch.setattr("test_stacked.EACH", 12)
+    model = Reading(lambda x, w: grouped(x, w.mT), False, torch.float32)
+    tuned = sl.attach(model, SPECS[spec], ["stack"], route="apply")
+    perturb(tuned)
+    weight = model.state_dict()["stack"] + torch.stack([tuned.delta(f"stack.{e}") for e in range(ALL)])
+    monkeypatch.setattr(shown, "_whole", None)
+    x = noise(9, EACH).requires_grad_()
+    y, ends = model(x), [0, *RUNS.tolist()]
+    other = torch.cat([x[a:b] @ w.T for a, b, w in zip(ends, RUNS, weight, strict=False)])
+    torch.testing.assert_close(y, other, rtol=1e-4, atol=1e-5)
+    g, wanted = noise(*y.shape, seed=3), [x, *tuned.parameters()]
+    for found, right in zip(torch.autograd.grad(y, wanted, g), torch.autograd.grad(other, wanted, g), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+
+
+def test_the_stand_in_says_what_the_tensor_is() -> None:
+    model = Reading(lambda x, w: w, True, torch.float32)
+    sl.attach(model, SPECS["lora"], ["stack"])
+    stack = model.stack
+    assert isinstance(stack, Stack)
+    assert (stack.shape, stack.dtype, stack.device.type) == ((ALL, EACH, OUT), torch.float32, "cpu")
+    assert (stack.mT.shape, stack[1].shape, stack[CHOICE].shape) == ((ALL, OUT, EACH), (EACH, OUT), (3, EACH, OUT))
+    assert (len(stack), stack.dim(), stack.size(-1), stack.requires_grad) == (ALL, 3, OUT, True)
+    with torch.no_grad():
+        assert not model.stack.requires_grad
+    assert repr(stack).startswith("tensor(")
+    built = Reading(lambda x, w: w, True, torch.float32)
+    sl.attach(built, SPECS["lora"], ["stack"], at="weight")
+    assert type(built.stack) is Tensor
+
+
+class Past(torch.autograd.Function):
+    """Autograd sees no function of torch between the weight and what it gives."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.expand(ALL, OUT, EACH)
+
+
+def test_in_ddp_every_expert_gets_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for all parameters, and an expert may meet no token."""
+    model = Reading(READS["from behind, transposed"][0], False)
+    tuned = sl.attach(model, SPECS["lora"], ["stack"], dtype=torch.float64)
+    model.static_graph = True  # as the module around it would say
+    monkeypatch.setattr(DistributedDataParallel, "_get_active_ddp_module", lambda: model)
+    model(noise(ROWS, EACH, dtype=torch.float64)).sum().backward()
+    assert all(p.grad is not None for p in tuned.parameters())
+
+
+def test_what_reads_a_stack_past_torch_is_told_so_and_can_have_it_built() -> None:
+    """Never W in the place of W + dW, and never a gradient that is lost."""
+    model = Reading(lambda x, w: Past.apply(w), False)
+    tuned = sl.attach(model, SPECS["lora"], ["stack"], dtype=torch.float64)
+    perturb(tuned)
+    with pytest.raises(sl.LayerError, match=r"differentiated .* attach with at='weight'"):
+        model(None).backward()
+    with pytest.raises(sl.LayerError, match="was read by"), torch._C.DisableTorchFunctionSubclass():
+        torch.ops.aten.sum(model.stack)
+    tuned.detach()
+    tuned = sl.attach(model, SPECS["lora"], ["stack"], at="weight", dtype=torch.float64)
+    perturb(tuned)
+    model(None).backward()
+    assert all(p.grad is not None for p in tuned.parameters())
 
 
 # --- other modules ---------------------------------------------------------------------------------------------------

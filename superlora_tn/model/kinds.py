@@ -307,12 +307,14 @@ class Held(Kind):
         transposed: whether it is kept as (in, out).
         span: which rows; None means all.
         slot: which matrix of a parameter that holds a stack of them.
+        built: whether reading a stack builds W + dW at once (see `stacks`).
     """
 
     parameter: str = "weight"
     transposed: bool = False
     span: Span | None = None
     slot: int | None = None
+    built: bool = False
 
     @property
     def block(self) -> Span | None:

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from superlora_tn.declare.rows import Span
 from superlora_tn.model.kinds import Held, LayerError
 from superlora_tn.model.spans import cut, replaced
+from superlora_tn.model.stacks import Stack
 from superlora_tn.update.base import Member
 from superlora_tn.update.eager import is_eager
 from superlora_tn.update.joined import joined
@@ -116,7 +118,10 @@ def _made(plain: type, names: tuple[str, ...]) -> Any:
 
 def _getter(name: str) -> Any:
     def read(module: nn.Module) -> Any:
-        return _read(module, name)
+        try:
+            return _read(module, name)
+        except AttributeError as error:  # it would send nn.Module on to the parameter itself, and nobody would know
+            raise RuntimeError(f"W + dW of the {name} of a {type(module).__name__} could not be computed.") from error
 
     return read
 
@@ -138,6 +143,29 @@ def _read(module: nn.Module, name: str) -> Any:
     blocks = [b for b in module.__dict__[SLOT].get(name, ()) if b.member.active]
     if stored is None or not blocks or (is_eager() and sys._getframe(2).f_code.co_name in MOVERS):
         return stored
+    if (members := _apart(stored, blocks)) is not None:
+        return Stack.of(stored, lambda: _whole(module, name, stored, blocks), members, blocks[0].kind.transposed)
+    return _whole(module, name, stored, blocks)
+
+
+def _apart(stored: Tensor, blocks: list[Block]) -> list[list[Member]] | None:
+    """The members on each matrix of a stack, where those need not be built to be read.
+
+    In DistributedDataParallel they are, as it waits for a gradient of every parameter, and an expert may meet no token.
+    """
+    if not is_eager() or type(stored) not in (Tensor, nn.Parameter) or DistributedDataParallel._get_active_ddp_module():  # type: ignore[no-untyped-call]
+        return None
+    members: list[list[Member]] = [[] for _ in stored] if blocks[0].kind.slot is not None else []
+    for block in blocks:
+        kind, adapter = block.kind, block.member.adapter
+        if kind.slot is None or kind.span is not None or kind.built or not adapter.applies:
+            return None
+        members[kind.slot].append(block.member)
+    return members
+
+
+def _whole(module: nn.Module, name: str, stored: Tensor, blocks: list[Block]) -> Tensor:
+    """W + dW, made once for all reads of a pass that follow one another."""
     found = blocks[0].member.adapter.passes.current() if is_eager() else None
     adapters = list({id(b.member.adapter): b.member.adapter for b in blocks}.values())
     read = [stored, *(t for adapter in adapters for t in adapter.whole())]

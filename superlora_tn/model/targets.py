@@ -209,7 +209,7 @@ def bind(name: str, place: Place, at: str | None = None) -> Target:
         if place.part:
             kind: Kind = _projection(place)
         elif place.parameter:
-            kind = _parameter(place)
+            kind = _parameter(place, at)
         else:
             kind = _block(kind_of(place.module, at or _reads_weights(place)), place)
         tied = tuple(Target(name, other.home, other.module, _turned(kind_of(other.module, at), place)) for other in place.tied)
@@ -266,11 +266,11 @@ def _projection(place: Place) -> Held:
     return kind
 
 
-def _parameter(place: Place) -> Held:
+def _parameter(place: Place, at: str | None) -> Held:
     """A parameter of a module that is no known layer: (out, in), or of a stack (which, out, in)."""
     module: Any = place.module
     turned = place.slot is not None and (getattr(module, "is_transposed", False) or type(module).__name__ in TRANSPOSED_STACKS)
-    kind = Held(place.parameter, transposed=turned, slot=place.slot)
+    kind = Held(place.parameter, transposed=turned, slot=place.slot, built=at == "weight")
     kind.stored(module)
     return kind
 

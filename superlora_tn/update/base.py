@@ -315,6 +315,11 @@ class Adapter(Magnitudes, ABC):
         return functional.embedding(numbers, delta if side == "out" else delta.t()).to(dtype)
 
     @property
+    def applies(self) -> bool:
+        """Whether x may go through the network without dW."""
+        return False
+
+    @property
     def shares(self) -> bool:
         """Whether the layers of a pass share anything."""
         return False

@@ -229,6 +229,11 @@ class PhysicalAdapter(Adapter):
         return found(numbers, self._nodes(member, self.tensors()), dtype, self.scale)
 
     @property
+    def applies(self) -> bool:
+        """See `Adapter.applies`."""
+        return self.settings.route != "delta"
+
+    @property
     def shares(self) -> bool:
         """Whether anything is made once for several members."""
         return bool(self._roots or self._scheme.common)

@@ -1,0 +1,109 @@
+"""dW of several weights as two thin matrices each, in one contraction where their networks are alike.
+
+Members of one network are contracted with the member's indices left open. Networks of one declaration for each weight are
+stacked: a batch of networks, of which one is the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from superlora_tn.contraction.backend import compiled
+from superlora_tn.contraction.cut import Halves, halves
+from superlora_tn.contraction.plan import plan_equation, sub_network
+from superlora_tn.contraction.profile import Device
+from superlora_tn.contraction.search import Optimizer
+from superlora_tn.network.expand import lower
+from superlora_tn.network.graph import Graph
+from superlora_tn.update.base import Member, Run
+from superlora_tn.update.physical import PhysicalAdapter
+
+
+@dataclass(frozen=True, eq=False)
+class Thin:
+    """``dW_k = outer_k inner_k`` of several weights, scale included; a half that all of them share has no axis k.
+
+    Attributes:
+        outer: ([which,] out, bond).
+        inner: ([which,] bond, in).
+    """
+
+    outer: Tensor
+    inner: Tensor
+
+
+def thin(members: Sequence[Member], rows: int) -> Thin | None:
+    """dW of all these weights as thin matrices.
+
+    None where their networks are not alike or have no cut, and where so many `rows` of x a weight go faster through dW.
+    """
+    found = _together(members)
+    if found is None:
+        return None
+    adapter, graph, nodes = found
+    settings = adapter.settings
+    cut = _cut(graph, adapter.profile, settings.optimize, settings.backend)
+    if cut is None or (settings.route is None and not cut.halves.pays(adapter.group.shape, rows)):
+        return None
+    outer, inner = (
+        run(*(nodes[k] for k in own), alpha=alpha) for (own, run), alpha in zip(cut.runs, (adapter.scale, 1.0), strict=True)
+    )
+    return Thin(outer, inner)
+
+
+def _together(members: Sequence[Member]) -> tuple[PhysicalAdapter, Graph, list[Tensor]] | None:
+    """One graph of all members, in their order, and its nodes' tensors."""
+    first = members[0].adapter
+    if not isinstance(first, PhysicalAdapter):
+        return None
+    if all(member.adapter is first for member in members):
+        places = list(first.group.members.values())
+        # Members are numbered as they come, so the cells of the member modes are in their order where these are in order.
+        if [m.name for m in members] != list(first.group.members) or places != sorted(places):
+            return None
+        return first, first.graph, first.tensors()
+    for member in members:
+        other = member.adapter
+        if not isinstance(other, PhysicalAdapter) or len(other.group.members) > 1:
+            return None
+        alike = (other.graph, other.settings, other.scale) == (first.graph, first.settings, first.scale)
+        if other is not first and not alike:
+            return None
+    graph = lower(first.spec.network, first.group.modes, len(members))
+    own = [member.adapter.tensors() for member in members]
+    return first, graph, [torch.stack(each) for each in zip(*own, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """The halves of a graph, and what contracts each for all members: its nodes, and a compiled plan."""
+
+    halves: Halves
+    runs: tuple[tuple[tuple[int, ...], Run], ...]
+
+
+@lru_cache(maxsize=1024)
+def _cut(graph: Graph, device: Device, optimize: Optimizer, backend: str) -> _Cut | None:
+    """None where the graph has no cut, or a half has some of the members' indices and lacks others."""
+    found = halves(graph, device, optimize)
+    if found is None:
+        return None
+    outer, inner = set(found.outer.nodes), set(found.inner.nodes)
+    bond = tuple(i for i in _indices(graph, inner) if i in _indices(graph, outer) and i not in graph.open("member"))
+    runs = []
+    for nodes, sides in ((found.outer.nodes, (graph.open("out"), bond)), (found.inner.nodes, (bond, graph.open("in")))):
+        own = tuple(i for i in graph.open("member") if i in _indices(graph, set(nodes)))
+        if own not in ((), graph.open("member")):
+            return None
+        equation = sub_network(graph, [graph.nodes[k] for k in nodes], (own, *sides) if own else sides, fixed=False)
+        runs.append((nodes, compiled(plan_equation(equation, "delta", device, optimize), backend)))
+    return _Cut(found, tuple(runs))
+
+
+def _indices(graph: Graph, nodes: set[int]) -> dict[str, None]:
+    return dict.fromkeys(i for k in sorted(nodes) for i in graph.nodes[k].indices)
