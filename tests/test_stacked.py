@@ -409,6 +409,17 @@ class Past(torch.autograd.Function):
         return gradient.expand(ALL, OUT, EACH)
 
 
+def test_a_stack_whose_updates_are_not_added_is_built() -> None:
+    model = Reading(READS["bmm"][0], False)
+    tuned = sl.attach(model, sl.dora(SPECS["lora"]), ["stack"], dtype=torch.float64)
+    perturb(tuned)
+    assert type(model.stack) is Tensor
+    stack, x = model.stack.detach(), noise(ALL, ROWS, EACH, dtype=torch.float64)
+    tuned.merge()
+    torch.testing.assert_close(model.state_dict()["stack"], stack)
+    torch.testing.assert_close(model(x), x @ stack.mT)
+
+
 def test_in_ddp_every_expert_gets_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits for all parameters, and an expert may meet no token."""
     model = Reading(READS["from behind, transposed"][0], False)

@@ -231,7 +231,7 @@ class PhysicalAdapter(Adapter):
     @property
     def applies(self) -> bool:
         """See `Adapter.applies`."""
-        return self.settings.route != "delta"
+        return self.settings.route != "delta" and self.spec.join is None
 
     @property
     def shares(self) -> bool:
