@@ -283,6 +283,23 @@ def test_real_digits_are_used_where_they_are() -> None:
     assert abs(float(abroad.images.float().mean()) / 255 - 0.1325 * (28 / 32) ** 2) < 1e-3
 
 
+def test_the_nearer_source_is_white_ink_on_black() -> None:
+    drawn = domains.letters(40, 8, 0)
+    assert drawn.images.shape == (40, 1, 8, 8)
+    assert "no letters in the data folder" in drawn.words
+    assert torch.equal(domains.letters(40, 8, 0, colours=3).images[:, 2:], drawn.images)
+    # A corner is ground: darker than the image's mean.
+    assert float(drawn.images[:, :, 0, 0].float().mean()) < float(drawn.images.float().mean())
+
+
+@pytest.mark.skipif(not (DATA / "emnist_letters").is_dir(), reason=f"the real letters are not at {DATA}")
+def test_real_letters_are_used_where_they_are() -> None:
+    found = domains.letters(30, 16, 0, DATA)
+    assert found.words == "EMNIST, 124,800 handwritten letters"
+    assert found.images.shape == (124_800, 1, 16, 16)
+    assert found.labels.bincount().tolist() == [4800] * 26
+
+
 def test_full_svhn_is_read_where_it_is(tmp_path: Path) -> None:
     io = pytest.importorskip("scipy.io", reason="scipy is not installed")
     images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 5), dtype=np.uint8)

@@ -16,7 +16,7 @@ FLOORS = [
     ["hub", "judge", "denoising", "classification_training"],
     ["classification_report", "geometry_report", "diffusion_report"],
     ["classification", "diffusion", "converged_report"],
-    ["converged", "report"],
+    ["converged", "diffusion_converged", "report"],
     ["geometry"],
     ["command"],
 ]

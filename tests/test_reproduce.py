@@ -335,7 +335,7 @@ def test_names_that_cannot_be_loaded_are_answered_with_what_to_do(tmp_path, loca
         (["--domain", "mnist"], "--domain mnist goes with --scale small and a data folder"),
         (["--domain", "mnist", "--scale", "full"], "--domain mnist goes with --scale small and a data folder"),
         (["--data", "nowhere", "--domain", "cats"], "there is no domain 'cats'; choose one of tinyimagenet30, mnist"),
-        (["--scale", "converged"], "--scale converged goes with classification and a data folder: --data FOLDER"),
+        (["--scale", "converged"], "and with classification and a data folder: --data FOLDER"),
         (["--device", "cuda"], "torch sees no GPU here; use --device cpu"),
     ],
 )

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from superlora_tn.demo.base import FULL, DigitsRecipe
 from superlora_tn.demo.progress import on_step
-from superlora_tn_paper import classification, converged, diffusion, geometry, report
+from superlora_tn_paper import classification, converged, diffusion, diffusion_converged, geometry, report
 from superlora_tn_paper.classification_training import RECIPES, Recipe
 from superlora_tn_paper.converged import ConvergedRecipe
 from superlora_tn_paper.store import Data
@@ -29,7 +29,7 @@ class Request:
 
     Attributes:
         experiment: one of `EXPERIMENTS`.
-        scale: "small", "converged" (classification with a data folder) or "full".
+        scale: "small", "converged" (diffusion, and classification with a data folder) or "full".
         data: the data folder, or for the full scale a data set's folder or hub name; None takes what is there without.
         model: for the full scale, a folder or hub name.
         domain: what classification and geometry adapt to, of the small scale with a data folder, one of `task.DOMAINS`;
@@ -56,8 +56,12 @@ class Request:
             raise TaskError(f"--model {self.model} goes with classification and geometry; diffusion trains its own model.")
         if self.model is not None and self.scale != "full":
             raise TaskError(f"--model {self.model} goes with --scale full; the {self.scale} scale brings its own model.")
-        if self.scale == "converged" and (self.experiment != "classification" or self.data is None):
-            raise TaskError("--scale converged goes with classification and a data folder: --data FOLDER (or SUPERLORA_DATA).")
+        with_data = self.experiment == "classification" and self.data is not None
+        if self.scale == "converged" and self.experiment != "diffusion" and not with_data:
+            raise TaskError(
+                "--scale converged goes with diffusion, and with classification and a data folder: --data FOLDER (or "
+                "SUPERLORA_DATA)."
+            )
         if self.domain is not None and self.experiment == "diffusion":
             raise TaskError(f"--domain {self.domain} goes with classification and geometry; diffusion goes from SVHN to MNIST.")
         if self.domain is not None and (self.scale == "full" or self.data is None):
@@ -95,6 +99,8 @@ def _run(request: Request, console: Console, recipes: Mapping[str, Recipe], long
         folder = None if request.data is None else Path(request.data)
         if folder is not None and not folder.is_dir():
             raise TaskError(f"the data folder {folder} is not there; give another --data (or SUPERLORA_DATA), or none.")
+        if scale == "converged":
+            return diffusion_converged.run(out, diffusion_converged.LONG, folder, request.device, console)
         return diffusion.run(out, "full" if scale == "full" else "small", folder, request.device, console)
 
     def make(bar: Progress) -> Task:

@@ -5,12 +5,10 @@ Several processes may work into one folder; each finished job is a file, and a j
 
 from __future__ import annotations
 
-import fcntl
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,8 +34,8 @@ from superlora_tn_paper.classification_training import (
     score,
 )
 from superlora_tn_paper.converged_report import draw
-from superlora_tn_paper.rates import at_the_edge, best
-from superlora_tn_paper.store import Data, Store, write_json
+from superlora_tn_paper.rates import at_the_edge, best, searched
+from superlora_tn_paper.store import Data, Elsewhere, Store, alone, write_json
 from superlora_tn_paper.task import Batch, Subset, Task
 
 REVISION = 1  # raise it when the training code changes, so that older finished jobs expire
@@ -78,28 +76,6 @@ class ConvergedRecipe:
 
 
 NOT_A_JOBS = ("seeds", "more_seeds", "rates", "factor", "extensions")  # of the recipe: each job's own are in its name
-
-
-class Elsewhere(Exception):
-    """Another process is at a job that is needed first."""
-
-
-@contextmanager
-def alone(place: Path) -> Iterator[None]:
-    """Hold a job's lock, which ends with the process that holds it.
-
-    Raises:
-        Elsewhere: another process holds it.
-    """
-    with place.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Elsewhere(place.stem) from None
-        try:
-            yield
-        finally:
-            place.unlink(missing_ok=True)
 
 
 def moved(tuned: Tuned) -> float:
@@ -249,17 +225,13 @@ class Converged:
 
     def rates(self, setting: Setting) -> dict[str, float]:
         """Rate -> loss on the images held apart, the grid extended while the best is at its edge."""
-        found: dict[str, float] = {}
-        wanted = list(self.recipe.rates)
-        for _ in range(self.recipe.extensions + 1):
-            for rate in wanted:
-                found[f"{rate:g}"] = self.job(setting, rate, self.recipe.choice_seed, self.parts[1], "choose_")["loss"]
-            top = best(found)
-            if not at_the_edge(top, map(float, found)):
-                break
-            low = top == min(map(float, found))
-            wanted = [top / self.recipe.factor if low else top * self.recipe.factor]
-        return found
+        recipe, apart = self.recipe, self.parts[1]
+        return searched(
+            recipe.rates,
+            recipe.factor,
+            recipe.extensions,
+            lambda rate: float(self.job(setting, rate, recipe.choice_seed, apart, "choose_")["loss"]),
+        )
 
     def chooser(self, setting: Setting) -> Setting:
         """The setting whose rate a setting takes: its own for the lines, else its family's of median count."""

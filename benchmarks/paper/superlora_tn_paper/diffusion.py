@@ -26,7 +26,7 @@ from superlora_tn.demo.whole_file import whole_file
 from superlora_tn.tools.measure import machine
 from superlora_tn_paper import domains
 from superlora_tn_paper.denoising import Schedule, Training, held_out_loss, sample, train
-from superlora_tn_paper.diffusion_report import SAMPLES, SCORES, draw_samples, draw_scores
+from superlora_tn_paper.diffusion_report import SAMPLES, SCORES, SHOWN, draw_samples, draw_scores
 from superlora_tn_paper.diffusion_settings import Setting, settings
 from superlora_tn_paper.domains import Domain
 from superlora_tn_paper.judge import (
@@ -40,11 +40,11 @@ from superlora_tn_paper.judge import (
     train_classifier,
 )
 from superlora_tn_paper.rates import best
-from superlora_tn_paper.store import Data, Store, write_json
+from superlora_tn_paper.store import Data, Store, packed, unpacked, write_json
 from superlora_tn_paper.unet import TARGETS, UNet, UNetShape, attention_shapes, build
 
 SPLITS: tuple[Split, Split] = ("train", "test")
-_REVISION = 1  # raise it when the training code changes, so that older finished jobs expire
+REVISION = 2  # raise it when the training code changes, so that older finished jobs expire
 
 
 FULL_BASE = Training(steps=100_000, batch=128, lr=2e-4, decay=0.9999, every=2000)
@@ -57,7 +57,8 @@ class Recipe:
 
     Args:
         unet, schedule: the model.
-        drawn: images of the source domain, where SVHN is not there in full.
+        home: the source domain.
+        drawn: images of the source domain, where SVHN (or letters) is not there in full.
         base: pre-training.
         adapt: one adaptation; its learning rate is that of `rates` with the least loss on images kept apart,
             after `tried` steps.
@@ -71,6 +72,7 @@ class Recipe:
 
     unet: UNetShape = field(default_factory=UNetShape)
     schedule: Schedule = field(default_factory=Schedule)
+    home: Literal["house numbers", "letters"] = "house numbers"
     drawn: int = 60_000
     base: Training = FULL_BASE
     adapt: Training = FULL_ADAPT
@@ -118,25 +120,29 @@ class Experiment:
     reference: tuple[Tensor, Tensor]
     bar: Progress
 
+    def with_seed(self, seed: int) -> Experiment:
+        """The same model and judge, with another seed for all that is drawn."""
+        return replace(self, recipe=replace(self.recipe, seed=seed))
+
     def held_out(self, images: Tensor) -> float:
         """The loss of the model as it is, on fixed noise."""
         return held_out_loss(self.model, images, self.recipe.schedule, self.recipe.seed + 1, self.recipe.batch)
 
-    def scored(self, job: str, images: Tensor) -> Data:
-        """Keep images beside the job's result; their distance to the target's training images, and the judge's confidence."""
-        _write(self.store.path(job, "safetensors"), {"images": images})
+    def scored(self, images: Tensor) -> Data:
+        """The first images, the distance of all to the target's training images, and the judge's confidence."""
         seen = look(self.judge, images)
         return {
             "frechet": frechet(moments(seen.features), self.reference),
             "spread": frechet_spread(seen.features, self.reference, self.recipe.seed),
             "confidence": seen.confidence,
+            "shown": packed(images[:SHOWN]),
         }
 
-    def generated(self, job: str) -> Data:
+    def generated(self) -> Data:
         """Draw images from the model as it is, and score it."""
         recipe = self.recipe
         images = sample(self.model, recipe.generated, recipe.schedule, recipe.asked, recipe.seed + 2, recipe.batch)
-        return {"loss": self.held_out(self.test[: recipe.held]), **self.scored(job, images)}
+        return {"loss": self.held_out(self.test[: recipe.held]), **self.scored(images)}
 
 
 def run(out: Path, scale: Literal["small", "full"], data: Path | None, device: str, console: Console) -> Data:
@@ -159,39 +165,60 @@ def run(out: Path, scale: Literal["small", "full"], data: Path | None, device: s
 
 def run_recipe(out: Path, scale: str, recipe: Recipe, data: Path | None, device: str, console: Console) -> Data:
     """`run` with any recipe; `scale` is its name in the result."""
-    unet = recipe.unet
-    home = domains.home(recipe.drawn, unet.size, recipe.seed, data, unet.colours)
-    abroad, test = (domains.abroad(split, unet.size, data, unet.colours) for split in SPLITS)
-    facts = asdict(recipe) | {"source": home.words, "target": abroad.words, "device": device, "revision": _REVISION}
-    store = Store(out / "diffusion_jobs", facts)
     with progress(console) as bar:
-        base, model = _base(recipe, store, home, device, bar)
-        judged, judge = _judge(recipe, store, abroad, test, device)
-        console.print(
-            f"pre-trained to a loss of {base['loss']:.4f}; the judge knows {judged['accuracy']:.1%} of the test digits"
-        )
-        train_images, apart = abroad.images[: -recipe.held], abroad.images[-recipe.held :]
-        reference = moments(look(judge, train_images).features)
-        experiment = Experiment(recipe, store, model, judge, train_images, apart, test.images, reference, bar)
+        found, experiment = prepare(recipe, out, {}, data, device, bar)
+        console.print(said(found))
         rows = _rows(experiment, console)
+    result: Data = {"experiment": "diffusion", "scale": scale, "machine": machine(device), **found, "rows": rows}
+    write(out, result)
+    return result
+
+
+def write(out: Path, result: Data) -> None:
+    """Write ``diffusion.json`` and both pictures; takes the images out of the rows."""
+    images = {row["job"]: unpacked(row.pop("shown")) for row in result["rows"] if "shown" in row}
+    write_json(out / "diffusion.json", result)
+    draw_samples(result, images, out / SAMPLES)
+    draw_scores(result, out / SCORES)
+
+
+def prepare(recipe: Recipe, out: Path, more: Data, data: Path | None, device: str, bar: Progress) -> tuple[Data, Experiment]:
+    """Domains, pre-trained model and judge: what the result says of them, and what all settings share.
+
+    Args:
+        recipe: every setting.
+        out: the folder for the finished jobs.
+        more: facts beside the recipe that the jobs depend on; a name with None as its value takes that one out.
+        data: see `domains`.
+        device: "cpu" or "cuda".
+        bar: for progress.
+    """
+    unet = recipe.unet
+    source = domains.letters if recipe.home == "letters" else domains.home
+    home = source(recipe.drawn, unet.size, recipe.seed, data, unet.colours)
+    abroad, test = (domains.abroad(split, unet.size, data, unet.colours) for split in SPLITS)
+    facts = asdict(recipe) | {"source": home.words, "target": abroad.words, "device": device, "revision": REVISION}
+    depends = {name: value for name, value in (facts | more).items() if value is not None}
+    store = Store(out / "diffusion_jobs", depends)
+    base, model = _base(recipe, store, home, device, bar)
+    judged, judge = _judge(recipe, store, abroad, test, device)
+    train_images, apart = abroad.images[: -recipe.held], abroad.images[-recipe.held :]
+    reference = moments(look(judge, train_images).features)
     shapes = attention_shapes(model)
-    result: Data = {
-        "experiment": "diffusion",
-        "scale": scale,
-        "machine": machine(device),
+    found: Data = {
         "recipe": facts,
         "weights": len(shapes),
         "elements": sum(o * i for o, i in shapes.values()),
         "base": base,
         "judge": judged,
-        "rows": rows,
     }
-    write_json(out / "diffusion.json", result)
-    # The pictures show what the JSON file holds, so that they can be drawn again from it.
-    images = {row["job"]: _read(store.path(row["job"], "safetensors"))["images"] for row in rows if "frechet" in row}
-    draw_samples(result, images, out / SAMPLES)
-    draw_scores(result, out / SCORES)
-    return result
+    return found, Experiment(recipe, store, model, judge, train_images, apart, test.images, reference, bar)
+
+
+def said(found: Data) -> str:
+    """What was prepared, in a line."""
+    known = f"the judge knows {found['judge']['accuracy']:.1%} of the test digits"
+    return f"pre-trained to a loss of {found['base']['loss']:.4f}; {known}"
 
 
 def _base(recipe: Recipe, store: Store, home: Domain, device: str, bar: Progress) -> tuple[Data, UNet]:
@@ -207,6 +234,8 @@ def _base(recipe: Recipe, store: Store, home: Domain, device: str, bar: Progress
         return {"parameters": parameters, "loss": _last(losses)}
 
     found = store.get("base", make)
+    if not kept.is_file():  # results may be kept without the weights
+        make()
     model.load_state_dict(_read(kept))
     return found, model.eval()
 
@@ -224,6 +253,8 @@ def _judge(recipe: Recipe, store: Store, abroad: Domain, test: Domain, device: s
         return {"accuracy": float((guesses == test.labels).double().mean()), "features": FEATURES}
 
     found = store.get("judge", make)
+    if not kept.is_file():
+        make()
     model.load_state_dict(_read(kept))
     return found, model.eval()
 
@@ -233,8 +264,8 @@ def _rows(experiment: Experiment, console: Console) -> list[Data]:
     shapes = attention_shapes(experiment.model)
     real = experiment.test[: experiment.recipe.generated]
     rows: list[Data] = [
-        {"job": "real", "variant": "real test images", **experiment.store.get("real", lambda: experiment.scored("real", real))},
-        {"job": "none", "variant": "no adaptation", **experiment.store.get("none", lambda: experiment.generated("none"))},
+        {"job": "real", "variant": "real test images", **experiment.store.get("real", lambda: experiment.scored(real))},
+        {"job": "none", "variant": "no adaptation", **experiment.store.get("none", experiment.generated)},
         _adapted(experiment, "dense", dense(), shapes, {"variant": "dense fine-tuning", "setting": "", "structure": ""}),
     ]
     for row in rows:
@@ -269,17 +300,24 @@ def _adapted(
 
 
 def _adapt(experiment: Experiment, job: str, spec: AdapterSpec, words: str) -> Data:
-    recipe = experiment.recipe
-    tried = {}
-    for rate in recipe.rates:
-        with _attached(experiment, spec):
-            _train(experiment, replace(recipe.adapt, steps=recipe.tried, lr=rate), f"{words}, rate {rate:g}")
-            tried[rate] = experiment.held_out(experiment.apart)
-    rate = best({f"{r:g}": loss for r, loss in tried.items()})
+    tried = {f"{rate:g}": tried_loss(experiment, spec, rate, words) for rate in experiment.recipe.rates}
+    rate = best(tried)
+    return {"rate": rate, "tried": tried, **adapted(experiment, job, spec, rate, words)}
+
+
+def tried_loss(experiment: Experiment, spec: AdapterSpec, rate: float, words: str) -> float:
+    """The loss on the images kept apart after the few steps that choose a rate."""
     with _attached(experiment, spec):
-        losses = _train(experiment, replace(recipe.adapt, lr=rate), words, experiment.store.path(job, "pt"))
-        found = experiment.generated(job)
-    return {"rate": rate, "tried": {f"{r:g}": loss for r, loss in tried.items()}, "train_loss": _last(losses), **found}
+        _train(experiment, replace(experiment.recipe.adapt, steps=experiment.recipe.tried, lr=rate), f"{words}, rate {rate:g}")
+        return experiment.held_out(experiment.apart)
+
+
+def adapted(experiment: Experiment, job: str, spec: AdapterSpec, rate: float, words: str) -> Data:
+    """One adaptation at a rate, from its last checkpoint on: its losses, and the score of what it generates."""
+    with _attached(experiment, spec):
+        training = replace(experiment.recipe.adapt, lr=rate)
+        losses = _train(experiment, training, words, experiment.store.path(job, "pt"))
+        return {"train_loss": _last(losses), **experiment.generated()}
 
 
 @contextmanager

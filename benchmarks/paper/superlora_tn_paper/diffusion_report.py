@@ -17,6 +17,8 @@ from superlora_tn_paper.store import Data
 
 SAMPLES, SCORES = "diffusion_samples.png", "diffusion_scores.png"
 SHOWN = 20  # images in a row of the picture
+# The least confidence of the judge, and the most distance in units of the real test images', of samples that are digits.
+DIGIT_CONFIDENCE, DIGIT_DISTANCE = 0.85, 5
 _REFERENCES = ("real test images", "no adaptation", "dense fine-tuning")
 # (question, the row it is about, the row it is compared with); a row is (level, variant, structure).
 _PAIRS = (
@@ -115,29 +117,52 @@ def draw_scores(result: Data, path: Path) -> Path:
     axes.set_yscale("log")
     axes.set_xlabel("trainable parameters")
     axes.set_ylabel("Fréchet distance in the classifier's features, lower is better")
-    axes.set_title("House numbers to handwriting: q and v of the U-Net adapted", fontsize=11)
+    axes.set_title(f"{_home(result).capitalize()} to handwritten digits: q and v of the U-Net adapted", fontsize=11)
     axes.grid(alpha=0.25, which="both")
-    axes.legend(fontsize=8, framealpha=0.9)
+    if adapted:
+        axes.legend(fontsize=8, framealpha=0.9)
     return save(figure, path)
 
 
 def report(result: Data) -> str:
     """The markdown section: what was run, a table, both pictures, and plain answers."""
-    parts = ["## Image generation: a diffusion model from house numbers to handwriting", _setup(result), _table(result)]
+    parts = [
+        f"## Image generation: a diffusion model from {_home(result)} to handwritten digits",
+        _setup(result),
+        _table(result),
+    ]
     skipped = [row for row in result["rows"] if "skipped" in row]
     if skipped:
         parts.append("Not run, as the variant cannot have so many or so few parameters:")
         reasons = [(f"{row['level']}, {row['variant']} {row['structure']}", row["skipped"].split(". ")[0]) for row in skipped]
         parts.append("\n".join(f"- {name.strip()}: {reason}." for name, reason in reasons))
     parts.append(f"![Fréchet distance against parameters]({SCORES})\n\n![Generated images]({SAMPLES})")
-    parts.append("\n".join(f"- {answer}" for answer in answers(result)))
+    if result.get("unfinished"):
+        parts.append(f"**Unfinished**: {len(result['unfinished'])} settings are not in the table, and nothing is compared yet.")
+    parts.append(
+        "\n".join(f"- {answer}" for answer in ([digits_answer(result)] if "seeds" in result else []) + answers(result))
+    )
     return "\n\n".join(parts) + "\n"
+
+
+def _home(result: Data) -> str:
+    """The kind of the source domain; results of before it could be chosen are of house numbers."""
+    return str(result["recipe"].get("home", "house numbers"))
 
 
 def _setup(result: Data) -> str:
     recipe, unet, machine = result["recipe"], result["recipe"]["unet"], result["machine"]
     base, adapt, size = recipe["base"], recipe["adapt"], unet["size"]
     colour = "grey" if unet["colours"] == 1 else "in colour"
+    seeds = result.get("seeds", [])
+    drawn = f"{len(seeds)} seeds, which draw first values, images, times and noise" if seeds else "one seed"
+    chance = (
+        "± is the larger of the seeds' standard deviation and the bootstrap's over the images, over the root of the number of "
+        "seeds."
+        if seeds
+        else "± is the bootstrap's standard deviation over the images; the spread over training seeds was not measured."
+    )
+    edge = ", others a factor apart while the best is at the edge," if seeds else ""
     levels = ", ".join(
         f"{level} {level_budget(level, result['elements']):,} (on the paper's net {count:,})" for level, count in LEVELS.items()
     )
@@ -148,15 +173,14 @@ def _setup(result: Data) -> str:
         f"{', '.join(map(str, unet['multipliers']))}, patches of {unet['patch']}x{unet['patch']} pixels. Its "
         f"{result['weights']} q and v weights hold N = {result['elements']:,} elements (the paper's: {PAPER_ELEMENTS:,}). "
         f"Pre-training: {base['steps']:,} steps of {base['batch']} images. Each adaptation: {adapt['steps']:,} steps of "
-        f"{adapt['batch']}, the same images, times and noise for all, one seed. Learning rate: for each setting, of "
-        f"{', '.join(f'{r:g}' for r in recipe['rates'])} the one with the least loss on {recipe['held']:,} training images "
-        f"kept apart, after {recipe['tried']:,} steps. Parameters that may be spent at each level: {levels}; "
+        f"{adapt['batch']}, the same images, times and noise for all, {drawn}. Learning rate: for each setting, of "
+        f"{', '.join(f'{r:g}' for r in recipe['rates'])}{edge} the one with the least loss on {recipe['held']:,} training "
+        f"images kept apart, after {recipe['tried']:,} steps. Parameters that may be spent at each level: {levels}; "
         "a variant that needs more at the middle level may go to the upper end of the paper's, 20,000 in proportion.\n\n"
         f"Score: Fréchet distance in the {result['judge']['features']} features of a small digit classifier "
         f"({result['judge']['accuracy']:.1%} on the target's test images) between {recipe['generated']:,} generated images "
         f"({recipe['asked']} DDIM steps, eta 0) and the target's training images. **It is not FID**: no Inception network is "
-        "in it, and it compares rows of this table alone. ± is the bootstrap's standard deviation over the images; the spread "
-        "over training seeds was not measured."
+        f"in it, and it compares rows of this table alone. {chance}"
     )
 
 
@@ -180,9 +204,22 @@ def _table(result: Data) -> str:
     return "\n".join(lines)
 
 
+def digits_answer(result: Data) -> str:
+    """Whether dense fine-tuning draws what the judge takes for digits."""
+    real, tuned = (next(row for row in scored(result) if row["variant"] == name) for name in (_REFERENCES[0], _REFERENCES[2]))
+    good = tuned["confidence"] >= DIGIT_CONFIDENCE and tuned["frechet"] <= DIGIT_DISTANCE * real["frechet"]
+    return (
+        f"Are dense fine-tuning's samples digits? {'**Yes**' if good else '**No**'}: confidence {tuned['confidence']:.3f} "
+        f"({DIGIT_CONFIDENCE:g} was asked for), distance {tuned['frechet'] / real['frechet']:.1f} times that of the real test "
+        f"images ({DIGIT_DISTANCE} at most)."
+    )
+
+
 def answers(result: Data) -> list[str]:
-    """Plain answers, one a sentence or two, from the rows alone."""
+    """Plain answers, one a sentence or two, from the rows alone; none that compares while settings are unfinished."""
     rows = scored(result)
+    if result.get("unfinished"):
+        return []
     real, none, tuned = (next(row for row in rows if row["variant"] == name) for name in _REFERENCES)
     found = [
         f"Does adapting q and v work at all? Dense fine-tuning: {tuned['frechet']:.2f}, against {none['frechet']:.2f} without "
@@ -201,7 +238,8 @@ def answers(result: Data) -> list[str]:
         if own:
             found.append(f"Best at the level {level}: {_named(own[0])} with {own[0]['frechet']:.2f}.")
     rates = [row["rate"] for row in rows if "rate" in row]
-    ends = sum(at_the_edge(rate, result["recipe"]["rates"]) for rate in rates)
+    tried = [row.get("tried", result["recipe"]["rates"]) for row in rows if "rate" in row]
+    ends = sum(at_the_edge(rate, map(float, own)) for rate, own in zip(rates, tried, strict=True))
     return [*found, f"{ends} of {len(rates)} settings chose the smallest or the largest rate that was tried."]
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from superlora_tn.demo.digits import Split, printed_digits, scanned_digits, uniform
-from superlora_tn_paper.data_folder import mnist, svhn
+from superlora_tn_paper.data_folder import emnist_letters, mnist, svhn
 
 FULL_SVHN = "train_32x32.mat"
 
@@ -53,6 +53,25 @@ def home(count: int, size: int, seed: int, data: Path | None = None, colours: in
     """
     found = _home(count, size, seed, data)
     return found if colours == 3 else replace(found, images=_grey(found.images))
+
+
+def letters(count: int, size: int, seed: int, data: Path | None = None, colours: int = 1) -> Domain:
+    """A nearer domain of pre-training: handwritten letters, in white ink as the target's digits.
+
+    Args:
+        count: how many printed digits to draw where there are no letters.
+        size: pixels along an edge, a divisor of 32.
+        seed: fixes what is drawn.
+        data: a folder with ``emnist_letters``.
+        colours: 3 or 1.
+    """
+    if data is None or not (data / "emnist_letters").is_dir():
+        ink, labels = printed_digits(count, seed, "train", size)
+        words = f"{count:,} printed digits (no letters in the data folder)"
+        return Domain(to_bytes(ink).expand(-1, colours, -1, -1).contiguous(), labels, words)
+    images, own = emnist_letters(data)
+    grey = F.pad(images, (2, 2, 2, 2)).unsqueeze(1).expand(-1, colours, -1, -1)
+    return Domain(_shrink(grey, size), own, f"EMNIST, {len(own):,} handwritten letters")
 
 
 def _home(count: int, size: int, seed: int, data: Path | None) -> Domain:
