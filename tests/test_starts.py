@@ -409,3 +409,36 @@ def test_convolutions_start_from_their_kernels(spec: sl.AdapterSpec) -> None:
     assert not torch.allclose(after, before, atol=1e-3)
     tuned.merge()
     torch.testing.assert_close(model(x), after)
+
+
+CONVOLUTIONS = {
+    "plain": (nn.Conv2d(4, 8, 3, padding=1), (6, 4, 6, 7)),
+    "strided": (nn.Conv2d(4, 8, (3, 2), stride=(2, 1), dilation=(1, 2)), (6, 4, 9, 7)),
+    "around": (nn.Conv2d(4, 8, 3, padding="same", padding_mode="circular"), (6, 4, 6, 7)),
+    "in one dimension": (nn.Conv1d(4, 8, 3, padding=2, dilation=2), (6, 4, 9)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("spec", [sl.lora(2), sl.conv_lora(2)], ids=["lora", "conv"])
+def test_convolutions_start_from_what_flows_into_them(name: str, spec: sl.AdapterSpec) -> None:
+    """Of the inputs that B A can tell apart, EVA's A keeps as much as any two directions do, by the patches' own SVD."""
+    layer, shape = CONVOLUTIONS[name]
+    x = noise(*shape, dtype=torch.float64)
+    model = nn.Sequential(copy.deepcopy(layer)).double()
+    # All patches, each read off by a kernel of a single one.
+    size = layer.weight[0].numel()
+    probe = copy.deepcopy(layer).double().requires_grad_(False)
+    probe.weight, probe.bias = nn.Parameter(torch.eye(size, dtype=torch.float64).reshape(size, *layer.weight.shape[1:])), None
+    patches = probe(x).movedim(1, -1).reshape(-1, size)
+    right = torch.linalg.svd(patches - patches.mean(0), full_matrices=False)[2][:2]
+    tuned = sl.start(sl.attach(model, spec, ["0"], dtype=torch.float64), sl.eva([x]))
+    a = tuned.adapters[0].get_parameter("node_factor_in" if spec == sl.lora(2) else "node_core").detach()
+    a = a.T if spec == sl.lora(2) else a.flatten(1)
+    torch.testing.assert_close(a.T @ a, right.T @ right)
+
+
+def test_patches_of_grouped_convolutions_are_not_looked_at() -> None:
+    tuned = sl.attach(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)).double(), sl.lora(2), ["0"])
+    with pytest.raises(sl.AttachError, match="without groups"):
+        sl.start(tuned, sl.corda([noise(2, 4, 6, 6, dtype=torch.float64)]))

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from superlora_tn.model.convolutions import Convolution
 from superlora_tn.model.kinds import Linear, RowsOf
 from superlora_tn.model.targets import AttachError, Target
 from superlora_tn.model.tuned import Tuned
@@ -73,7 +75,7 @@ def _watched(tuned: Tuned, seen: Seen) -> Iterator[None]:
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-            rows = x.detach().reshape(-1, x.shape[-1]).double().cpu()
+            rows = _rows(layer, x.detach().double().cpu())
             count, total, square = seen.get(name, (0, torch.zeros(1), torch.zeros(1)))
             seen[name] = (count + len(rows), total + rows.sum(0), square + rows.T @ rows)
 
@@ -81,16 +83,36 @@ def _watched(tuned: Tuned, seen: Seen) -> Iterator[None]:
 
     try:
         for name, target in tuned._targets.items():
-            if not isinstance(target.kind, Linear | RowsOf):
+            if not isinstance(target.kind, Linear | RowsOf) and not _is_unfoldable(target):
                 raise AttachError(
-                    f"'{name}' is a {type(target.layer).__name__} that is not adapted at a linear layer's output, whose inputs "
-                    "alone a start can look at; leave it out, or take another start."
+                    f"'{name}' is a {type(target.layer).__name__} that is not adapted at the output of a linear layer or of a "
+                    "convolution without groups in one or two dimensions, whose inputs alone a start can look at; leave it "
+                    "out, or take another start."
                 )
             hooks.append(target.layer.register_forward_pre_hook(watch(name), with_kwargs=True))
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _is_unfoldable(target: Target) -> bool:
+    """Whether a layer is a convolution whose patches torch can lay out as rows."""
+    layer = target.layer
+    return type(target.kind) is Convolution and isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1
+
+
+def _rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a weight (out, in) is multiplied by, (rows, in): of a convolution the patches that its kernel meets."""
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d):
+        return x.reshape(-1, x.shape[-1])
+    x = x if x.ndim == len(layer.kernel_size) + 2 else x[None]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = functional.pad(x, layer._reversed_padding_repeated_twice, mode)
+    sizes, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
+    if isinstance(layer, nn.Conv1d):
+        x, sizes, dilation, stride = x[:, :, None], (1, *sizes), (1, *dilation), (1, *stride)
+    return functional.unfold(x, sizes, dilation, 0, stride).mT.flatten(0, 1)
 
 
 @contextmanager
