@@ -65,6 +65,9 @@ class AdapterCheckpoints:
             handle.replace(_place(Path(resume_from_checkpoint), name, len(found)))
 
     def _load_best_model(self) -> None:
+        if not self._adapters():
+            super()._load_best_model()  # type: ignore[misc]
+            return
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 

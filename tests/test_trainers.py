@@ -130,6 +130,31 @@ def test_a_model_without_an_adapter_is_saved_as_ever(tmp_path: Path) -> None:
     assert (tmp_path / f"checkpoint-{STEPS}" / "model.safetensors").exists()
 
 
+def test_the_best_of_a_model_without_an_adapter_is_loaded_as_ever(tmp_path: Path) -> None:
+    options = {"eval_strategy": "steps", "eval_steps": SAVED, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    base = model()
+    trainer = AdapterTrainer(
+        base, arguments(tmp_path, learning_rate=3.0, **options), train_dataset=data(), eval_dataset=data()[:8]
+    )
+    trainer.train()
+    best = type(base).from_pretrained(trainer.state.best_model_checkpoint)
+    assert same_state(best.state_dict(), base.state_dict())
+
+
+def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
+    """Tolerance: float32 sums in another order, through 6 steps of AdamW."""
+    found = []
+    for count, rows in ((1, 4), (2, 2)):
+        base = model()
+        sl.attach(base, sl.lotr(2), ["q_proj", "v_proj"], seed=0)
+        options = {"gradient_accumulation_steps": count, "per_device_train_batch_size": rows, "save_strategy": "no"}
+        trainer = AdapterTrainer(base, arguments(tmp_path / str(count), **options), train_dataset=data())
+        trainer.train()
+        found.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert len(found[0]) == STEPS
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_another_trainer_takes_the_checkpoints(tmp_path: Path) -> None:
     class Mine(AdapterCheckpoints, transformers.Seq2SeqTrainer):
         pass

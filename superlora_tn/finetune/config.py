@@ -165,6 +165,18 @@ def near(name: str, known: Any) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(map(str, known))[:40])}"
 
 
+def unreachable(key: str, name: str, error: Exception) -> ConfigError:
+    """The refusal of a hub's name, or of a folder, from which nothing could be had."""
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if Path(name).exists():
+        return ConfigError(f"{key} is '{name}', which cannot be read: {first}")
+    repo = f"hf download {name}{' --repo-type dataset' if key == 'data' else ''} --local-dir FOLDER"
+    return ConfigError(
+        f"{key} is '{name}', which is no file or folder here, and could not be had from the hub: {first} Where there is no "
+        f"network, get it elsewhere ('{repo}') and give the folder."
+    )
+
+
 def _lines(path: str) -> Iterator[tuple[str, tuple[str, Any]]]:
     """Key -> its place in the file, and its value."""
     import yaml

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from superlora_tn.finetune.config import Config, ConfigError, near
+from superlora_tn.finetune.config import Config, ConfigError, near, unreachable
 
 Row = dict[str, Any]
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
@@ -86,7 +86,10 @@ def _split(config: Config, name: str) -> tuple[list[Row], list[Row]]:
         return _seen(config, inner if inner.is_dir() else path), [] if held is None else _seen(config, held)
     import datasets
 
-    found: Any = datasets.load_from_disk(name) if path.is_dir() else datasets.load_dataset(name)
+    try:
+        found: Any = datasets.load_from_disk(name) if path.is_dir() else datasets.load_dataset(name)
+    except (OSError, ValueError) as error:
+        raise unreachable("data", name, error) from error
     if not isinstance(found, dict):
         return _of_datasets(config, name, found), []
     train = found.get("train", next(iter(found.values())))

@@ -13,7 +13,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from superlora_tn.finetune.config import Config, ConfigError
+from superlora_tn.finetune.config import Config, ConfigError, unreachable
 
 Told = Mapping[str, Any]
 # What the denoisers are told beside image and time; they take (image, timestep, told) and predict an image.
@@ -214,7 +214,7 @@ def load(config: Config) -> Denoiser:
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"the model '{name}' cannot be read as a pipeline or model of diffusers: {error}") from error
+        raise unreachable("model", name, error) from error
     told = _told(name, model, pipeline)
     scheduler = _scheduler(folder) if pipeline is None else pipeline.scheduler
     found = Denoiser(model, part, scheduler, _training(name, scheduler), pipeline, told)

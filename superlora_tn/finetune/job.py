@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 
-from superlora_tn.finetune.config import Config, ConfigError
+from superlora_tn.finetune.config import Config, ConfigError, unreachable
 from superlora_tn.finetune.data import Images, Rows, block_splits, labelled, read_rows
 from superlora_tn.model.attach import attach
 from superlora_tn.model.targets import bind, match, places
@@ -128,6 +128,8 @@ def _processor(config: Config) -> Any:
             return transformers.AutoImageProcessor.from_pretrained(config.model, backend="pil")
         return transformers.AutoTokenizer.from_pretrained(config.model)
     except (OSError, ValueError) as error:
+        if not Path(config.model).exists():
+            raise unreachable("model", config.model, error) from error
         what = "image processor (preprocessor_config.json)" if config.task.startswith("image") else "tokenizer"
         raise ConfigError(f"the model '{config.model}' has no {what} that can be read: {error}") from error
 

@@ -1,0 +1,109 @@
+"""Other trainers and pipelines around an adapted model: accelerate, Lightning, TRL, transformers' and diffusers' pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from optional import library
+from torch import Tensor, nn
+
+import superlora_tn as sl
+
+EPOCHS = 4
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 8))
+
+
+def rows() -> Tensor:
+    return torch.linspace(-1, 1, 24 * 8).reshape(24, 8).sin()
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning warns of its own calls of torch, and of few workers
+def test_lightning_goes_on_bit_for_bit_from_the_adapter_alone(tmp_path: Path) -> None:
+    """With a shuffled loader and dropout, killed after the second of four epochs."""
+    lightning = library("lightning.pytorch")
+    from superlora_tn.lightning import AdapterCheckpoint
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.losses = net(), list[float]()
+            sl.attach(self.net, sl.lotr(2), ["0", "4"], seed=0, also=["1"])
+
+        def training_step(self, batch: Any, k: int) -> Tensor:
+            loss = (self.net(batch[0]) - 1).square().mean()
+            self.losses.append(float(loss))
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    class Killed(Exception):
+        pass
+
+    class Killer(lightning.Callback):  # type: ignore[misc, name-defined]
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 2:
+                raise Killed
+
+    def fit(place: Path, more: list[Any], resume: Path | None = None) -> Any:
+        torch.manual_seed(1)
+        saver = lightning.callbacks.ModelCheckpoint(place, save_last=True)
+        off = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        trainer = lightning.Trainer(max_epochs=EPOCHS, callbacks=[AdapterCheckpoint(), saver, *more], **off)
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows()), batch_size=8, shuffle=True)
+        module = Module()
+        trainer.fit(module, loader, ckpt_path=resume)
+        return module
+
+    whole = fit(tmp_path / "whole", [])
+    with pytest.raises(Killed):
+        fit(tmp_path / "killed", [Killer()])
+    last = tmp_path / "killed" / "last.ckpt"
+    again = fit(tmp_path / "killed", [], last)
+    assert again.losses == whole.losses[6:]
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+    saved = torch.load(last, weights_only=False)["state_dict"]
+    frozen = {"net.0.weight", "net.0.bias", "net.4.weight", "net.4.bias"}
+    assert set(saved) == set(whole.state_dict()) - frozen
+    del saved["net.1.running_mean"]
+    broken = torch.load(last, weights_only=False) | {"state_dict": saved}
+    torch.save(broken, tmp_path / "broken.ckpt")
+    with pytest.raises(sl.CheckpointError, match=r"the checkpoint lacks 'net.1.running_mean'"):
+        fit(tmp_path / "killed", [], tmp_path / "broken.ckpt")
+
+
+def test_accelerates_state_of_the_whole_model_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """As accelerate saves it by itself: base, adapter, buffers, optimizer and generators."""
+    accelerate = library("accelerate")
+
+    def steps(model: Any, optimizer: Any, accelerator: Any) -> list[float]:
+        found = []
+        for batch in rows().split(8):
+            loss = (model(batch) - 1).square().mean()
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    def begun() -> tuple[Any, Any, Any]:
+        accelerator, model = accelerate.Accelerator(cpu=True), net()
+        sl.attach(model, sl.lorta(2, groups=2), ["0", "4"], seed=0, also=["1"])
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        return *accelerator.prepare(model, optimizer), accelerator
+
+    first = begun()
+    steps(*first)
+    first[2].save_state(tmp_path)
+    expected, values = steps(*first), {n: v.clone() for n, v in first[0].state_dict().items()}
+    second = begun()
+    second[2].load_state(tmp_path)
+    assert steps(*second) == expected
+    assert all(torch.equal(value, values[name]) for name, value in second[0].state_dict().items())
