@@ -8,6 +8,7 @@ from pathlib import Path
 
 from superlora_tn.declare.fold import Shape
 from superlora_tn.network.catalogue import VARIANTS
+from superlora_tn.network.joined import dora
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.tools import draw
 
@@ -32,7 +33,15 @@ def declared(name: str) -> AdapterSpec:
 
 def page() -> str:
     """The text of gallery.md."""
-    return "\n".join([HEAD, *(part for name in VARIANTS for part in section(name))])
+    return "\n".join([HEAD, *(part for name in VARIANTS for part in section(name)), *joined()])
+
+
+def joined() -> Iterator[str]:
+    """DoRA, which is a way to join any of them."""
+    words = (inspect.getdoc(dora) or "").split("\n\nArgs:")[0].replace("``", "`")
+    yield "## dora\n"
+    yield f"{words}\n"
+    yield f"Network: that of the declaration. Parameters, of `lora({RANK})`: {dora(declared('lora')).count(SHAPES):,}.\n"
 
 
 def section(name: str) -> Iterator[str]:

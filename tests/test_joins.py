@@ -465,3 +465,23 @@ def test_what_cannot_join_is_refused_in_words(tmp_path: Path) -> None:
             tuned.save(tmp_path / "other", format="peft")
         with pytest.raises(sl.SpecError, match="are for updates that are added"):
             sl.combine({"superlora": 1.0}, model=tuned._model[0])
+
+
+@pytest.mark.parametrize("join", ["magnitude", "left", "right, alone"])
+def test_verify_proves_the_join_and_notices_a_wrong_one(join: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(sl.lora(2), join=JOINS[join])
+    certificate = sl.verify(spec, against="-", examples=4)
+    assert certificate
+    assert certificate.rows[0].claim == "W' = the join's formula"
+
+    def wrong(*arguments: Any) -> Tensor:
+        found: Tensor = right(*arguments)
+        return found * (1 + 1e-4)
+
+    from superlora_tn.model import weights
+
+    right = weights.joined
+    monkeypatch.setattr(weights, "joined", wrong)
+    certificate = sl.verify(spec, against="-", examples=4)
+    assert not certificate
+    assert certificate.failures[0].claim == "W' = the join's formula"

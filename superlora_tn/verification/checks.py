@@ -11,7 +11,7 @@ import numpy as np
 from superlora_tn.declare.parts import SpecError
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.verification.cases import DTYPES, Case, NotApplicable, Sized, as_array, is_linear, ratio
-from superlora_tn.verification.claims import properties
+from superlora_tn.verification.claims import joined, properties
 from superlora_tn.verification.references import papers, peers
 from superlora_tn.verification.references import textbook as references
 from superlora_tn.verification.references.textbook import Array
@@ -111,6 +111,11 @@ def paper_delta(sized: Sized) -> dict[str, Array]:
 def property_checks() -> list[Check]:
     """The claims that need no reference."""
     return [Check(name, NONE, measure, source=repr(NONE)) for name, measure in properties.PROPERTIES.items()]
+
+
+def join_check() -> Check:
+    """The claim about updates that are not added."""
+    return Check("W' = the join's formula", "formula", joined.joins, source=repr("formula"))
 
 
 def reference_checks(name: str) -> list[Check]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
 from superlora_tn.declare.fold import Shape
+from superlora_tn.declare.joins import Multiply
 from superlora_tn.declare.parts import SpecError, check_count
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.verification import checks, draws
@@ -141,6 +142,13 @@ def verify_spec(
 ) -> Certificate:
     """All properties and references of a declaration, or of a preset with drawn settings."""
     given_shapes, rows = draws.named(shapes), []
+    if isinstance(spec, AdapterSpec) and spec.join is not None:
+        join, fitting = spec.join, draws.cases(st.just(spec), given_shapes)
+        rows.append(examine(type(join).__name__, checks.join_check(), fitting, examples, seed, True))
+        # All else is about the network, whatever becomes of its matrix.
+        spec = replace(spec, join=None)
+        if isinstance(join, Multiply):
+            given_shapes = [tuple((name, join.sides(shape)) for name, shape in own) for own in given_shapes]
     subject, specs = _subject(spec, given_shapes)
     named = checks.as_list(against)
     for check in [*checks.property_checks(), *checks.select(named)]:
@@ -223,7 +231,7 @@ def find(claim: str, against: Against) -> Check:
     """
     known = reduction_checks()
     if not isinstance(against, str) or against in (*checks.REFERENCES, checks.NONE):
-        known = [*checks.property_checks(), *checks.select([against])]
+        known = [*checks.property_checks(), checks.join_check(), *checks.select([against])]
     own = against if isinstance(against, str) else None
     for check in known:
         if check.claim == claim and own in (None, check.reference) and (own or check.reference != checks.NONE):
