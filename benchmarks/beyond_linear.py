@@ -1,4 +1,5 @@
-"""What do adapters cost on an embedding, on blocks of a fused weight, on stacked experts, and two on one weight? Beside PEFT.
+"""What do adapters cost on an embedding, on blocks of a fused weight, on stacked experts, two on one weight, and eight
+by the rows of a batch? Beside PEFT.
 
 Overhead of a step (forward and backward) over the frozen one's, all in one process, interleaved.
 """
@@ -130,11 +131,33 @@ def two(device: str) -> Contestants:
     return {name: step(model.to(device), x) for name, model in models.items()}
 
 
+def by_rows(device: str) -> Contestants:
+    """Eight adapters, each for some of 32 rows of 16 tokens; forward alone, as PEFT has it for that only."""
+    names = [f"a{k % 8}" for k in range(32)]
+    x = torch.randn(32, 16, 768, device=device)
+    make = lambda: Named(layer=nn.Linear(768, 768)).to(device).eval()  # noqa: E731
+    frozen, ours = make(), attached(make(), *[(sl.lora(RANK), ["layer"])] * 8)
+    theirs = peft(make(), 8, target_modules=["layer"]).eval()
+
+    def forward(model: nn.Module, **more: Any) -> Callable[[], None]:
+        def run() -> None:
+            with torch.no_grad():
+                model(x, **more)
+
+        return run
+
+    def own() -> None:
+        with torch.no_grad(), sl.rows(ours, names):
+            ours(x)
+
+    return {"frozen": forward(frozen), "ours": own, "peft_lora": forward(theirs, adapter_names=names)}
+
+
 def main() -> None:
     """Measure all."""
     args = harness.arguments(__doc__ or "")
     rows = []
-    for kind in (embedding, blocks, experts, two):
+    for kind in (embedding, blocks, experts, two, by_rows):
         times = harness.interleaved(kind(args.device), args.repeats, args.device)
         base = sorted(times["frozen"])[len(times["frozen"]) // 2]
         over = harness.overheads(times, "frozen")

@@ -12,6 +12,7 @@ from models import TARGETS, Tiny, assert_untouched, noise, perturb, same_state, 
 from torch import Tensor, nn
 
 import superlora_tn as sl
+from superlora_tn.model.site import UpdateHook
 
 SPECS = {"style": sl.lora(2, alpha=3), "subject": sl.lokr(1), "both": sl.lotr(2)}
 
@@ -116,6 +117,50 @@ def test_gradients_of_rows_reach_their_own_adapter_alone() -> None:
         model(X)[:1].pow(2).sum().backward()
     for ours, parameter in zip(grads, alone["subject"].parameters(), strict=True):
         torch.testing.assert_close(ours, parameter.grad)
+
+
+ALIKE = {
+    "lora": sl.lora(2, alpha=3),
+    "loha": sl.loha(2),
+    "vera": sl.vera(3),
+    "lokr": sl.lokr(2),
+    "dropped": sl.lora(2, dropout=0.5),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize("names", [["c", None, "a", "a"], ["a", "b", "c", "b"], ["b", "b", None, None]])
+def test_rows_of_alike_networks_run_as_one(name: str, names: list[str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters of one declaration and different strengths, values and gradients row by row against dense weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 20), nn.Tanh(), nn.Linear(20, 24)).double().eval()
+    more = {"route": "apply", "dtype": torch.float64}
+    handles = {n: sl.attach(model, ALIKE[name], ["0", "2"], name=n, seed=k, **more) for k, n in enumerate("abc")}
+    for k, handle in enumerate(handles.values()):
+        perturb(handle, seed=k)
+        handle.strength = 0.5 + k
+    x = noise(8, 5, 24, dtype=torch.float64).requires_grad_()  # twice as many rows as names
+    if name in ("lora", "loha", "vera"):
+        # Rows are in no adapter's own hands.
+        monkeypatch.setattr(UpdateHook, "_on_own_rows", None) if len({*names} - {None}) > 1 else None
+    with sl.rows(model, names):
+        y = model(x)
+    rows = []
+    for k, own in enumerate(x):
+        n = names[k // 2]
+        for layer in ("0", "2"):
+            delta = handles[n].delta(layer) if n else 0
+            own = own @ (model[int(layer)].weight + delta).T + model[int(layer)].bias
+            own = torch.tanh(own) if layer == "0" else own
+        rows.append(own)
+    other = torch.stack(rows)
+    torch.testing.assert_close(y, other)
+    g, wanted = (
+        noise(*y.shape, seed=3, dtype=torch.float64),
+        [x, *(p for n in {*names} - {None} for p in handles[n].parameters())],
+    )
+    for found, right in zip(torch.autograd.grad(y, wanted, g), torch.autograd.grad(other, wanted, g), strict=True):
+        torch.testing.assert_close(found, right)
 
 
 def test_wrong_names_say_what_is_there() -> None:

@@ -18,11 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from superlora_tn.model.joins import entering, joiner
 from superlora_tn.model.kinds import LayerError, Linear, RowsOf
 from superlora_tn.model.recognise import adopt, writable
+from superlora_tn.model.rowwise import in_one
 from superlora_tn.model.targets import Target, is_sharded
 from superlora_tn.update.base import Member
 from superlora_tn.update.eager import is_eager
 from superlora_tn.update.passes import Passes
 from superlora_tn.update.placed import is_empty
+from superlora_tn.update.together import alike
 
 NONE: dict[str, Any] = {}
 
@@ -81,9 +83,37 @@ class UpdateHook:
             )
         if not rows:
             return output
-        index = torch.tensor([row * each + k for row in rows for k in range(each)], device=x.device)
+        others = self._others(layer)
+        if others[0] is not self:  # the first of them sees to all
+            return output
+        whole = in_one([(hook.member, hook.rows) for hook in others], x, output, count)
+        if whole is not None:
+            return whole
+        for hook in others:
+            output = hook._on_own_rows(layer, x, output, each)
+        return output
+
+    def _on_own_rows(self, layer: nn.Module, x: Tensor, output: Tensor, each: int) -> Tensor:
+        index = torch.tensor([row * each + k for row in self.rows for k in range(each)], device=x.device)
         updated = self._join(layer, self.member, x.index_select(0, index), output.index_select(0, index), None)
         return output.index_copy(0, index, updated)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Of the batch, for which its adapter is."""
+        found = self.member.adapter.passes.rows
+        return () if found is None else found[0]
+
+    def _others(self, layer: nn.Module) -> list[UpdateHook]:
+        """The hooks of the layer, in their order, whose networks are like this one's; itself alone, where it drops inputs."""
+        if not isinstance(self.target.kind, Linear) or (self.member.adapter.spec.dropout and layer.training):
+            return [self]
+        hooks = [hook for hook in layer._forward_hooks.values() if isinstance(hook, UpdateHook) and hook.member.active]
+        return [
+            hook
+            for hook in hooks
+            if hook is self or (hook.rows and hook.target.kind == self.target.kind and alike(self.member, hook.member))
+        ]
 
     def _on_shards(self, layer: nn.Module, x: Any, output: Any, by_rows: bool) -> Any:
         """Tensor parallel: each process computes the whole update, from all of x, and keeps the part that is its own."""

@@ -42,41 +42,46 @@ def thin(members: Sequence[Member], rows: int) -> Thin | None:
 
     None where their networks are not alike or have no cut, and where so many `rows` of x a weight go faster through dW.
     """
-    found = _together(members)
-    if found is None:
+    first, graph = members[0].adapter, _joint(members)
+    if graph is None:
         return None
-    adapter, graph, nodes = found
-    settings = adapter.settings
-    cut = _cut(graph, adapter.profile, settings.optimize, settings.backend)
-    if cut is None or (settings.route is None and not cut.halves.pays(adapter.group.shape, rows)):
+    settings = first.settings
+    cut = _cut(graph, first.profile, settings.optimize, settings.backend)
+    if cut is None or (settings.route is None and not cut.halves.pays(members[0].shape, rows)):
         return None
-    outer, inner = (
-        run(*(nodes[k] for k in own), alpha=alpha) for (own, run), alpha in zip(cut.runs, (adapter.scale, 1.0), strict=True)
+    if graph is first.graph:
+        nodes = first.tensors()
+    else:
+        nodes = [torch.stack(each) for each in zip(*(member.adapter.tensors() for member in members), strict=True)]
+    outer, inner = (run(*(nodes[k] for k in own)) for own, run in cut.runs)
+    scales = [member.adapter.scale for member in members]
+    if len(set(scales)) == 1:
+        return Thin(outer * scales[0] if scales[0] != 1 else outer, inner)
+    return Thin(outer * torch.tensor(scales, dtype=outer.dtype, device=outer.device)[:, None, None], inner)
+
+
+def alike(one: Member, other: Member) -> bool:
+    """Whether two weights have a network each, and these differ in their numbers and strengths alone."""
+    a, b = one.adapter, other.adapter
+    return (
+        isinstance(a, PhysicalAdapter)
+        and isinstance(b, PhysicalAdapter)
+        and len(a.members) == len(b.members) == 1
+        and (a.graph, a.settings, a.profile, a.spec.join) == (b.graph, b.settings, b.profile, None)
     )
-    return Thin(outer, inner)
 
 
-def _together(members: Sequence[Member]) -> tuple[PhysicalAdapter, Graph, list[Tensor]] | None:
-    """One graph of all members, in their order, and its nodes' tensors."""
+def _joint(members: Sequence[Member]) -> Graph | None:
+    """One graph of all members, in their order."""
     first = members[0].adapter
-    if not isinstance(first, PhysicalAdapter):
-        return None
-    if all(member.adapter is first for member in members):
+    if isinstance(first, PhysicalAdapter) and all(member.adapter is first for member in members):
         places = list(first.group.members.values())
         # Members are numbered as they come, so the cells of the member modes are in their order where these are in order.
-        if [m.name for m in members] != list(first.group.members) or places != sorted(places):
-            return None
-        return first, first.graph, first.tensors()
-    for member in members:
-        other = member.adapter
-        if not isinstance(other, PhysicalAdapter) or len(other.group.members) > 1:
-            return None
-        alike = (other.graph, other.settings, other.scale) == (first.graph, first.settings, first.scale)
-        if other is not first and not alike:
-            return None
-    graph = lower(first.spec.network, first.group.modes, len(members))
-    own = [member.adapter.tensors() for member in members]
-    return first, graph, [torch.stack(each) for each in zip(*own, strict=True)]
+        in_order = [m.name for m in members] == list(first.group.members) and places == sorted(places)
+        return first.graph if in_order else None
+    if not isinstance(first, PhysicalAdapter) or not all(alike(members[0], member) for member in members[1:]):
+        return None
+    return lower(first.spec.network, first.group.modes, len(members))
 
 
 @dataclass(frozen=True, eq=False)
