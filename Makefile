@@ -13,11 +13,14 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/superlora-tn demo
 
+# Whole files of tests side by side; each test runs on one thread.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
+
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 thorough: .venv/installed
-	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 mutations: .venv/installed
 	$(BIN)/python tests/mutations.py
