@@ -42,6 +42,7 @@ WRITTEN: dict[str, tuple[Callable[[], sl.AdapterSpec], bool, dict[str, Any]]] = 
     "full": (lambda: sl.dense(), False, {}),
     "VeRA": (lambda: sl.vera(3), False, {}),
     "AdaLoRA": (lambda: sl.adalora(3, alpha=2), False, {}),
+    "HiRA": (lambda: sl.hira(2), False, {}),
     "LoTR": (lambda: sl.lotr(3, alpha=5), True, {}),
     "LoNKr": (lambda: sl.lonkr(1, splits=3), False, {}),
     "LoRTA (flat)": (lambda: sl.lorta(2, alpha=3), False, {}),

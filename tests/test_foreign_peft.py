@@ -15,6 +15,7 @@ from foreign import CONVOLUTIONS, LINEAR, Net, close, deltas, fit, parsed, shape
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import superlora_tn as sl
 from superlora_tn.files.errors import CheckpointError
 
 peft = pytest.importorskip("peft")
@@ -76,6 +77,13 @@ LINEAR_ONLY = {
     "randlora": lambda: peft.RandLoraConfig(target_modules=LINEAR, r=6, randlora_alpha=9),
     "miss": lambda: peft.MissConfig(target_modules=LINEAR, r=4),
     "c3a": lambda: peft.C3AConfig(target_modules=LINEAR, block_size=8),
+    "fourierft": lambda: peft.FourierFTConfig(target_modules=LINEAR, n_frequency=50, scaling=20.0, random_loc_seed=3),
+    "fourierft with a pattern": lambda: peft.FourierFTConfig(
+        target_modules=LINEAR, n_frequency=50, scaling=20.0, n_frequency_pattern={"to_q": 576}
+    ),
+    "delora": lambda: peft.DeloraConfig(target_modules=LINEAR, r=4, delora_lambda=5),
+    "vblora": lambda: peft.VBLoRAConfig(target_modules=LINEAR, r=3, num_vectors=7, vector_length=4, topk=3),
+    "hira": lambda: peft.HiraConfig(target_modules=LINEAR, r=4),
     "dora": lambda: peft.LoraConfig(target_modules=LINEAR, r=4, lora_alpha=12, use_dora=True),
 }
 
@@ -96,6 +104,47 @@ def test_dora_on_convolutions(tmp_path: Path) -> None:
     wanted = saved(model, peft.LoraConfig(target_modules=CONVOLUTIONS, r=4, lora_alpha=12, use_dora=True), tmp_path)
     base = {n: m.weight.detach().flatten(1) for n, m in model.named_modules() if n in shapes(model)}
     close(deltas(fit(tmp_path, model, weights=base.__getitem__)), wanted, 2e-5)
+
+
+def test_hira_is_the_librarys_own(tmp_path: Path) -> None:
+    """W is a frozen node, as in `sl.hira`, on convolutions too; without PEFT's settings a file is no LoRA."""
+    model = Net()
+    wanted = saved(model, peft.HiraConfig(target_modules=[*LINEAR, *CONVOLUTIONS], r=4), tmp_path)
+    base = {n: m.weight.detach().flatten(1) for n, m in model.named_modules() if n in shapes(model)}
+    fitted = fit(tmp_path, model, weights=base.__getitem__)
+    close(deltas(fitted), wanted, ROUNDING)
+    sizes = fitted.targets
+    assert sum(e.spec.count(e.targets) for e in fitted.entries) == sl.hira(4).count(sizes)
+    with pytest.raises(CheckpointError, match="is a HiRA, whose update follows from the base weight"):
+        fit(tmp_path, model)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (tmp_path / "adapter_model.safetensors").rename(alone / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"hira of .* needs PEFT's adapter_config\.json"):
+        parsed(alone / "x.safetensors")
+
+
+def test_hira_on_a_fused_projection(tmp_path: Path) -> None:
+    """q, k and v of the file are rows of one weight of the model, times its own rows."""
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    base = torch.randn(30, 8, generator=generator, dtype=torch.float64)
+    wanted = np.zeros((30, 8))
+    for k, name in enumerate("qkv"):
+        a, b = (torch.randn(s, generator=generator) for s in ((2, 8), (10, 2)))
+        tensors |= {f"base_model.model.attn.{name}_proj.hira_A": a, f"base_model.model.attn.{name}_proj.hira_B": b}
+        rows = slice(10 * k, 10 * k + 10)
+        wanted[rows] = base[rows].numpy() * (b.double() @ a.double()).numpy()
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "HIRA", "r": 2}))
+    fitted = parsed(tmp_path).fitted({"attn.qkv_proj": (30, 8)}, weights=lambda _: base)
+    close(deltas(fitted), {"attn.qkv_proj": wanted}, ROUNDING)
+
+
+def test_vblora_without_its_logits_is_refused(tmp_path: Path) -> None:
+    config = peft.VBLoRAConfig(target_modules=LINEAR, num_vectors=7, vector_length=4, save_only_topk_weights=True)
+    saved(Net(), config, tmp_path)
+    with pytest.raises(CheckpointError, match="save_only_topk_weights"):
+        fit(tmp_path, Net())
 
 
 def test_dora_needs_the_base(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def _as_named(found: Parsed, target: str | PathLike[str], to: Format, wish: Wish
     """Into kohya's way of writing, which needs no model: dots become '_', and such names stay."""
     weights = []
     for weight in found.weights:
-        if weight.late is not None or weight.magnitude is not None:
+        if weight.late is not None or weight.rests:
             raise CheckpointError(f"{found.path}: the update of '{weight.name}' follows from the base model; give it.")
         weights.append(replace(of_weight(weight), name=_renamed(weight.name, prefix)))
     added, replaced = ({_moved(n, prefix): t for n, t in own.items()} for own in (found.added, found.replaced))

@@ -124,7 +124,7 @@ class Parsed:
             shapes: of all weights of the model that can be adapted, (out, in), by module name.
             parameters: full names of all parameters and buffers of the model; needed where the file holds biases, norms or
                 whole modules.
-            weights: gives the base weight (out, in) of a target; needed for DoRA.
+            weights: gives the base weight (out, in) of a target; needed for DoRA and HiRA.
             part: take the weights of one part of the file alone, see `only`.
 
         Raises:
@@ -136,7 +136,7 @@ class Parsed:
         placed = seats([w.name for w in self.weights], shapes, source)
         whole = self._complete(placed, shapes)
         made = assemble(whole, placed, shapes, source)
-        made = {target: self._with_norms(weight, target, weights) for target, weight in made.items()}
+        made = {target: self._on_base(weight, target, weights) for target, weight in made.items()}
         places = self._places(placed, shapes, parameters)
         return _fitted(made, _moved(self.added, places), _moved(self.replaced, places), source)
 
@@ -157,14 +157,15 @@ class Parsed:
             drawn = self.projections((max(out for out, _ in sizes.values()), max(inward for _, inward in sizes.values())))
         return {w.name: w if w.late is None else w.late(w, sizes[w.name], drawn) for w in self.weights}
 
-    def _with_norms(self, weight: Weight, target: str, weights: Callable[[str], Tensor] | None) -> Weight:
-        if weight.magnitude is None:
+    def _on_base(self, weight: Weight, target: str, weights: Callable[[str], Tensor] | None) -> Weight:
+        if not weight.rests:
             return weight
         if weights is None:
+            kind = "HiRA" if weight.times_base else "DoRA"
             raise CheckpointError(
-                f"{self.path}: '{target}' is a DoRA, whose update follows from the base weight; give the base weights."
+                f"{self.path}: '{target}' is a {kind}, whose update follows from the base weight; give the base weights."
             )
-        return weight.with_norms(weights(target))
+        return weight.with_base(weights(target))
 
     def _places(
         self, placed: Mapping[str, tuple[Seat, ...]], shapes: Mapping[str, Shape], parameters: Iterable[str]
@@ -203,7 +204,7 @@ class Parsed:
                     f"{self.path}: names such as '{weight.name}' have '_' for '.', so the modules are known only with the "
                     "base model; give it."
                 )
-            if weight.late is not None or weight.magnitude is not None:
+            if weight.late is not None or weight.rests:
                 raise CheckpointError(
                     f"{self.path}: {weight.kind} of '{weight.name}' is only known with the base model; give it."
                 )

@@ -14,6 +14,8 @@ size 1 and are dropped. So one row serves linear layers and convolutions.
 | gralora | a LoRA for each block (m, n): B[m n r o] A[n i m r] (Jung et al. 2025) |
 | randlora | the sum of fixed LoRAs, each with scales: B[o r n] lambda[r n] gamma[n i] A[r i] (Albert et al. 2025) |
 | miss | one block of columns, repeated along in: D[x o] (Kang and Yin 2025) |
+| fourierft | the inverse Fourier transform of few numbers: U[o l p] c[l] V[l p i] (Gao et al. 2024) |
+| hira | W * (B A), number by number, W the base's weight (Huang et al. 2025) |
 | full | dW itself |
 """
 
@@ -47,6 +49,9 @@ ENDINGS: dict[str, tuple[str, ...]] = {
     "randlora_gamma": ("randlora_gamma",),
     "miss_block": ("miss_block",),
     "c3a_kernel": ("c3a_kernel",),
+    "fourierft_spectrum": ("fourierft_spectrum",),
+    **{name: (name,) for name in ("delora_A", "delora_B", "delora_lambda", "delora_w_norm", "hira_A", "hira_B")},
+    **{name: (name,) for name in ("vblora_logits_A", "vblora_logits_B")},
     "diff": ("diff",),
     "diff_b": ("diff_b",),
     "w_norm": ("w_norm",),
@@ -72,7 +77,10 @@ FOREIGN = {
 PLAIN = {ending: name for name, endings in ENDINGS.items() for ending in endings}
 _LONGEST = max(ending.count(".") for ending in PLAIN) + 1
 # PEFT puts the adapter's own name in between when a whole model's state is saved: lora_A.default.weight.
-_WRAPPED = r"lora_(?:[ABE]|embedding_[AB]|magnitude_vector)|vera_lambda_[bd]|randlora_(?:lambda|gamma)|miss_block|c3a_kernel"
+_WRAPPED = (
+    r"lora_(?:[ABE]|embedding_[AB]|magnitude_vector)|vera_lambda_[bd]|randlora_(?:lambda|gamma)|miss_block|c3a_kernel|hira_[AB]"
+    r"|delora_(?:[AB]|lambda|w_norm)|vblora_logits_[AB]|fourierft_spectrum"
+)
 _NAMED = re.compile(rf"(.+\.(?:{_WRAPPED}))\.([^.]+)(\.weight)?")
 # diffusers' old attention processors: to_q_lora.down.weight of ...attn1.processor, XLabs: processor.qkv_lora1.down.weight.
 _PROCESSOR = re.compile(r"(.+)\.processor\.(\w+?)_lora(\d?)\.(up|down)\.weight")
@@ -133,10 +141,12 @@ FORMS: tuple[Form, ...] = (
     # What these need besides follows from the model's sizes, see `structured`.
     Form("randlora", {"randlora_lambda": "r n", "randlora_gamma": "n s"}),
     Form("miss", {"miss_block": "x o"}, rank=()),
+    Form("hira", {"hira_B": "o r", "hira_A": "r i"}),
+    Form("fourierft", {"fourierft_spectrum": "l"}, rank=()),
     Form("full", {"diff": "o i"}, rank=()),
 )
 # Methods of PEFT's that only its settings and the model's sizes make whole.
-PARTIAL = ("randlora", "miss", "vera")
+PARTIAL = ("randlora", "miss", "vera", "fourierft", "hira")
 # Tensors that change a weight's network or its scale, and such that adapt something else at the same place.
 ASIDE = ("alpha", "magnitude", "dora_scale", "up_bias", "diff_b", "w_norm", "b_norm")
 

@@ -32,7 +32,7 @@ def parse_folder(place: Path) -> Parsed:
     settings = Settings.of(config, source)
     tensors, shared = _renamed(container)
     tensors = _pruned(tensors) if settings.method == "ADALORA" else tensors
-    collected = arranged(collect(tensors, str(file), settings.modules), settings, str(file))
+    collected = arranged(collect(tensors, str(file), settings.modules), settings, shared, str(file))
 
     def rule(name: str, weight: Weight, alpha: float | None) -> float:
         if alpha is not None:
@@ -40,7 +40,7 @@ def parse_folder(place: Path) -> Parsed:
         return settings.scale(name.removeprefix(PREFIX), weight)
 
     weights, added = build_all(collected, rule)
-    weights = tuple(finished(w, shared, str(file)) for w in weights)
+    weights = tuple(finished(w, settings.seed, shared, str(file)) for w in weights)
     drawn = projections(settings) if settings.method == "VERA" and not shared else None
     return Parsed(place, "peft", container.bytes, weights, added, collected.values, {"peft_type": settings.method}, drawn)
 

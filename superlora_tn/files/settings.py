@@ -12,7 +12,21 @@ from superlora_tn.files.bounds import shown
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.weight import Weight
 
-METHODS = ("LORA", "LOHA", "LOKR", "VERA", "ADALORA", "GRALORA", "RANDLORA", "MISS", "C3A")
+METHODS = (
+    "LORA",
+    "LOHA",
+    "LOKR",
+    "VERA",
+    "ADALORA",
+    "GRALORA",
+    "RANDLORA",
+    "MISS",
+    "C3A",
+    "FOURIERFT",
+    "DELORA",
+    "VBLORA",
+    "HIRA",
+)
 # What PEFT's other methods of weights do, where that is no sum of W and a network that a file tells.
 OTHERS = {
     **dict.fromkeys(("OFT", "BOFT", "HRA", "ROAD", "PSOFT"), "turns the weight or its outputs, a product and no sum"),
@@ -22,7 +36,8 @@ OTHERS = {
     "LN_TUNING": "trains norms alone",
     "TRAINABLE_TOKENS": "replaces rows of an embedding",
 }
-ALPHAS = {"LOHA": "alpha", "LOKR": "alpha", "GRALORA": "alpha", "RANDLORA": "randlora_alpha"}
+ALPHAS = {"LOHA": "alpha", "LOKR": "alpha", "GRALORA": "alpha", "RANDLORA": "randlora_alpha", "FOURIERFT": "scaling"}
+UNSCALED = ("VERA", "MISS", "C3A", "DELORA", "VBLORA", "HIRA")
 # Training, bookkeeping, and which modules are meant (the tensors' names say that too).
 HARMLESS = {
     *("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "parent_library"),
@@ -33,12 +48,13 @@ HARMLESS = {
     *("qalora_group_size", "ensure_weight_tying", "lora_bias", "d_initial", "target_r", "tinit", "tfinal", "deltaT"),
     *("beta1", "beta2", "orth_reg_weight", "total_step", "decompose_both", "decompose_factor", "use_effective_conv2d"),
     *("save_projection", "gralora_k", "ephemeral_gpu_offload", "velora_config", "randlora_dropout", "miss_dropout", "mini_r"),
-    *("sparse", "very_sparse", "block_size", "block_size_pattern"),
+    *("sparse", "very_sparse", "block_size", "block_size_pattern", "n_frequency", "n_frequency_pattern", "hira_dropout"),
+    *("delora_lambda", "lambda_pattern", "num_vectors", "vector_length", "vblora_dropout", "init_vector_bank_bound"),
+    *("init_logits_std",),
 }
 TAKEN = {
     *("peft_type", "r", "init_r", "alpha", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
-    *("init_lora_weights", "projection_prng_key", "hybrid_r"),
-    "randlora_alpha",
+    *("init_lora_weights", "projection_prng_key", "hybrid_r", "randlora_alpha", "scaling", "random_loc_seed", "topk"),
 }
 # Starts that change the base weight too, so that the file alone does not say what the adapted weight is.
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -83,7 +99,8 @@ class Settings:
         rank, alpha: of all weights, where no pattern says otherwise.
         rslora: scale by alpha / sqrt(rank).
         ranks, alphas: of weights for which patterns say otherwise.
-        seed: of VeRA's A and B.
+        seed: of VeRA's A and B, and of FourierFT's places.
+        top: how many vectors VB-LoRA takes of its bank.
         modules: names, or ends of names, of modules that the file holds whole.
     """
 
@@ -95,6 +112,7 @@ class Settings:
     alphas: Patterns | None = None
     seed: int = 0
     modules: frozenset[str] = frozenset()
+    top: int = 2
 
     @classmethod
     def of(cls, config: Mapping[str, Any], source: str) -> Settings:
@@ -135,8 +153,9 @@ class Settings:
             bool(config.get("use_rslora")),
             Patterns({n: _count(ranks, n, source) for n in ranks}, source),
             Patterns({n: _real(alphas, n, source) for n in alphas}, source),
-            _seed(config, source),
+            _seed(config, "random_loc_seed" if method == "FOURIERFT" else "projection_prng_key", source),
             _modules(config, source),
+            _count(config, "topk", source) if method == "VBLORA" else 2,
         )
 
     def scale(self, name: str, weight: Weight) -> float:
@@ -146,8 +165,10 @@ class Settings:
             name: of the weight, in the model.
             weight: its ranks stand above the settings'.
         """
-        if self.method in ("VERA", "MISS", "C3A") or weight.kind == "full":
+        if self.method in UNSCALED or weight.kind == "full":
             return 1.0
+        if self.method == "FOURIERFT":
+            return self.alpha
         alpha = self.alphas.get(name, self.alpha) if self.alphas else self.alpha
         rank = self.ranks.get(name, self.rank) if self.ranks else self.rank
         if self.method == "ADALORA":
@@ -185,10 +206,10 @@ def _modules(config: Mapping[str, Any], source: str) -> frozenset[str]:
     return frozenset(value)
 
 
-def _seed(config: Mapping[str, Any], source: str) -> int:
-    value = config.get("projection_prng_key", 0)
+def _seed(config: Mapping[str, Any], name: str, source: str) -> int:
+    value = config.get(name, 0)
     if value is not None and (type(value) is not int or not -(1 << 63) <= value < 1 << 63):
-        raise CheckpointError(f"{source}: projection_prng_key={shown(value)}; expected a whole number.")
+        raise CheckpointError(f"{source}: {name}={shown(value)}; expected a whole number.")
     return value or 0
 
 

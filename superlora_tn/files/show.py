@@ -155,7 +155,7 @@ def _foreign(found: Parsed, progress: Any) -> Contents:
     shown = []
     for k, weight in enumerate(found.weights):
         dora = weight.magnitude is not None
-        if weight.late is not None:
+        if weight.late is not None or weight.times_base:
             shape = weight.shape
             shown.append(Shown(weight.name, weight.kind, weight.ranks, weight.scale, shape, weight.size, None, None, dora))
             continue

@@ -1,6 +1,7 @@
-"""PEFT's structured methods as networks: VeRA, RandLoRA, GraLoRA, MiSS, and C3A's circulant blocks as dW itself.
+"""PEFT's structured methods as networks: VeRA, RandLoRA, GraLoRA, MiSS, FourierFT, HiRA; C3A's circulant blocks as dW itself.
 
-VeRA, RandLoRA and MiSS leave sizes to the model, so their weights are finished when these are known.
+VeRA, RandLoRA, MiSS and FourierFT leave sizes to the model, so their weights are finished when these are known, HiRA with the
+base's. DeLoRA and VB-LoRA are other parameters of a plain LoRA, and are read as the LoRA that they come to.
 """
 
 from __future__ import annotations
@@ -19,13 +20,19 @@ from superlora_tn.files.settings import Settings
 from superlora_tn.files.single import Collected
 from superlora_tn.files.weight import Weight
 
-SHARED = ("vera_A", "vera_B", "randlora_A", "randlora_B")
+SHARED = ("vera_A", "vera_B", "randlora_A", "randlora_B", "vblora_vector_bank")
 # C3A's blocks grow by their length when they are written out.
 MAX_DENSE = 1 << 28
 
 
-def arranged(collected: Collected, settings: Settings, source: str) -> Collected:
+def arranged(collected: Collected, settings: Settings, shared: Mapping[str, Tensor], source: str) -> Collected:
     """Tensors in the form that the tables have.
+
+    Args:
+        collected: a folder's, by weight.
+        settings: its configuration.
+        shared: what all weights have in common.
+        source: the file, for errors.
 
     Raises:
         CheckpointError: tensors that are not what the method has.
@@ -33,6 +40,8 @@ def arranged(collected: Collected, settings: Settings, source: str) -> Collected
     fields = {name: dict(own) for name, own in collected.fields.items()}
     for name, own in fields.items():
         if settings.method == "VERA" and "vera_b" in own:
+            if any(own[f].ndim != 1 for f in ("vera_b", "vera_d") if f in own):
+                raise CheckpointError(f"{source}: '{name}' has VeRA's b or d with other than one axis; they are vectors.")
             own |= {"vera_A": torch.zeros(own.get("vera_d", own["vera_b"]).shape[0], 1)}
             own |= {"vera_B": torch.zeros(own["vera_b"].shape[0], own["vera_A"].shape[0])}
         if "gralora_A" in own:
@@ -42,6 +51,10 @@ def arranged(collected: Collected, settings: Settings, source: str) -> Collected
             own |= _blocks(name, own["gralora_A"], own.get("gralora_B"), source)
         if "c3a_kernel" in own:
             own["diff"] = _circulant(name, own.pop("c3a_kernel"), source)
+        if "delora_lambda" in own:
+            _delora(name, own, source)
+        if settings.method == "VBLORA":
+            _vblora(name, own, settings.top, _found(name, shared, "vblora_vector_bank", source), source)
     return Collected(fields, collected.values)
 
 
@@ -69,8 +82,43 @@ def _circulant(name: str, kernel: Tensor, source: str) -> Tensor:
     return blocks.permute(0, 2, 1, 3).reshape(rows * length, columns * length) / (columns * length)
 
 
-def finished(weight: Weight, shared: Mapping[str, Tensor], source: str) -> Weight:
+def _delora(name: str, own: dict[str, Tensor], source: str) -> None:
+    """``B diag(lambda / (r |b_j| |a_j|)) A diag(w)``, w the norms of the base's columns (Bini et al. 2025), as a LoRA."""
+    parts = [own.pop(f"delora_{part}", torch.empty(0)) for part in ("A", "B", "lambda", "w_norm")]
+    a, b, strength, norms = (part.double() for part in parts)
+    if a.ndim != 2 or b.ndim != 2 or strength.numel() != 1 or norms.shape != a.shape[1:] or b.shape[1] != a.shape[0]:
+        raise CheckpointError(
+            f"{source}: '{name}' has the shapes {', '.join(str(tuple(p.shape)) for p in parts)} for DeLoRA's A (rank, in), "
+            "B (out, rank), lambda (1) and w_norm (in)."
+        )
+    sizes = a.norm(dim=1).clamp_min(1e-4) * b.norm(dim=0).clamp_min(1e-4)
+    own |= {"up": (b * (strength.reshape(()) / (len(a) * sizes))).to(parts[1].dtype), "down": (a * norms).to(parts[0].dtype)}
+
+
+def _vblora(name: str, own: dict[str, Tensor], top: int, bank: Tensor, source: str) -> None:
+    """B and A in pieces, each the softmax mean of the `top` vectors of a common bank (Li et al. 2024), as a LoRA."""
+    sides = []
+    for side in "AB":
+        logits = own.pop(f"vblora_logits_{side}", torch.empty(0))
+        if logits.ndim != 3 or bank.ndim != 2 or logits.shape[2] != bank.shape[0] or not 0 < top <= bank.shape[0]:
+            raise CheckpointError(
+                f"{source}: '{name}' has logits {tuple(logits.shape)}, a bank of vectors {tuple(bank.shape)} and topk={top}; "
+                "VB-LoRA's logits are of three axes, the last of all vectors (save_only_topk_weights leaves others)."
+            )
+        values, chosen = logits.double().topk(top, -1)
+        sides.append((values.softmax(-1)[..., None] * bank.double()[chosen]).sum(-2))
+    own["down"] = sides[0].flatten(1).to(bank.dtype)
+    own["up"] = sides[1].transpose(1, 2).flatten(0, 1).to(bank.dtype)
+
+
+def finished(weight: Weight, seed: int, shared: Mapping[str, Tensor], source: str) -> Weight:
     """A weight with what it shares with others, or with what makes it whole when a model says its size.
+
+    Args:
+        weight: as `build` made it.
+        seed: of FourierFT's places.
+        shared: what all weights have in common.
+        source: the file, for errors.
 
     Raises:
         CheckpointError: what it shares is not in the file, or does not hold it.
@@ -79,7 +127,40 @@ def finished(weight: Weight, shared: Mapping[str, Tensor], source: str) -> Weigh
         return _vera(weight, shared, source)
     if weight.kind == "randlora":
         return _randlora(weight, shared, source)
+    if weight.kind == "fourierft":
+        return _fourier(weight, seed)
+    if weight.kind == "hira":
+        return replace(weight, times_base=True)
     return replace(weight, late=_repeated) if weight.kind == "miss" else weight
+
+
+def _fourier(weight: Weight, seed: int) -> Weight:
+    """FourierFT (Gao et al. 2024): ``dW = Re ifft2(F)``, F zero but for the spectrum at places drawn from a seed; each is
+    ``c_l cos(2 pi (u_l o / out + v_l i / in)) / (out in)``, where the cosine of a sum is two products."""
+
+    def late(partial: Weight, shape: Shape, drawn: Mapping[str, Tensor]) -> Weight:
+        count, (out, inward) = partial.sizes["l"], shape
+        if count > out * inward or 2 * count * (out + inward) > MAX_DENSE:
+            raise CheckpointError(
+                f"'{partial.name}' has {count:,} frequencies for a weight {shape}; at most its numbers, and tables of "
+                f"{MAX_DENSE:,} numbers, are taken."
+            )
+        places = torch.randperm(out * inward, generator=torch.Generator().manual_seed(seed))[:count]
+        rows, columns = places // inward, places % inward
+        # Whole turns are taken off as whole numbers, so that large angles lose nothing.
+        left = 2 * math.pi / out * (torch.arange(out)[:, None] * rows % out).double()
+        right = 2 * math.pi / inward * (torch.arange(inward) * columns[:, None] % inward).double()
+        spectrum = partial.nodes["fourierft_spectrum"][1]
+        dtype = torch.promote_types(spectrum.dtype, torch.float32)
+        nodes = {
+            "fourierft_spectrum": ("l", spectrum.to(dtype)),
+            "fourierft_left": ("o l p", torch.stack([left.cos(), left.sin()], -1).to(dtype)),
+            "fourierft_right": ("l p i", (torch.stack([right.cos(), -right.sin()], 1) / (out * inward)).to(dtype)),
+        }
+        fixed = frozenset({"fourierft_left", "fourierft_right"})
+        return replace(partial, nodes=nodes, frozen=fixed, shared=fixed, late=None)
+
+    return replace(weight, late=late)
 
 
 def _vera(weight: Weight, shared: Mapping[str, Tensor], source: str) -> Weight:

@@ -16,6 +16,8 @@ from superlora_tn.files.forms import ASIDE, FORMS
 from superlora_tn.network.spec import AdapterSpec
 
 SHARED = PhysicalFold("member out in")
+# The node that holds the base's weight.
+BASE = "base"
 # The largest size of a bond or of a part of a split mode that a network takes.
 MAX_RANK = 1 << 20
 
@@ -35,6 +37,7 @@ class Weight:
         frozen: names of nodes that are not trained.
         shared: names of nodes that are one tensor for all weights of a size (VeRA's).
         magnitude: DoRA's norms, (out, 1) or (1, in).
+        times_base: whether dW is this times the base's weight, number by number (HiRA).
         flipped: whether a model may hold the weight the other way round: an embedding's table is (in, out).
         turned: whether it is held so.
         late: makes the whole weight once a model says its (out, in), which the file does not; until then a size that is not
@@ -51,6 +54,7 @@ class Weight:
     frozen: frozenset[str] = frozenset()
     shared: frozenset[str] = frozenset()
     magnitude: Tensor | None = None
+    times_base: bool = False
     flipped: bool = False
     turned: bool = False
     late: Callable[[Weight, Shape, Mapping[str, Tensor]], Weight] | None = None
@@ -93,7 +97,11 @@ class Weight:
         sizes = {i: s for i, s in self.sizes.items() if i not in whole}
         member = "m " if self.shared else ""
         nodes = {
-            name: Node(indices if not member or name in self.shared else f"m {indices}", trainable=name not in self.frozen)
+            name: Node(
+                indices if not member or name in self.shared else f"m {indices}",
+                "base" if name == BASE else "auto",
+                trainable=name not in self.frozen,
+            )
             for name, (indices, _) in self.nodes.items()
         }
         network = Network(member + self.modes, sizes, **nodes)
@@ -113,6 +121,24 @@ class Weight:
             operands += [tensor.double(), [letters.setdefault(i, len(letters)) for i in indices.split()]]
         result = [letters[i] for group in parse_modes(self.modes) for i in group]
         return torch.einsum(*operands, result).reshape(self.shape) * self.scale
+
+    @property
+    def rests(self) -> bool:
+        """Whether dW follows from the base's weight."""
+        return self.magnitude is not None or self.times_base
+
+    def with_base(self, base: Tensor) -> Weight:
+        """A weight that rests on the base's, W (out, in), as it is on this one.
+
+        HiRA's W is a frozen node of the network.
+        """
+        if not self.times_base:
+            return self.with_norms(base)
+        names = [index for group in parse_modes(self.modes) for index in group]
+        dtype = next(iter(self.nodes.values()))[1].dtype
+        own = base.detach().to(device="cpu", dtype=dtype).reshape([self.sizes[i] for i in names])
+        nodes = {**self.nodes, BASE: (" ".join(names), own)}
+        return replace(self, kind="hira", nodes=nodes, frozen=self.frozen | {BASE}, times_base=False)
 
     def with_norms(self, base: Tensor) -> Weight:
         """DoRA's dW for a base weight W, as one dense node: ``m (W + dW) / ||W + dW|| - W`` (Liu et al. 2024).
