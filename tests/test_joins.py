@@ -401,6 +401,29 @@ def test_what_no_network_multiplies_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("join", ["magnitude", "left", "right"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_quantised_weight_joins_as_it_reads_back(join: str, dropout: float) -> None:
+    quantization = library("torchao.quantization")
+    torch.manual_seed(2)
+    model, x = nn.Sequential(nn.Linear(64, 32)), torch.randn(5, 64)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    base = model(x)
+    tuned = sl.attach(model, replace(sl.lora(4, dropout=dropout), join=JOINS[join]), ["0"], seed=1)
+    torch.testing.assert_close(model.train()(x), base, rtol=0, atol=0)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    given = x.clone().requires_grad_()
+    y = model.eval()(given)
+    y.square().sum().backward()
+    whole = (tuned.delta("0") + model[0].weight.dequantize()).detach()
+    # Sums of 64 products in float32.
+    torch.testing.assert_close(y.detach(), x @ whole.T + model[0].bias.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(given.grad, 2 * y.detach() @ whole, rtol=1e-5, atol=1e-4)
+    assert all(p.grad is not None and p.grad.any() for p in tuned.parameters())
+
+
+@pytest.mark.parametrize("join", ["magnitude", "left", "right"])
 def test_files_states_and_resets_carry_the_join(join: str, tmp_path: Path) -> None:
     model, x = layers(), torch.randn(3, IN, dtype=torch.float64)
     base = model(x)
