@@ -107,3 +107,44 @@ def test_accelerates_state_of_the_whole_model_goes_on_bit_for_bit(tmp_path: Path
     second[2].load_state(tmp_path)
     assert steps(*second) == expected
     assert all(torch.equal(value, values[name]) for name, value in second[0].state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+def test_trl_trains_lora_by_the_plug_in_as_pefts_own(tmp_path: Path) -> None:
+    """From the same start. Tolerance: x through the factors in another order, in float32, through 4 steps of AdamW."""
+    transformers, peft, datasets, trl = (library(name) for name in ("transformers", "peft", "datasets", "trl"))
+    library("accelerate")
+    from test_recipes import tokenizer
+
+    from superlora_tn.peft import SuperLoraConfig
+
+    tokens = torch.randint(3, 64, (16, 12), generator=torch.Generator().manual_seed(0))
+    targets = ["q_proj", "v_proj"]
+    found, starts = [], list[Tensor]()
+    for own in (
+        peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM"),
+        SuperLoraConfig(spec=sl.lora(2, alpha=6), target_modules=targets),
+    ):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = transformers.LlamaConfig(vocab_size=64, bos_token_id=1, eos_token_id=2, **sizes)
+        settings = {"per_device_train_batch_size": 4, "max_steps": 4, "logging_steps": 1, "report_to": [], "use_cpu": True}
+        settings |= {"bf16": False, "learning_rate": 1e-2, "save_strategy": "no", "gradient_checkpointing": False}
+        trainer = trl.SFTTrainer(
+            transformers.LlamaForCausalLM(config),
+            trl.SFTConfig(str(tmp_path), **settings),
+            train_dataset=datasets.Dataset.from_dict({"input_ids": tokens.tolist()}),
+            peft_config=own,
+            processing_class=tokenizer(),
+        )
+        thin = [p for n, p in trainer.model.named_parameters() if "lora_A" in n or n.endswith("factor_in")]
+        assert len(thin) == 4
+        starts = starts or [p.detach().clone() for p in thin]
+        with torch.no_grad():
+            for p, value in zip(thin, starts, strict=True):
+                p.copy_(value if p.shape == value.shape else value.T)  # the other factor starts at zero in both
+        trainer.train()
+        found.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert len(found[0]) == 4
+    assert found[0][-1] != found[0][0]
+    assert found[1] == pytest.approx(found[0], rel=1e-5)

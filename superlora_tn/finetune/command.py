@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
     scores = [f"{name.removeprefix('eval_')} {last[name]:.4g}" for name in ("eval_loss", "eval_accuracy") if name in last]
     print(f"{report['parameters']:,} parameters on {report['targets']} weights, {report['steps']} steps")
     print(f"evaluation: {', '.join(scores)}" if scores else "no evaluation")
-    print("\n".join(["written:", *report["files"], f"{config.output}/report.json"]))
+    pictures = [report["samples"]] if "samples" in report else []
+    print("\n".join(["written:", *report["files"], *pictures, f"{config.output}/report.json"]))
 
 
 def flags(words: Sequence[str]) -> dict[str, str]:
