@@ -400,6 +400,19 @@ def test_what_no_network_multiplies_is_refused_by_name() -> None:
             sl.attach(make(), replace(sl.lora(2), join=JOINS[join]), targets)
 
 
+@pytest.mark.parametrize("join", JOINS)
+def test_a_compiled_model_computes_the_same_and_a_strength_of_none_is_the_base(join: str) -> None:
+    model, x = layers(), torch.randn(5, IN, dtype=torch.float64)
+    base = model(x)
+    tuned = moved(attached(model, declared(SPECS["lora"], JOINS[join]), ["0", "2"], route="apply"))
+    y = model(x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), y, rtol=1e-10, atol=1e-12)
+    if isinstance(JOINS[join], sl.Multiply):
+        tuned.strength = 0
+        torch.testing.assert_close(model(x), base, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("join", ["magnitude", "left", "right"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_quantised_weight_joins_as_it_reads_back(join: str, dropout: float) -> None:

@@ -15,6 +15,7 @@ from superlora_tn.model.spans import columns, joined
 from superlora_tn.model.tables import Table, TableRows
 from superlora_tn.model.targets import AttachError, Place, Target, bind
 from superlora_tn.update.base import Member
+from superlora_tn.update.eager import is_eager
 from superlora_tn.update.joined import Norms, factors, unkept
 from superlora_tn.update.joined import joined as weight_of
 
@@ -30,8 +31,9 @@ class Scaled:
         kind, weight = self.kind, _whole(self.kind, layer, member)
         if isinstance(kind, Linear | RowsOf) and x.is_nested:
             return _nested(kind, layer, member, x, y)
-        owners = list((kind.owners(layer) or {}).values())
-        scale = factors(member, weight, self.norms.of(weight, owners))
+        # A recorded program finds them anew: nothing is kept beside it.
+        norms = self.norms.of(weight, list((kind.owners(layer) or {}).values())) if is_eager() else None
+        scale = factors(member, weight, norms)
         if member.adapter.spec.dropout and layer.training and not isinstance(kind, Table):
             return self._dropped(layer, member, x, y, weight, scale)
         plain = kind.join(layer, member, x, y, base)
