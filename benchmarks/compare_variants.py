@@ -241,7 +241,10 @@ def answers(result: Data) -> Iterator[str]:
         )
     adapted = [row for row in result["rows"] if row["level"] is not None]
     edge = sum(row["rate"] in (min(map(float, row["tried"])), max(map(float, row["tried"]))) for row in adapted)
-    yield f"{edge} of {len(adapted)} settings chose the smallest or the largest rate that was tried: part of the order is the rates'."
+    yield (
+        f"{edge} of {len(adapted)} settings chose the smallest or the largest rate that was tried: part of the order is the "
+        "rates'."
+    )
 
 
 def page(result: Data) -> str:
