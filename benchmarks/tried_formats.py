@@ -35,6 +35,7 @@ DECLARED = sl.Network("(o1 o2) (i1 i2)", {"r": 3, "o1": 2, "i1": 2}, a="o1 i1 r"
 WRITTEN: dict[str, tuple[Callable[[], sl.AdapterSpec], bool, dict[str, Any]]] = {
     "LoRA": (lambda: sl.lora(3, alpha=5), True, {}),
     "rsLoRA": (lambda: sl.lora(4, alpha=3, rslora=True), True, {}),
+    "DoRA": (lambda: sl.dora(sl.lora(3, alpha=5)), False, {}),
     "LoHa": (lambda: sl.loha(2, alpha=3), True, {}),
     "LoKr": (lambda: sl.lokr(2, alpha=3), True, {}),
     "LoKr, both factors of low rank": (lambda: sl.lokr(1, decompose_both=True, alpha=2), False, {}),

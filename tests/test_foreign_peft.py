@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreign import CONVOLUTIONS, LINEAR, Net, close, deltas, fit, parsed, shapes, shuffle
+from foreign import CONVOLUTIONS, LINEAR, Net, close, deltas, fit, inputs, parsed, shapes, shuffle
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -145,6 +145,32 @@ def test_vblora_without_its_logits_is_refused(tmp_path: Path) -> None:
     saved(Net(), config, tmp_path)
     with pytest.raises(CheckpointError, match="save_only_topk_weights"):
         fit(tmp_path, Net())
+
+
+@pytest.mark.parametrize("targets", [["to_q", "to_k", "ff.0"], ["conv_in", "down_blocks.1"]], ids=["linear", "convolutions"])
+def test_a_loaded_dora_trains_on_as_pefts_does(targets: list[str], tmp_path: Path) -> None:
+    """Its magnitudes and factors, not dW, get the gradients: one step of both libraries from the file gives equal outputs."""
+    model = Net().double()
+    config = peft.LoraConfig(target_modules=targets, r=4, lora_alpha=12, use_dora=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = peft.get_peft_model(copy.deepcopy(model), config)
+        shuffle([p for n, p in tuned.named_parameters() if p.requires_grad and "magnitude" not in n])
+        tuned.save_pretrained(str(tmp_path))
+        tuned.double()
+    own = sl.load(model, tmp_path, dtype=torch.float64)
+    assert {str(entry.spec.join) for entry in own.entries} == {"rows scaled to trained magnitudes (DoRA)"}
+    x = inputs().double()
+    before = tuned(x).detach()
+    # The same float32 numbers in float64 on both sides.
+    torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-9)
+    for net in (model, tuned):
+        trained = [p for p in net.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=1.0)
+        net(x).square().sum().backward()
+        optimizer.step()
+    assert (model(x) - before).abs().max() > 1e-3
+    torch.testing.assert_close(model(x), tuned(x), rtol=1e-9, atol=1e-9)
 
 
 def test_dora_needs_the_base(tmp_path: Path) -> None:

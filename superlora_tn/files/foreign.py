@@ -15,7 +15,7 @@ from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.fuse import assemble
 from superlora_tn.files.names import Seat, label, seats
 from superlora_tn.files.own import Saved
-from superlora_tn.files.record import Entry, tensor_name
+from superlora_tn.files.record import Entry, names_of, tensor_name
 from superlora_tn.files.weight import Weight
 from superlora_tn.network.spec import AdapterSpec
 
@@ -117,6 +117,7 @@ class Parsed:
         parameters: Iterable[str] = (),
         weights: Callable[[str], Tensor] | None = None,
         part: str | None = None,
+        joined: bool = False,
     ) -> Fitted:
         """The adapter for a model.
 
@@ -126,16 +127,19 @@ class Parsed:
                 whole modules.
             weights: gives the base weight (out, in) of a target; needed for DoRA and HiRA.
             part: take the weights of one part of the file alone, see `only`.
+            joined: DoRA's norms of rows become magnitudes that train (`sl.dora`); else dW is what they make of the base.
 
         Raises:
             CheckpointError: whatever of the file does not fit, is not clear, or would be left over.
         """
         if part is not None:
-            return self.only(part).fitted(shapes, parameters=parameters, weights=weights)
+            return self.only(part).fitted(shapes, parameters=parameters, weights=weights, joined=joined)
         source = str(self.path)
         placed = seats([w.name for w in self.weights], shapes, source)
         whole = self._complete(placed, shapes)
         made = assemble(whole, placed, shapes, source)
+        if joined:
+            made = {target: weight.joined() for target, weight in made.items()}
         made = {target: self._on_base(weight, target, weights) for target, weight in made.items()}
         places = self._places(placed, shapes, parameters)
         return _fitted(made, _moved(self.added, places), _moved(self.replaced, places), source)
@@ -247,6 +251,9 @@ def gather(made: Mapping[str, Weight], source: str) -> tuple[tuple[Entry, ...], 
                 members = [made[name] for name in group.members]
                 for node in graph.nodes:
                     tensors[tensor_name(k, node)] = _node(node.name, members)
+                norms = [m.magnitude.flatten() for m in members if m.joins and m.magnitude is not None]
+                own = names_of(k, spec, group, graph).keys() - {tensor_name(k, node) for node in graph.nodes}
+                tensors |= {name: torch.cat(norms) for name in own}
                 k += 1
     except SpecError as error:
         raise CheckpointError(f"{source}: {error}") from error

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from superlora_tn.declare.fold import PhysicalFold, Shape
+from superlora_tn.declare.joins import Magnitude
 from superlora_tn.declare.parts import Network, Node, parse_modes
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.forms import ASIDE, FORMS
@@ -38,6 +39,7 @@ class Weight:
         shared: names of nodes that are one tensor for all weights of a size (VeRA's).
         magnitude: DoRA's norms, (out, 1) or (1, in).
         times_base: whether dW is this times the base's weight, number by number (HiRA).
+        joins: whether DoRA's norms of rows are part of the declaration, so that they train on; else dW is what they make of it.
         flipped: whether a model may hold the weight the other way round: an embedding's table is (in, out).
         turned: whether it is held so.
         late: makes the whole weight once a model says its (out, in), which the file does not; until then a size that is not
@@ -55,6 +57,7 @@ class Weight:
     shared: frozenset[str] = frozenset()
     magnitude: Tensor | None = None
     times_base: bool = False
+    joins: bool = False
     flipped: bool = False
     turned: bool = False
     late: Callable[[Weight, Shape, Mapping[str, Tensor]], Weight] | None = None
@@ -107,7 +110,8 @@ class Weight:
         network = Network(member + self.modes, sizes, **nodes)
         # A network in index notation counts as rank 1, so alpha is the factor itself.
         alpha = None if self.scale == 1.0 else self.scale
-        return AdapterSpec(network, SHARED if self.shared else PhysicalFold(), alpha=alpha)
+        join = Magnitude() if self.joins else None
+        return AdapterSpec(network, SHARED if self.shared else PhysicalFold(), alpha=alpha, join=join)
 
     def tensors(self) -> dict[str, Tensor]:
         """The nodes' values by name."""
@@ -125,7 +129,12 @@ class Weight:
     @property
     def rests(self) -> bool:
         """Whether dW follows from the base's weight."""
-        return self.magnitude is not None or self.times_base
+        return (self.magnitude is not None and not self.joins) or self.times_base
+
+    def joined(self) -> Weight:
+        """The same with its norms in the declaration, where they are of rows; an embedding's, and those of columns, are not."""
+        rows = self.magnitude is not None and self.magnitude.shape == (self.shape[0], 1)
+        return replace(self, joins=rows and not self.flipped and self.late is None)
 
     def with_base(self, base: Tensor) -> Weight:
         """A weight that rests on the base's, W (out, in), as it is on this one.

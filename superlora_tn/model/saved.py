@@ -18,8 +18,13 @@ from superlora_tn.model.tuned import Tuned
 At = Literal["weight", "output"]
 
 
-def read_for(model: nn.Module, path: str | PathLike[str], part: str | None = None, at: At | None = None) -> Saved:
+def read_for(
+    model: nn.Module, path: str | PathLike[str], part: str | None = None, at: At | None = None, joined: bool = True
+) -> Saved:
     """An adapter of this library or another, fitted to the model's names and shapes; the arguments are those of `load`.
+
+    Args:
+        joined: DoRA is read as such, and not as the dW that it makes of this base.
 
     Raises:
         CheckpointError: it is damaged, or does not fit.
@@ -39,7 +44,7 @@ def read_for(model: nn.Module, path: str | PathLike[str], part: str | None = Non
     def weights(name: str) -> Tensor:
         return targets[name].kind.read(targets[name].layer).detach()
 
-    return found.fitted(shapes, parameters=tensors, weights=weights, part=part).saved(tensors.__getitem__)
+    return found.fitted(shapes, parameters=tensors, weights=weights, part=part, joined=joined).saved(tensors.__getitem__)
 
 
 def check_base(model: nn.Module, folder: str | PathLike[str], saved: Saved, at: At | None) -> None:

@@ -211,7 +211,7 @@ def _saved(name: str | PathLike[str], model: nn.Module | None) -> Saved:
     elif not Path(name).exists():
         raise AttachError(f"the model carries no adapter named '{name}', and no file is there; {near(str(name), list(known))}.")
     else:
-        saved = read_for(model, name)
+        saved = read_for(model, name, joined=False)
     if saved.buffers:
         raise CheckpointError(
             f"'{name}' has parameters or buffers of the base beside it ({next(iter(saved.buffers))}), whose sum means nothing; "
