@@ -11,6 +11,16 @@ from superlora_tn.contraction.search import PlanError
 from superlora_tn.declare.fold import FlatFold, PhysicalFold
 from superlora_tn.declare.joins import Magnitude, Multiply
 from superlora_tn.declare.maps import Compose, Fastfood, Shuffle
+from superlora_tn.declare.node_maps import (
+    Cayley,
+    Circulant,
+    Exponential,
+    Fourier,
+    Householder,
+    Normalised,
+    Selected,
+    Softmax,
+)
 from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, Network, Node, SpecError, TensorTrain, Tucker
 from superlora_tn.declare.rows import Rows
 from superlora_tn.files.own import CheckpointError
@@ -67,19 +77,24 @@ __all__ = [
     "AttachError",
     "BackendError",
     "Budget",
+    "Cayley",
     "Certificate",
     "CheckpointError",
     "Choice",
+    "Circulant",
     "Combined",
     "Compose",
     "Decomposition",
     "Dense",
     "Device",
+    "Exponential",
     "Extracted",
     "Fastfood",
     "FitError",
     "FlatFold",
+    "Fourier",
     "Hadamard",
+    "Householder",
     "Kind",
     "Kronecker",
     "LayerError",
@@ -87,11 +102,14 @@ __all__ = [
     "Multiply",
     "Network",
     "Node",
+    "Normalised",
     "PhysicalFold",
     "PlanError",
     "Probe",
     "Rows",
+    "Selected",
     "Shuffle",
+    "Softmax",
     "SpecError",
     "Suggestions",
     "TensorTrain",

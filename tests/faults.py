@@ -353,8 +353,8 @@ TABLE: Table = {
     },
     "superlora_tn/update/initialise.py": {
         "first-values-of-the-default-dtype": (
-            'torch.empty(node.shape, dtype=torch.float32, device="cpu")',
-            'torch.empty(node.shape, device="cpu")',
+            'torch.empty(shape, dtype=torch.float32, device="cpu")',
+            'torch.empty(shape, device="cpu")',
             "test_zero_at_start.py::test_no_default_of_torchs_changes_the_first_values",
         ),
         "start-nearly-zero": (

@@ -16,7 +16,14 @@ ROOT = Path(superlora_tn.__file__).parents[1]
 CORE, BACKENDS = ROOT / "superlora_tn", ROOT / "backends" / "superlora_tn_backends"
 # Folders from the ground up, and in each its rooms from the ground up; what is in none of them stands on top.
 HOUSE = {
-    "declare": [["bounds", "cache", "divisors"], ["parts"], ["maps", "fold", "rows", "joins"], ["codec"]],
+    "declare": [
+        ["bounds", "cache", "divisors"],
+        ["checks"],
+        ["node_maps"],
+        ["parts"],
+        ["maps", "fold", "rows", "joins"],
+        ["codec"],
+    ],
     "network": [
         ["graph"],
         ["expand"],
@@ -29,7 +36,7 @@ HOUSE = {
     "update": [
         ["eager", "initialise", "placed", "based"],
         ["passes", "walsh", "magnitudes"],
-        ["fixed_maps"],
+        ["fixed_maps", "node_maps"],
         ["base"],
         ["lookup", "joined"],
         ["physical", "flat"],

@@ -10,14 +10,16 @@ from superlora_tn.declare.bounds import MAX_DEPTH
 from superlora_tn.declare.fold import FlatFold, PhysicalFold
 from superlora_tn.declare.joins import JOINS
 from superlora_tn.declare.maps import PROJECTIONS, Compose
+from superlora_tn.declare.node_maps import NODE_MAPS
 from superlora_tn.declare.parts import PARTS, Hadamard, Kronecker, Network, Node, SpecError, shown
 
-KINDS: dict[str, type] = {k.__name__: k for k in (*PARTS, Node, PhysicalFold, FlatFold, *PROJECTIONS, *JOINS)}
+KINDS: dict[str, type] = {k.__name__: k for k in (*PARTS, Node, PhysicalFold, FlatFold, *PROJECTIONS, *JOINS, *NODE_MAPS)}
 
 # Fields that came after adapters had been saved without them; where they are missing, their defaults say what was meant.
 LATER = {
     "FlatFold": frozenset({"multiple"}),
     "PhysicalFold": frozenset({"kernel"}),
+    "Node": frozenset({"map"}),
     "Fastfood": frozenset({"order", "scaling"}),
     **dict.fromkeys(("CP", "Tucker", "TensorTrain"), frozenset({"over"})),
 }
@@ -27,6 +29,8 @@ def encode(value: Any) -> Any:
     """A declaration as dicts, lists, strings and numbers (what JSON holds)."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, Node) and value.map is None:  # so that earlier releases read it too
+            del fields["map"]
         return {"kind": type(value).__name__, **fields}
     if isinstance(value, tuple):
         return [encode(v) for v in value]

@@ -6,14 +6,21 @@ Everything here is a frozen, hashable value, checked when it is made. A *part* (
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from superlora_tn.declare.bounds import MAX_AXES, MAX_DEPTH, MAX_LEAVES, MAX_NODES, MAX_PARTS, MAX_PLACES, MAX_RANK
+from superlora_tn.declare.bounds import MAX_AXES, MAX_DEPTH, MAX_LEAVES, MAX_NODES, MAX_PARTS, MAX_PLACES
+from superlora_tn.declare.checks import SpecError as SpecError
+from superlora_tn.declare.checks import check_count as check_count
+from superlora_tn.declare.checks import check_flag as check_flag
+from superlora_tn.declare.checks import check_number as check_number
+from superlora_tn.declare.checks import check_rank as check_rank
+from superlora_tn.declare.checks import check_ranks as check_ranks
+from superlora_tn.declare.checks import shown as shown
+from superlora_tn.declare.node_maps import NODE_MAPS, NodeMap
 
 BASED = ("base", "left", "right", "singular")
 INITS = ("auto", "zeros", "ones", "eye", "normal", "uniform", "orthogonal", *BASED)
@@ -22,61 +29,6 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 TOKEN, GROUP = "token", "group"
 Over = Literal["refuse", "cap", "keep"]
 OVER = ("refuse", "cap", "keep")
-
-
-class SpecError(ValueError):
-    """A wrong declaration: says what was given, what was expected and what to do."""
-
-
-def shown(value: object, most: int = 60) -> str:
-    """A value as an error quotes it: its repr, cut where it would fill the screen."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # Python writes no number of more than 4,300 digits
-        text = f"a value of type {type(value).__name__}, too large to show"
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def check_number(owner: str, name: str, value: object, most: float = math.inf) -> None:
-    """Raise unless `value` is a finite number, of at most `most` either way."""
-    try:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        good = False
-    if not good:
-        raise SpecError(f"{owner} was given {name}={shown(value)}; {name} is a finite number.")
-    assert isinstance(value, int | float)
-    if abs(value) > most:
-        raise SpecError(f"{owner} was given {name}={shown(value)}; {name} is a number from {-most:g} to {most:g}.")
-
-
-def check_flag(owner: str, name: str, value: object) -> None:
-    """Raise unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise SpecError(f"{owner} was given {name}={shown(value)}; give True or False.")
-
-
-def check_count(owner: str, name: str, value: object, most: int) -> None:
-    """Raise unless `value` is a whole number from 1 to `most`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise SpecError(f"{owner} was given {name}={shown(value)}; {name} is a whole number from 1 to {most}.")
-
-
-def check_rank(owner: str, rank: object) -> None:
-    """Raise unless `rank` is a whole number between 1 and 2**20."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise SpecError(f"{owner} was given rank={shown(rank)}; a rank is a whole number of at least 1. Choose rank >= 1.")
-    if rank > MAX_RANK:
-        raise SpecError(f"{owner} was given rank={shown(rank)}; a rank is at most {MAX_RANK:,}. Choose a lower one.")
-
-
-def check_ranks(owner: str, rank: int | tuple[int, ...]) -> None:
-    """Raise unless `rank` is a rank or a non-empty tuple of ranks, no more than a fold has modes."""
-    if isinstance(rank, tuple) and not 1 <= len(rank) <= MAX_AXES:
-        what = f"a tuple of {len(rank):,} ranks" if rank else "an empty tuple of ranks"
-        raise SpecError(f"{owner} was given {what}; give one number, or one a bond.")
-    for one in rank if isinstance(rank, tuple) else (rank,):
-        check_rank(owner, one)
 
 
 def check_over(owner: str, over: object) -> None:
@@ -96,14 +48,17 @@ class Node:
             adapter is attached (a copy, saved with it), or from its SVD the first ``"left"`` or ``"right"`` singular vectors
             or ``"singular"`` values, as many as the node's bonds have.
         trainable: False freezes the node: it counts no parameter and gets no gradient.
+        map: what is stored is another tensor, of which the node is this function, such as `Fourier` or `Cayley`; `init` is
+            then that of the stored tensor. None stores the node itself.
 
     Raises:
-        SpecError: an unreadable or repeated index, or an unknown init.
+        SpecError: an unreadable or repeated index, an unknown init, or a map that does not fit.
     """
 
     indices: str
     init: str = "auto"
     trainable: bool = True
+    map: NodeMap | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.indices, str):
@@ -129,6 +84,22 @@ class Node:
 
         if self.init in BASED and self.trainable:
             raise SpecError(f"node '{self.indices}' starts as the base's '{self.init}' and is frozen; say trainable=False.")
+        if self.map is not None:
+            self._check_map()
+
+    def _check_map(self) -> None:
+        if not isinstance(self.map, NODE_MAPS):
+            kinds = ", ".join(kind.__name__ for kind in NODE_MAPS)
+            raise SpecError(f"node '{self.indices}' was given map={shown(self.map)}; give one of {kinds}, or None.")
+        if len(self.index_names) < self.map.axes:
+            raise SpecError(
+                f"node '{self.indices}' was given map={self.map}, which makes the last {self.map.axes} axes of a node; "
+                "give it as many indices."
+            )
+        if self.init == "zeros" and not self.map.linear and self.map.init != "zeros":
+            raise SpecError(f"node '{self.indices}' starts {self.map} at zeros, where it may never train; choose another.")
+        if self.init in (*BASED, "eye"):
+            raise SpecError(f"node '{self.indices}' has a map, whose stored tensor is not '{self.init}'; choose another init.")
 
     @property
     def index_names(self) -> tuple[str, ...]:
@@ -348,7 +319,7 @@ def _check_network(network: Network) -> None:
     _check_sizes(network, set(open_indices), set(places))
     if not any(node.trainable for _, node in network.nodes):
         raise SpecError(f"Network '{network.modes}' has no trainable node; let at least one be trainable.")
-    zeros = [name for name, node in network.nodes if node.init == "zeros"]
+    zeros = [name for name, node in network.nodes if node.init == "zeros" and (node.map is None or node.map.linear)]
     if len(zeros) > 1:
         raise SpecError(f"Network starts {' and '.join(zeros)} at zero; exactly one node may, or none ever trains.")
 

@@ -84,7 +84,7 @@ def tensor_name(group: int, node: GraphNode) -> str:
 
 def names_of(group: int, spec: AdapterSpec, laid: Group, graph: Graph) -> dict[str, tuple[int, ...]]:
     """Under which names the nodes of a group are kept, and behind them its magnitudes, each with its shape."""
-    found: dict[str, tuple[int, ...]] = {tensor_name(group, node): node.shape for node in graph.nodes}
+    found: dict[str, tuple[int, ...]] = {tensor_name(group, node): node.stored for node in graph.nodes}
     count = spec.magnitudes(laid)
     return found | ({f"magnitude{group}": (count,)} if count else {})
 

@@ -130,7 +130,7 @@ class UpdateHook:
         return output + DTensor.from_local(update, output.device_mesh, [Replicate()] * output.device_mesh.ndim, run_check=False)
 
     def _check_real(self, x: Tensor) -> None:
-        if x.device.type != "meta" and is_empty(self.member.adapter.tensors()):
+        if x.device.type != "meta" and is_empty(self.member.adapter.stored()):
             raise LayerError(
                 f"the adapter of '{self.target.name}' has no values yet: it was attached on the meta device. Call "
                 "tuned.to_empty(device=...), which gives it its first values, or load a saved one."

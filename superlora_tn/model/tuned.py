@@ -162,7 +162,7 @@ class Tuned(Placed):
                 adapter.rest_on(lambda name: self._targets[name].weight())
 
     def _is_empty(self) -> bool:
-        return any(is_empty(adapter.tensors()) for adapter in self._adapters())
+        return any(is_empty(adapter.stored()) for adapter in self._adapters())
 
     def _realise(self) -> None:
         """First values for nodes without memory, where the processor is."""

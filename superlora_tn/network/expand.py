@@ -17,6 +17,7 @@ from itertools import pairwise
 from superlora_tn.declare.bounds import KEPT_NODES, MAX_GRAPH_NODES
 from superlora_tn.declare.cache import kept
 from superlora_tn.declare.fold import KERNEL, FlatGroup, Group, Mode, factorise
+from superlora_tn.declare.node_maps import NodeMap
 from superlora_tn.declare.parts import (
     BASED,
     CP,
@@ -57,6 +58,12 @@ class Draft:
     init: str = "auto"
     trainable: bool = True
     zero: bool = False
+    map: NodeMap | None = None
+
+    @property
+    def at_zero(self) -> bool:
+        """Whether a stored tensor of zeros makes the node zero."""
+        return self.map is None or self.map.linear
 
 
 @kept(4096, KEPT_NODES, lambda graph, *_, **__: len(graph.nodes))
@@ -74,6 +81,12 @@ def lower(part: Part, modes: tuple[Mode, ...], batch: int = 1) -> Graph:
     axes = tuple(Axis(m.name, 1, m.size) for m in modes)
     drafts = _start_at_zero(expand(part, axes))
     named = list(modes)
+    if any(d.map is not None for d in drafts):
+        if any(mode.role == "flat" for mode in modes):
+            raise SpecError("a node with a map belongs to a physical fold; a flat fold cuts through its axes.")
+        for d in drafts:
+            if d.map is not None:
+                d.map.stored(tuple(a.size for a in d.axes))
     if batch > 1:
         drafts = [replace(d, axes=(Axis(GROUP, 1, batch), *d.axes)) for d in drafts]
         named.insert(0, Mode(GROUP, batch, "member"))
@@ -88,7 +101,8 @@ def lower(part: Part, modes: tuple[Mode, ...], batch: int = 1) -> Graph:
         raise SpecError(f"two nodes are named '{twice}'; give each node a name of its own.")
     fine = _refine([a for d in drafts for a in d.axes] + [Axis(m.name, 1, m.size) for m in named])
     nodes = tuple(
-        GraphNode(d.name, tuple(a.size for a in d.axes), tuple(fine[a] for a in d.axes), d.init, d.trainable) for d in drafts
+        GraphNode(d.name, tuple(a.size for a in d.axes), tuple(fine[a] for a in d.axes), d.init, d.trainable, d.map)
+        for d in drafts
     )
     sizes = {name: a.size for a, names_ in fine.items() if len(names_) == 1 for name in names_}
     indices = dict.fromkeys(i for names_ in fine.values() for i in names_)
@@ -131,13 +145,16 @@ def _start_at_zero(drafts: list[Draft]) -> list[Draft]:
     """Keep exactly one node at zero: the one declared so, else the part's own choice."""
     if not any(d.trainable for d in drafts):
         raise SpecError("the network has no trainable node; let at least one be trainable.")
-    declared = [d.name for d in drafts if d.init == "zeros"]
-    still = next((d.name for d in drafts if d.init == "zeros" and not d.trainable), None)
+    able = [d for d in drafts if d.at_zero]
+    declared = [d.name for d in able if d.init == "zeros"]
+    still = next((d.name for d in able if d.init == "zeros" and not d.trainable), None)
     if still is not None:
         raise SpecError(f"the frozen node '{still}' is zero, so dW would stay zero; give it another init, or train it.")
     if len(declared) > 1:
         raise SpecError(f"{' and '.join(declared)} start at zero; exactly one node may, or none ever trains.")
-    chosen = declared[0] if declared else next((d for d in drafts if d.zero), drafts[0]).name
+    if not any(d.trainable for d in able):
+        return drafts  # functions that are never zero, as rotations: for a join that starts elsewhere
+    chosen = declared[0] if declared else next((d for d in able if d.zero), able[0]).name
     return [replace(d, init="zeros") if d.name == chosen else d for d in drafts]
 
 
@@ -310,10 +327,10 @@ def _(part: Network, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
         places |= dict(zip(group, axis.split(_split_sizes(part, group, axis, known)), strict=True))
     bonds = {i: Axis(_own_name(f"{prefix}{i}", known), 1, size) for i, size in part.sizes if i not in places}
     _check_collisions(bonds, axes)
-    first = next(name for name, node in part.nodes if node.trainable)
+    first = next((name for name, node in part.nodes if node.trainable and (node.map is None or node.map.linear)), None)
     at = {**bonds, **places}
     return [
-        Draft(f"{prefix}{name}", tuple(at[i] for i in node.index_names), node.init, node.trainable, name == first)
+        Draft(f"{prefix}{name}", tuple(at[i] for i in node.index_names), node.init, node.trainable, name == first, node.map)
         for name, node in part.nodes
     ]
 

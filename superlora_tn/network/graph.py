@@ -14,17 +14,32 @@ from fractions import Fraction
 from functools import cached_property
 
 from superlora_tn.declare.fold import Mode
+from superlora_tn.declare.node_maps import NodeMap
 
 
 @dataclass(frozen=True)
 class GraphNode:
-    """One tensor: its shape as stored, and the indices of each axis (none for a size of 1, several for a split mode)."""
+    """One tensor: its shape, and the indices of each axis (none for a size of 1, several for a split mode).
+
+    With a `map` another tensor is stored, of the shape `stored`, of which the node is a function.
+    """
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[tuple[str, ...], ...]
     init: str
     trainable: bool
+    map: NodeMap | None = None
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape of what is stored."""
+        return self.shape if self.map is None else self.map.stored(self.shape)
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether the node's first value is zero."""
+        return self.init == "zeros" and (self.map is None or self.map.linear)
 
     @property
     def indices(self) -> tuple[str, ...]:
@@ -63,7 +78,12 @@ class Graph:
     @cached_property
     def num_parameters(self) -> int:
         """Trainable numbers."""
-        return sum(math.prod(n.shape) for n in self.nodes if n.trainable)
+        return sum(math.prod(n.stored) for n in self.nodes if n.trainable)
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether any node is a function of what is stored."""
+        return any(n.map is not None for n in self.nodes)
 
     @cached_property
     def num_numbers(self) -> int:

@@ -21,7 +21,19 @@ from superlora_tn.declare.codec import decode, encode
 from superlora_tn.declare.fold import FlatFold, FlatGroup, Fold, Group, Mode, PhysicalFold, Shape
 from superlora_tn.declare.joins import JOINS, Join, Magnitude, Multiply
 from superlora_tn.declare.maps import PROJECTIONS, Projection
-from superlora_tn.declare.parts import BASED, PARTS, Kronecker, Part, SpecError, check_flag, check_number, reference_rank, shown
+from superlora_tn.declare.parts import (
+    BASED,
+    PARTS,
+    Hadamard,
+    Kronecker,
+    Network,
+    Part,
+    SpecError,
+    check_flag,
+    check_number,
+    reference_rank,
+    shown,
+)
 from superlora_tn.network.expand import lower_group
 from superlora_tn.network.graph import Graph
 
@@ -122,10 +134,17 @@ class AdapterSpec:
         _check_nodes([graph for _, graph in laid], elements)
         if isinstance(self.join, Multiply) and any(n.init in BASED for graph in graphs.values() for n in graph.nodes):
             raise SpecError("a network that multiplies has no nodes of the base's values, whose sides are the weight's.")
+        if not (isinstance(self.join, Multiply) and not self.join.residual):
+            for graph in graphs.values():
+                if graph.is_mapped and not any(node.starts_at_zero for node in graph.nodes):
+                    raise SpecError(
+                        "no node of the network can start at zero, so dW would not: their maps give no zero. Add a node "
+                        "without a map, or multiply by the network (join=Multiply('left', residual=False))."
+                    )
         return laid
 
     def check_added(self, what: str) -> None:
-        """Raise where dW is not added to the weight.
+        """Raise where dW is not added to the weight, or a node is a function of what is stored.
 
         Args:
             what: who needs it to be: the beginning of the message.
@@ -134,6 +153,11 @@ class AdapterSpec:
             raise SpecError(
                 f"{what} for updates that are added, W + dW; this one joins otherwise ({self.join}). Bake it into the base "
                 "(tuned.bake()), or declare it with join=None."
+            )
+        if _is_mapped(self.network):
+            raise SpecError(
+                f"{what} for nodes that are stored themselves; a node of this network has a map. Bake it into the base "
+                "(tuned.bake()), or declare it without."
             )
 
     def magnitudes(self, group: Group) -> int:
@@ -180,6 +204,12 @@ class AdapterSpec:
         if set(data) | {"join"} != names:
             raise SpecError(f"a spec has the fields {sorted(names)}; it was given {sorted(map(str, data))}.")
         return cls(**{name: decode(value) for name, value in data.items()})
+
+
+def _is_mapped(part: Part) -> bool:
+    if isinstance(part, Kronecker | Hadamard):
+        return any(map(_is_mapped, part.parts))
+    return isinstance(part, Network) and any(node.map is not None for _, node in part.nodes)
 
 
 def _check_modes(modes: Sequence[tuple[Mode, ...]]) -> None:

@@ -219,9 +219,9 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
         """Widen the nodes to float32, as PEFT does; and where they were loaded from the meta device, place the rest of them."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for adapter in self._adapters(adapter_name):
-            first = adapter.tensors()[0]
+            first = adapter.stored()[0]
             fixed = adapter.map if isinstance(adapter, FlatAdapter) else None
-            if fixed is not None and is_empty(list(fixed.buffers())) and not is_empty(adapter.tensors()):
+            if fixed is not None and is_empty(list(fixed.buffers())) and not is_empty(adapter.stored()):
                 fixed.reset(first.device)
             adapter.to(first.device, torch.float32 if autocast_adapter_dtype and first.dtype in NARROW else first.dtype)
 

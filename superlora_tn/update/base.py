@@ -24,6 +24,7 @@ from superlora_tn.network.sums import Block, blocks
 from superlora_tn.update.based import Read, base_values
 from superlora_tn.update.initialise import first_values
 from superlora_tn.update.magnitudes import Magnitudes
+from superlora_tn.update.node_maps import NodeMaps
 from superlora_tn.update.passes import Passes
 
 # Plans are made for these numbers of tokens; a call takes the plan of the largest that is not above its own.
@@ -87,6 +88,7 @@ class Adapter(Magnitudes, ABC):
         # Of an adapter that departs from values: how each node is padded to the graph's, and where the values lie.
         self._pads: list[list[int]] | None = None
         self._ends: tuple[Block, ...] = ()
+        self._maps = NodeMaps(graph) if graph.is_mapped else None
         self.members = {name: Member(self, name) for name in group.members}
 
     @abstractmethod
@@ -96,7 +98,7 @@ class Adapter(Magnitudes, ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `to`, `cuda` and the like do to every tensor."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        profile = DEVICES.get(self.tensors()[0].device.type, CPU)
+        profile = DEVICES.get(self.stored()[0].device.type, CPU)
         if profile != self.profile:
             self.profile = profile
             self.prepare()
@@ -199,7 +201,7 @@ class Adapter(Magnitudes, ABC):
 
     def _first(self, device: torch.device, generator: torch.Generator | None) -> Sequence[Tensor]:
         if device.type == "meta":
-            return [torch.empty(node.shape, device="meta") for node in self.graph.nodes]
+            return [torch.empty(node.stored, device="meta") for node in self.graph.nodes]
         return first_values(self.graph, self.inputs or self.fan_in, generator)
 
     @property
@@ -208,7 +210,12 @@ class Adapter(Magnitudes, ABC):
         """Length of the rows of the members (the longest, where they differ)."""
 
     def tensors(self) -> list[Tensor]:
-        """The nodes' tensors in graph order."""
+        """The nodes' tensors in graph order: functions of what is stored where they have maps."""
+        stored = self.stored()
+        return stored if self._maps is None else self._maps(stored)
+
+    def stored(self) -> list[Tensor]:
+        """What is stored of the nodes, in graph order."""
         own = self._own()
         if self._pads is None:
             return own
@@ -247,8 +254,8 @@ class Adapter(Magnitudes, ABC):
         return None
 
     def whole(self) -> list[Tensor]:
-        """All that the adapted weights are made of beside W: the nodes, then what is beside them."""
-        return [*self.tensors(), *self.beside()]
+        """All that the adapted weights are made of beside W: what is stored of the nodes, then what is beside them."""
+        return [*self.stored(), *self.beside()]
 
     @abstractmethod
     def update(

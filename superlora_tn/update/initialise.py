@@ -28,7 +28,7 @@ def first_values(graph: Graph, fan_in: int, generator: torch.Generator | None = 
         fan_in: length of the rows of the adapted weights.
         generator: source of the random numbers; None takes torch's default.
     """
-    sharing = sum(n.init in SHARING for n in graph.nodes)
+    sharing = sum(n.init in SHARING and (n.map is None or n.map.linear) for n in graph.nodes)
     deviation = (1 / (3 * fan_in)) ** (1 / (2 * max(sharing, 1)))
     # A tensor that is made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
@@ -36,17 +36,24 @@ def first_values(graph: Graph, fan_in: int, generator: torch.Generator | None = 
 
 
 def _fill(node: GraphNode, deviation: float, generator: torch.Generator | None) -> Tensor:
-    values = torch.empty(node.shape, dtype=torch.float32, device="cpu")
-    if node.init == "zeros":
+    shape = node.stored
+    values = torch.empty(shape, dtype=torch.float32, device="cpu")
+    init = node.map.init if node.map is not None and node.init == "auto" else node.init
+    if init == "zeros":
         return values.zero_()
-    if node.init == "ones":
+    if init == "ones":
         return values.fill_(1.0)
-    matrix = values.reshape(math.prod(node.shape[:-1]), node.shape[-1] if node.shape else 1)
-    if node.init == "eye":
-        return torch.eye(*matrix.shape, out=matrix, device=matrix.device).reshape(node.shape)
-    if node.init == "normal":
+    matrix = values.reshape(math.prod(shape[:-1]), shape[-1] if shape else 1)
+    if init == "eye":
+        return torch.eye(*matrix.shape, out=matrix, device=matrix.device).reshape(shape)
+    if init == "pairs":  # equal neighbours, so that their reflections cancel
+        values.normal_(generator=generator)
+        even = shape[-1] // 2 * 2
+        values[..., 1:even:2] = values[..., 0:even:2]
+        return values
+    if init == "normal":
         return values.normal_(generator=generator).mul_(deviation)
-    if node.init == "orthogonal":
-        return torch.nn.init.orthogonal_(matrix, generator=generator).reshape(node.shape)
+    if init == "orthogonal":
+        return torch.nn.init.orthogonal_(matrix, generator=generator).reshape(shape)
     bound = math.sqrt(3) * deviation
     return values.uniform_(-bound, bound, generator=generator)

@@ -172,7 +172,11 @@ def _subject(spec: AdapterSpec | str, given_shapes: Sequence[draws.Shapes]) -> t
     if not isinstance(spec, AdapterSpec):
         raise SpecError(f"verify was given {spec!r}; give an AdapterSpec(...), or the name of a variant.")
     for shapes in given_shapes:
-        spec.lay_out(dict(shapes))
+        if any(graph.is_mapped for _, graph in spec.lay_out(dict(shapes))):
+            raise SpecError(
+                "verify draws the values of nodes, and a node of this network is a function of what is stored; verify the same "
+                "network without its maps."
+            )
     if not given_shapes and not draws.layouts(spec.network, spec.fold, spec.projection):
         raise SpecError(f"verify found no weights that {spec!r} fits; give shapes=[(out, in), ...].")
     return type(spec.network).__name__, draws.rescaled(spec)

@@ -1,0 +1,185 @@
+"""Maps from what is stored to a node of the network: `Node("o i", map=...)`. Frozen values; `update.node_maps` computes them.
+
+A map makes the last one or two axes of its node; the axes before them are a batch, of which each entry is made alike.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from superlora_tn.declare.checks import SpecError, check_count, shown
+
+MAX_STORED = 2**31
+
+
+def _check_seed(owner: str, seed: object) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise SpecError(f"{owner} was given seed={shown(seed)}; a seed is a whole number from 0 to 2**63 - 1.")
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """`count` stored numbers at fixed random places of a matrix."""
+
+    count: int
+    seed: int = 0
+    axes: ClassVar[int] = 2
+    linear: ClassVar[bool] = True
+    init: ClassVar[str] = "auto"
+
+    def __post_init__(self) -> None:
+        check_count(type(self).__name__, "count", self.count, MAX_STORED)
+        _check_seed(type(self).__name__, self.seed)
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what is stored for a node of this shape: (..., count)."""
+        most = math.prod(shape[-2:])
+        if self.count > most:
+            name = type(self).__name__
+            raise SpecError(f"{name} was given count={self.count:,} for a matrix of {most:,} elements; choose at most those.")
+        return (*shape[:-2], self.count)
+
+
+class Selected(_Placed):
+    """Trained numbers at fixed random places of a matrix, zero elsewhere (SHiRA's random mask, Bhardwaj et al. 2024).
+
+    Stored: (..., count).
+
+    Args:
+        count: how many places.
+        seed: fixes them: the first `count` of torch's random permutation of this seed, on the CPU.
+
+    Raises:
+        SpecError: no whole number, or more places than the matrix has elements.
+    """
+
+
+class Fourier(_Placed):
+    """The real part of the inverse two-dimensional DFT of a spectrum that is trained at fixed random places.
+
+    FourierFT (Gao et al. 2024). The inverse DFT divides by the matrix's elements, so a large alpha is usual (PEFT: 150).
+    Stored: (..., count).
+
+    Args:
+        count: how many coefficients.
+        seed: fixes their places, as PEFT's `random_loc_seed` (777 there).
+
+    Raises:
+        SpecError: no whole number, or more coefficients than the matrix has elements.
+    """
+
+
+@dataclass(frozen=True)
+class Circulant:
+    """A matrix of circulant blocks, over the number of its columns: C3A (Chen et al. 2024), with PEFT's sign and scale.
+
+    ``M[a p, c q] = w[a, c, (q - p) mod size] / columns``. Stored: (..., rows / size, columns / size, size).
+
+    Args:
+        size: side of a block.
+
+    Raises:
+        SpecError: no whole number, or one that does not divide both sides of the matrix.
+    """
+
+    size: int
+    axes: ClassVar[int] = 2
+    linear: ClassVar[bool] = True
+    init: ClassVar[str] = "auto"
+
+    def __post_init__(self) -> None:
+        check_count("Circulant", "size", self.size, MAX_STORED)
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what is stored for a node of this shape."""
+        rows, columns = shape[-2:]
+        if rows % self.size or columns % self.size:
+            raise SpecError(
+                f"Circulant was given size={self.size} for a matrix {rows} x {columns}; choose a common divisor of both sides."
+            )
+        return (*shape[:-2], rows // self.size, columns // self.size, self.size)
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """A rotation from the numbers above the diagonal of a skew matrix S; it starts at the identity."""
+
+    axes: ClassVar[int] = 2
+    linear: ClassVar[bool] = False
+    init: ClassVar[str] = "zeros"
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what is stored for a node of this shape: (..., n (n - 1) / 2)."""
+        rows, columns = shape[-2:]
+        if rows != columns:
+            raise SpecError(f"{type(self).__name__} was given a matrix {rows} x {columns}; a rotation is square.")
+        return (*shape[:-2], rows * (rows - 1) // 2)
+
+
+class Cayley(_Rotation):
+    """The rotation ``(1 - S) (1 + S)^-1`` of a skew matrix S, Cayley's transform (OFT, Qiu et al. 2023).
+
+    S holds the stored numbers above its diagonal row by row. Stored: (..., n (n - 1) / 2); zeros give the identity.
+    """
+
+
+class Exponential(_Rotation):
+    """The rotation ``exp(S)`` of a skew matrix S, which holds the stored numbers above its diagonal row by row.
+
+    Stored: (..., n (n - 1) / 2); zeros give the identity.
+    """
+
+
+@dataclass(frozen=True)
+class Householder:
+    """A product of reflections ``(1 - 2 u_1 u_1^T) ... (1 - 2 u_k u_k^T)``, u the stored columns at unit length (HRA's).
+
+    Yuan et al. 2024. Stored: (..., n, count). With an even count and ``init="auto"`` the columns start in equal pairs, whose
+    reflections cancel, so that the product starts at the identity.
+
+    Args:
+        count: how many reflections.
+
+    Raises:
+        SpecError: no whole number, or a matrix that is not square.
+    """
+
+    count: int
+    axes: ClassVar[int] = 2
+    linear: ClassVar[bool] = False
+    init: ClassVar[str] = "pairs"
+
+    def __post_init__(self) -> None:
+        check_count("Householder", "count", self.count, MAX_STORED)
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what is stored for a node of this shape."""
+        rows, columns = shape[-2:]
+        if rows != columns:
+            raise SpecError(f"Householder was given a matrix {rows} x {columns}; a product of reflections is square.")
+        return (*shape[:-1], self.count)
+
+
+@dataclass(frozen=True)
+class _Rowwise:
+    axes: ClassVar[int] = 1
+    linear: ClassVar[bool] = False
+    init: ClassVar[str] = "normal"
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what is stored for a node of this shape: the same."""
+        return shape
+
+
+class Softmax(_Rowwise):
+    """The softmax of the stored numbers over the last axis: weights that are positive and add up to 1."""
+
+
+class Normalised(_Rowwise):
+    """The stored numbers over their length along the last axis: vectors of length 1."""
+
+
+NodeMap = Selected | Fourier | Circulant | Cayley | Exponential | Householder | Softmax | Normalised
+NODE_MAPS = (Selected, Fourier, Circulant, Cayley, Exponential, Householder, Softmax, Normalised)
