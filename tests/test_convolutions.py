@@ -288,13 +288,55 @@ def test_a_forward_that_is_patched_is_run() -> None:
     torch.testing.assert_close(layer(x), found)
 
 
+@pytest.mark.parametrize(("channels", "rank"), [((12, 20), 1), ((12, 20), 2), ((16, 16), 2), ((7, 12), 1)])
+@pytest.mark.parametrize("both", [False, True])
+def test_lokr_of_a_convolution_splits_its_channels_as_peft_does(channels: tuple[int, int], rank: int, both: bool) -> None:
+    """The preset itself: PEFT's factors in PEFT's shapes give PEFT's dW, also beside a linear layer and a pointwise one."""
+    peft = library("peft")
+    d_in, d_out = channels
+    make = lambda: nn.Sequential(nn.Conv2d(d_in, d_out, 3), nn.Conv2d(d_out, d_in, 1), nn.Conv2d(d_in, d_out, (1, 2))).double()  # noqa: E731
+    model = make()
+    tuned = sl.attach(model, sl.lokr(rank, decompose_both=both), ["0", "1", "2"], dtype=torch.float64)
+    perturb(tuned)
+    config = peft.LoKrConfig(r=rank, alpha=rank, decompose_both=both, target_modules=["0", "1", "2"])
+    other = peft.get_peft_model(make(), config)
+    for name in ("0", "1", "2"):
+        theirs = other.base_model.model.get_submodule(name)
+        adapter = next(a for a in tuned.adapters if name in a.group.members)
+        ours = {node.name: value.detach() for node, value in zip(adapter.graph.nodes, adapter.tensors(), strict=True)}
+        fields = {
+            "lokr_w1": ours.get("k1_weight"),
+            "lokr_w2": ours.get("k2_weight"),
+            "lokr_w1_a": ours.get("k1_factor_out"),
+            "lokr_w2_a": ours.get("k2_factor_out"),
+            "lokr_w1_b": None if "k1_factor_in" not in ours else ours["k1_factor_in"].T,
+            "lokr_w2_b": None if "k2_factor_in" not in ours else ours["k2_factor_in"].T,
+        }
+        for field, value in fields.items():
+            held = dict(theirs.named_parameters()).get(f"{field}.default")
+            assert (value is None) == (held is None), (name, field)
+            if value is not None:
+                assert value.numel() == held.numel()
+                held.data = value.reshape(held.shape)
+        torch.testing.assert_close(tuned.delta(name), theirs.get_delta_weight("default").flatten(1))
+    x = noise(2, d_in, 6, 6, dtype=torch.float64)
+    layer = model[0]
+    torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight + tuned.delta("0").reshape(layer.weight.shape), layer.bias))
+
+
+def test_what_a_budget_bought_is_what_is_attached() -> None:
+    model = nn.Sequential(nn.Conv2d(12, 20, 3), nn.Linear(12, 12))
+    budget = sl.Budget(400, lambda rank, *_, **__: sl.lokr(rank))
+    tuned = sl.attach(model, budget, ["0", "1"])
+    assert tuned.num_parameters == budget.choose(tuned.targets).count <= 400
+
+
 @pytest.mark.parametrize(
     ("modes", "kernel", "said"),
     [
         ("out kernel in", None, "a kernel stands behind 'in'"),
         ("out in kw kh", None, "a kernel stands behind 'in'"),
         ("out in kernel kw", None, "a kernel stands behind 'in'"),
-        ("out in", (3,), "lacks modes"),
         ("out in kw", (3, 3), "lacks modes"),
         ("out in kernel", (0,), "each size of kernel"),
         ("out in kernel", [3], "give sizes such as"),

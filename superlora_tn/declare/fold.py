@@ -32,11 +32,18 @@ KERNEL = ("kernel", "kd", "kh", "kw")
 
 @dataclass(frozen=True)
 class Mode:
-    """One axis of the network's tensor: its name, its size, and what it is (`out`, `in`, `member` or `flat`)."""
+    """One axis of the network's tensor.
+
+    Attributes:
+        name, size: as the declaration calls it, and how many positions it has.
+        role: what it is: `out`, `in`, `member` or `flat`.
+        whole: so many of its fastest positions (a kernel) a Kronecker product leaves together.
+    """
 
     name: str
     size: int
     role: str
+    whole: int = 1
 
 
 @dataclass(frozen=True)
@@ -162,13 +169,14 @@ class PhysicalFold:
     are no part of its layer or type.
 
     A convolution's kernel is part of `in`, which is then (channels x kernel), or apart from it: in all one mode (`kernel`), or
-    one each for depth, height and width (`kd kh kw`). A Kronecker product does not split these.
+    one each for depth, height and width (`kd kh kw`). A Kronecker product does not split these, nor the kernel within `in`
+    where its sizes are given.
 
     Args:
         modes: mode names separated by spaces, in the network's order.
         heads: how many heads `out` is split into; needed exactly with a `head` mode.
-        kernel: the sizes of the kernel, (height, width) or the like, where it has modes; None lets `attach` take those of
-            each layer, layers of one size together. A matrix has a kernel of ().
+        kernel: the sizes of the kernel, (height, width) or the like; None lets `attach` take those of each layer, layers of
+            one size together, where the kernel has modes or the network has Kronecker products. A matrix has a kernel of ().
     """
 
     modes: str = "out in"
@@ -210,7 +218,7 @@ class PhysicalFold:
             raise SpecError(f"PhysicalFold was given kernel={shown(self.kernel)}; give sizes such as (3, 3), or None.")
         for size in self.kernel:
             check_count("PhysicalFold", "each size of kernel", size, 1 << 20)
-        if self.kernel and (not own or (own != ["kernel"] and len(own) < len(self.kernel))):
+        if own and own != ["kernel"] and len(own) < len(self.kernel):
             raise SpecError(
                 f"PhysicalFold '{self.modes}' was given kernel={self.kernel}, for which it lacks modes; write 'in kernel', or "
                 "one of 'kd kh kw' for each size."
@@ -233,6 +241,8 @@ class PhysicalFold:
         cells = math.prod(kernel)
         if d_in % cells:
             raise SpecError(f"in={d_in} of '{target:.80}' does not hold a kernel of {kernel}: {cells} does not divide it.")
+        if not own:
+            return {"in": d_in}
         sizes = (cells,) if own == ("kernel",) else ((1,) * len(own) + kernel)[len(kernel) :]
         return {"in": d_in // cells, **dict(zip(own, sizes, strict=True))}
 
@@ -263,7 +273,8 @@ class PhysicalFold:
             )
         sizes = {"out": shape[0] // (self.heads or 1), "head": self.heads or 1, **self._kernel_sizes(targets[0], shape[1])}
         sizes |= {n: len(found) for n, found in places.items()}
-        modes = tuple(Mode(n, sizes[n], ROLES[n]) for n in names)
+        together = 1 if self.kernel_modes else math.prod(self.kernel or ())
+        modes = tuple(Mode(n, sizes[n], ROLES[n], together if n == "in" else 1) for n in names)
         members = {t: tuple(places[n][words[n][k]] for n in member_modes) for k, t in enumerate(targets)}
         return PhysicalGroup(modes, shape, members)
 

@@ -80,7 +80,7 @@ def method_of(filled: Filled) -> Method | None:
 
 def _nodes(filled: Filled) -> list[_Node]:
     roles = {mode.name: mode.role for mode, _ in filled.graph.modes}
-    drafts = expand(filled.part, tuple(Axis(mode.name, 1, mode.size) for mode, _ in filled.graph.modes))
+    drafts = expand(filled.part, tuple(Axis(mode.name, 1, mode.size, mode.whole) for mode, _ in filled.graph.modes))
     nodes = []
     for draft, tensor in zip(drafts, filled.nodes, strict=True):
         # A member's own axes are taken already, but for those of size 1.

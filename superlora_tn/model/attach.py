@@ -23,7 +23,7 @@ from superlora_tn.files.own import Entry
 from superlora_tn.model.beside import also_trained
 from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.joins import bound, enters
-from superlora_tn.model.kernels import by_kernel
+from superlora_tn.model.kernels import by_kernel, closed
 from superlora_tn.model.kinds import Held
 from superlora_tn.model.merging import forget_compiled
 from superlora_tn.model.places import declared
@@ -155,7 +155,7 @@ def _bought(
     """The declarations, budgets turned into what they buy."""
     known = places(model, rows) if any(isinstance(spec, Budget) for spec, _ in named) else {}
     return tuple(
-        (spec.choose({n: bind(n, known[n], at).shape for n in names}).spec if isinstance(spec, Budget) else spec, names)
+        (closed(spec.choose({n: bind(n, known[n], at).shape for n in names}).spec) if isinstance(spec, Budget) else spec, names)
         for spec, names in named
     )
 

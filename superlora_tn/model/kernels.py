@@ -1,13 +1,15 @@
-"""Declarations with modes for a kernel, given the kernels of the layers that they adapt."""
+"""Declarations with modes for a kernel, or with products that must not split one, given those of the layers they adapt."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from superlora_tn.declare.fold import PhysicalFold
+from superlora_tn.declare.parts import Hadamard, Kronecker, Part
 from superlora_tn.declare.rows import Span
 from superlora_tn.model.targets import bind, places
 from superlora_tn.network.spec import AdapterSpec
@@ -30,12 +32,29 @@ def by_kernel(
         for name in names:
             target = bind(name, known[name], at)
             alike.setdefault(target.kind.kernel(target.layer), []).append(name)
+        if not fold.kernel_modes:  # a kernel of one position is none
+            single = [name for kernel, own in alike.items() if math.prod(kernel) == 1 for name in own]
+            alike = {kernel: own for kernel, own in alike.items() if math.prod(kernel) > 1}
+            found += [(spec, tuple(name for name in names if name in single))] if single else []
         for kernel, own in alike.items():
             found.append((replace(spec, fold=replace(fold, kernel=kernel)), tuple(own)))
     return tuple(found)
 
 
+def closed(spec: AdapterSpec) -> AdapterSpec:
+    """What was bought for shapes (out, in): its products split these as they were counted, whatever kernel they hold."""
+    fold = _open(spec)
+    return spec if fold is None or fold.kernel_modes else replace(spec, fold=replace(fold, kernel=()))
+
+
 def _open(spec: AdapterSpec) -> PhysicalFold | None:
-    """The fold, where it has modes for a kernel of sizes that are left open."""
+    """The fold, where it has modes for a kernel whose sizes are left open, or holds it in `in` beside Kronecker products."""
     fold = spec.fold
-    return fold if isinstance(fold, PhysicalFold) and fold.kernel_modes and fold.kernel is None else None
+    if not isinstance(fold, PhysicalFold) or fold.kernel is not None:
+        return None
+    return fold if fold.kernel_modes or _splits(spec.network) else None
+
+
+def _splits(part: Part) -> bool:
+    """Whether a part has Kronecker products in it."""
+    return isinstance(part, Kronecker) or (isinstance(part, Hadamard) and any(map(_splits, part.parts)))

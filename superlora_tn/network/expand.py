@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import singledispatch
 from itertools import pairwise
 
@@ -37,16 +37,26 @@ from superlora_tn.network.graph import Graph, GraphNode
 
 @dataclass(frozen=True)
 class Axis:
-    """A run of digits of a root index: value = (root value // stride) % size."""
+    """A run of digits of a root index: value = (root value // stride) % size.
+
+    Of its fastest positions, `whole` are not taken apart by a Kronecker product.
+    """
 
     root: str
     stride: int
     size: int
+    whole: int = field(default=1, compare=False)
 
     def split(self, sizes: Sequence[int]) -> tuple[Axis, ...]:
         """Cut into finer axes, slowest first."""
         strides = [self.stride * math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
         return tuple(Axis(self.root, stride, size) for stride, size in zip(strides, sizes, strict=True))
+
+    def factors(self, count: int, factor: int) -> tuple[Axis, ...]:
+        """Cut in so many by PEFT's rule, slowest first; what is to stay together stays with the last."""
+        sizes = factorise(self.size // self.whole, count, factor)
+        *slow, last = self.split([*sizes[:-1], sizes[-1] * self.whole])
+        return (*slow, replace(last, whole=self.whole))
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ def lower(part: Part, modes: tuple[Mode, ...], batch: int = 1) -> Graph:
     Raises:
         SpecError: ranks above their bound, modes that do not split as declared, names used twice, nothing trainable.
     """
-    axes = tuple(Axis(m.name, 1, m.size) for m in modes)
+    axes = tuple(Axis(m.name, 1, m.size, m.whole) for m in modes)
     drafts = _start_at_zero(expand(part, axes))
     named = list(modes)
     if any(d.map is not None for d in drafts):
@@ -245,7 +255,7 @@ def _zero_axis(axes: tuple[Axis, ...]) -> Axis:
 @expand.register
 def _(part: CP, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
     sizes = [a.size for a in axes]
-    if part.dense_if_large and part.rank >= max(sizes) / 2:
+    if part.dense_if_large and part.rank >= max(a.size // a.whole for a in axes) / 2:
         return expand(Dense(), axes, prefix)
     bound = [math.prod(sizes) // max(sizes)]
     (rank,) = _within(part, part.rank, bound, bound, sizes)
@@ -295,7 +305,7 @@ def _(part: TensorTrain, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft
 @expand.register
 def _(part: Kronecker, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
     # A kernel stays whole, with the last part, which holds the fastest channels.
-    splits = {a: a.split(factorise(a.size, len(part.parts), part.factor)) for a in axes if a.root not in KERNEL}
+    splits = {a: a.factors(len(part.parts), part.factor) for a in axes if a.root not in KERNEL}
     drafts = []
     for k, inner in enumerate(part.parts):
         last = k == len(part.parts) - 1

@@ -57,7 +57,8 @@ def lokr(
 ) -> AdapterSpec:
     """LoKr: ``dW[(o1 o2) (i1 i2)] = W1[o1 i1] W2[o2 i2]`` (Yeh et al. 2023), W2 of low rank.
 
-    Sizes split by PEFT's rule; a split whose rank is at least half its larger side stays dense, as in PEFT.
+    Sizes split by PEFT's rule; a split whose rank is at least half its larger side stays dense, as in PEFT. On a convolution
+    `attach` splits its channels, and the kernel stays with the second factor, as in PEFT and LyCORIS.
 
     Args:
         rank: rank of the decomposed splits.
