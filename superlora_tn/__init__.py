@@ -35,6 +35,7 @@ from superlora_tn.network.budget import Budget, Choice, fit, within
 from superlora_tn.network.convolved import conv_lokr, conv_lora
 from superlora_tn.network.expand import lower
 from superlora_tn.network.joined import dora
+from superlora_tn.network.mapped import c3a, fourier_ft, hra, oft, shira
 from superlora_tn.network.relatives import (
     abba,
     adalora,
@@ -121,6 +122,7 @@ __all__ = [
     "attach",
     "backend",
     "backends",
+    "c3a",
     "calibrate",
     "cara",
     "choose",
@@ -138,9 +140,11 @@ __all__ = [
     "fact_tk",
     "fact_tt",
     "fit",
+    "fourier_ft",
     "geometry",
     "gralora",
     "hira",
+    "hra",
     "krona",
     "load",
     "loha",
@@ -159,6 +163,7 @@ __all__ = [
     "match",
     "metatt",
     "miss",
+    "oft",
     "olora",
     "orthogonal",
     "pissa",
@@ -168,6 +173,7 @@ __all__ = [
     "register_layer",
     "rows",
     "share_lora",
+    "shira",
     "start",
     "suggest",
     "superlora",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import subprocess
 import sys
@@ -55,7 +56,8 @@ def test_plan_takes_any_network_in_index_notation(capsys):
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_every_variant_plans_and_draws(name, tmp_path, capsys):
-    rank = [] if name in ("dense", "krona") else ["--rank", "2"]
+    known = inspect.signature(VARIANTS[name]).parameters
+    rank = ["--rank", "2"] if "rank" in known else ["--set", "size=8"] if "size" in known else []
     sizes = ["--shape", "32x48", "--weights", "2"]
     assert main(["plan", name, *rank, *sizes, "--draw", str(tmp_path / "tree.png")]) == 0
     assert main(["draw", name, *rank, *sizes, "--out", str(tmp_path / "net.png")]) == 0

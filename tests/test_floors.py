@@ -29,7 +29,7 @@ HOUSE = {
         ["expand"],
         ["spec"],
         ["budget", "sums", "joined"],
-        ["variants", "relatives", "convolved"],
+        ["variants", "relatives", "convolved", "mapped"],
         ["catalogue"],
     ],
     "contraction": [["profile"], ["layout", "exact"], ["search"], ["plan"], ["sharing", "cut", "rows"], ["chain", "backend"]],

@@ -96,10 +96,9 @@ def peft_layer(config: object, out: int, inward: int) -> tuple[nn.Module, nn.Mod
     return seeded(0, lambda: nn.Sequential(nn.Linear(inward, out))), peft.get_peft_model(base, config)
 
 
-def compare(made: object, alpha: float, name: str, config: object, join: object = None, network: object = None) -> None:
+def compare(spec: sl.AdapterSpec, name: str, config: object) -> None:
     """Equal values, gradients and counts of our network and PEFT's layer, at the same stored numbers."""
     ours, theirs = peft_layer(config, 12, 8)
-    spec = sl.AdapterSpec(network or sl.Network("o i", w=sl.Node("o i", map=made)), alpha=alpha, join=join)
     tuned = sl.attach(ours, spec, targets=["0"])
     (own,) = tuned.parameters()
     (other,) = (p for n, p in theirs.named_parameters() if p.requires_grad and name in n)
@@ -120,19 +119,32 @@ def compare(made: object, alpha: float, name: str, config: object, join: object 
 def test_fourier_is_pefts_fourierft() -> None:
     peft = library("peft")
     config = peft.FourierFTConfig(n_frequency=20, scaling=150.0, random_loc_seed=777, target_modules=["0"])
-    compare(sl.Fourier(20, seed=777), 150.0, "fourierft_spectrum", config)
+    compare(sl.fourier_ft(20), "fourierft_spectrum", config)
 
 
 def test_circulant_is_pefts_c3a() -> None:
-    compare(sl.Circulant(4), 1.0, "c3a_kernel", library("peft").C3AConfig(block_size=4, target_modules=["0"]))
+    compare(sl.c3a(4), "c3a_kernel", library("peft").C3AConfig(block_size=4, target_modules=["0"]))
 
 
 def test_cayley_blocks_are_pefts_oft() -> None:
+    """PEFT multiplies x by R, so W by its transpose: the node is read with its axes the other way round."""
     config = library("peft").OFTConfig(oft_block_size=4, r=0, use_cayley_neumann=False, target_modules=["0"])
-    diagonal = sl.Node("b c", "eye", trainable=False)
-    network = sl.Network("(b o) (c i)", {"b": 2, "c": 2}, R=sl.Node("b i o", map=sl.Cayley()), diagonal=diagonal)
-    # PEFT multiplies x by R, so W by its transpose: the node is read with its axes the other way round.
-    compare(None, None, "oft_R", config, sl.Multiply("right", residual=False), network)
+    compare(sl.oft(4), "oft_R", config)
+
+
+def test_reflections_are_pefts_hra() -> None:
+    compare(sl.hra(4), "hra_u", library("peft").HRAConfig(r=4, target_modules=["0"]))
+
+
+@pytest.mark.parametrize("spec", [sl.fourier_ft(9), sl.shira(9), sl.c3a(4), sl.oft(4), sl.hra(4)])
+def test_the_base_is_as_it_was_at_the_start_and_everything_trains(spec: sl.AdapterSpec) -> None:
+    model, base = (seeded(0, lambda: nn.Sequential(nn.Linear(8, 12))) for _ in range(2))
+    tuned = sl.attach(model, spec, targets=["0"], seed=0)
+    x = seeded(1, lambda: torch.randn(5, 8))
+    # The two reflections of a pair, each of unit vectors in float32, cancel to some 1e-7.
+    torch.testing.assert_close(model(x), base(x), rtol=1e-5, atol=1e-5)
+    model(x).pow(3).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in tuned.parameters())
 
 
 # Networks of no paper: a shared spectrum over layers; a rotation between thin factors; a bank mixed by weights.

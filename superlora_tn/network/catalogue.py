@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 from superlora_tn.network import variants
 from superlora_tn.network.budget import Budget, Choice, Shapes, fit
+from superlora_tn.network.mapped import MAPPED
 from superlora_tn.network.relatives import RELATIVES
 from superlora_tn.network.spec import AdapterSpec
 
-VARIANTS: dict[str, Callable[..., AdapterSpec | Budget]] = {
-    name: getattr(variants, name) for name in ("dense", "lora", "loha", "lokr", "lotr", "lonkr", "lorta", "superlora", "vera")
-} | RELATIVES
+PRESETS = ("dense", "lora", "loha", "lokr", "lotr", "lonkr", "lorta", "superlora", "vera")
+VARIANTS: dict[str, Callable[..., AdapterSpec | Budget]] = (
+    {name: getattr(variants, name) for name in PRESETS} | RELATIVES | MAPPED
+)
 
 
 def bought(variant: str, budget: int, shapes: Shapes) -> Choice:
