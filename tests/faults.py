@@ -317,8 +317,8 @@ TABLE: Table = {
             "test_equals_dense.py::test_tucker_gives_each_rank_to_the_factor_named_beside_it",
         ),
         "dense-if-large-border": (
-            "part.rank >= max(sizes) / 2",
-            "part.rank > max(sizes) / 2",
+            "part.rank >= max(a.size",
+            "part.rank > max(a.size",
             "test_holes.py::test_a_split_at_half_its_longer_side_is_dense",
         ),
         "loha-first-product-at-zero": (

@@ -319,6 +319,7 @@ def test_lokr_of_a_convolution_splits_its_channels_as_peft_does(channels: tuple[
                 assert value.numel() == held.numel()
                 held.data = value.reshape(held.shape)
         torch.testing.assert_close(tuned.delta(name), theirs.get_delta_weight("default").flatten(1))
+    assert tuned.spec == sl.lokr(rank, decompose_both=both)
     x = noise(2, d_in, 6, 6, dtype=torch.float64)
     layer = model[0]
     torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight + tuned.delta("0").reshape(layer.weight.shape), layer.bias))

@@ -221,6 +221,7 @@ def test_several_declarations_in_one_handle_are_saved_and_loaded_as_one(tmp_path
     assert torch.equal(other(X), model(X))
     with pytest.raises(sl.AttachError, match=r"2 declarations; look at .entries"):
         _ = tuned.spec
+    assert "spec" not in dir(tuned)
     with pytest.raises(sl.AttachError, match="matches no module"):
         sl.attach(seeded(0, Tiny), {"up": sl.lora(1), "nothing": sl.lora(1)})
     with pytest.raises(sl.AttachError, match=r"the pattern 'layers.0.up' leaves no layer to adapt"):

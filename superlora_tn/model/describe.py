@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from superlora_tn.contraction.plan import choose, table
-from superlora_tn.declare.fold import FlatGroup, split_name
+from superlora_tn.declare.fold import FlatGroup, PhysicalFold, split_name
 from superlora_tn.files.record import Entry, names_of
+from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Adapter
 
 TOKENS = 1024
@@ -25,6 +27,17 @@ def summary(adapters: Sequence[Adapter]) -> list[str]:
         parameters = sum(a.num_parameters for a in group)
         rows.append((f"{len(group)}", f"{members} ({kinds})", modes, ranks, f"{parameters:,}", route, price))
     return table(rows, "groups parameters")
+
+
+def as_given(entries: Sequence[Entry]) -> AdapterSpec | None:
+    """The one declaration, without the sizes of kernels of which `attach` made an entry each; None where there are several."""
+    if len(entries) == 1:
+        return entries[0].spec
+    open_ = {
+        replace(s, fold=replace(s.fold, kernel=None)) if isinstance(s.fold, PhysicalFold) else s
+        for s in (e.spec for e in entries)
+    }
+    return open_.pop() if len(open_) == 1 else None
 
 
 def _describe(adapter: Adapter) -> tuple[str, str, str, str, str]:

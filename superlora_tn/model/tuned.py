@@ -17,7 +17,7 @@ from superlora_tn.files.own import CheckpointError, Entry, Saved, read
 from superlora_tn.files.writes import Beside, Format, Report, save_as
 from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.convolutions import kernels_of
-from superlora_tn.model.describe import names, notes, share_of, summary
+from superlora_tn.model.describe import as_given, names, notes, share_of, summary
 from superlora_tn.model.kinds import Held
 from superlora_tn.model.merging import change, check_finite, check_resettable, check_unchanged, forget_compiled, leave, put_back
 from superlora_tn.model.tables import Table
@@ -70,14 +70,14 @@ class Tuned(Placed):
 
     @property
     def spec(self) -> AdapterSpec:
-        """The declaration.
-
-        Raises:
-            AttachError: there are several; see `entries`.
-        """
-        if len(self.entries) > 1:
+        """The declaration as it was given; of several (see `entries`) an AttachError."""
+        found = as_given(self.entries)
+        if found is None:
             raise AttachError(f"this adapter has {len(self.entries)} declarations; look at .entries, one for each.")
-        return self.entries[0].spec
+        return found
+
+    def __dir__(self) -> list[str]:  # torch.jit.trace reads all that is in it
+        return [name for name in super().__dir__() if name != "spec" or as_given(self.entries)]  # type: ignore[no-untyped-call]
 
     @property
     def targets(self) -> dict[str, Shape]:
