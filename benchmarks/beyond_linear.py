@@ -1,5 +1,5 @@
-"""What do adapters cost on an embedding, on blocks of a fused weight, on stacked experts, two on one weight, and eight
-by the rows of a batch? Beside PEFT.
+"""What do adapters cost on an embedding, on blocks of a fused weight, on stacked experts, two on one weight, eight by the
+rows of a batch, and DoRA? Beside PEFT.
 
 Overhead of a step (forward and backward) over the frozen one's, all in one process, interleaved.
 """
@@ -153,11 +153,23 @@ def by_rows(device: str) -> Contestants:
     return {"frozen": forward(frozen), "ours": own, "peft_lora": forward(theirs, adapter_names=names)}
 
 
+def dora(device: str) -> Contestants:
+    """Magnitudes beside LoRA; PEFT's builds dW for their norms."""
+    make = lambda: Named(layer=nn.Linear(768, 768)).to(device)  # noqa: E731
+    x = torch.randn(1576, 768, device=device, requires_grad=True)
+    models = {
+        "frozen": make().requires_grad_(False),
+        "ours": attached(make(), (sl.dora(sl.lora(RANK)), ["layer"])),
+        "peft_lora": peft(make(), target_modules=["layer"], use_dora=True),
+    }
+    return {name: step(model.to(device), x) for name, model in models.items()}
+
+
 def main() -> None:
     """Measure all."""
     args = harness.arguments(__doc__ or "")
     rows = []
-    for kind in (embedding, blocks, experts, two, by_rows):
+    for kind in (embedding, blocks, experts, two, by_rows, dora):
         times = harness.interleaved(kind(args.device), args.repeats, args.device)
         base = sorted(times["frozen"])[len(times["frozen"]) // 2]
         over = harness.overheads(times, "frozen")

@@ -184,6 +184,67 @@ def test_convolutions(case: str, format: str, tmp_path: Path) -> None:
         torch.testing.assert_close(copied(x).double(), wanted, atol=OUTPUTS, rtol=OUTPUTS)
 
 
+def net() -> Net:
+    """The same base each time."""
+    torch.manual_seed(0)
+    return Net()
+
+
+def with_dora(spec: sl.AdapterSpec, targets: list[str]) -> tuple[nn.Module, sl.Tuned]:
+    """A model with DoRA of a declaration, its magnitudes moved too."""
+    model = net()
+    tuned = sl.attach(model, sl.dora(spec), targets)
+    with torch.no_grad():
+        for k, parameter in enumerate(tuned.parameters()):
+            generator = torch.Generator().manual_seed(k)
+            parameter += torch.randn(parameter.shape, generator=generator) * 0.1
+    return model, tuned
+
+
+@pytest.mark.parametrize("format", ["peft", "lycoris", "kohya"])
+@pytest.mark.parametrize("case", ["lora", "loha", "lokr", "lotr"])
+@pytest.mark.parametrize("targets", [LAYERS, CONVOLUTIONS], ids=["linear", "convolutions"])
+def test_dora_is_taken_back_as_such(case: str, format: str, targets: list[str], tmp_path: Path) -> None:
+    """By the format's own library, and by this one as magnitudes that train on."""
+    model, tuned = with_dora(SPECS[case][0], targets)
+    place, x = tmp_path if format == "peft" else tmp_path / "x.safetensors", inputs()
+    tuned.save(place, format=format)
+    copied, again = net(), net()
+    loaded = sl.load(again, place)
+    assert {type(entry.spec.join) for entry in loaded.entries} == {sl.Magnitude}
+    if format == "peft":
+        peft = pytest.importorskip("peft")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            copied = peft.PeftModel.from_pretrained(copied, str(tmp_path))
+    else:
+        lycoris = pytest.importorskip("lycoris")
+        with quiet():
+            lycoris.LycorisNetwork.apply_preset({"lora_prefix": "lycoris" if format == "lycoris" else "lora_unet"})
+            try:
+                network, _ = lycoris.create_lycoris_from_weights(1.0, str(place), copied)
+            finally:
+                lycoris.LycorisNetwork.apply_preset({"lora_prefix": "lycoris"})
+        assert len(network.loras) == len(targets)
+        network.apply_to()
+    with torch.no_grad():
+        wanted = model(x)
+        assert (wanted - net()(x)).abs().max() > 100 * OUTPUTS
+        torch.testing.assert_close(again(x), wanted, atol=OUTPUTS, rtol=OUTPUTS)
+        torch.testing.assert_close(copied(x), wanted, atol=OUTPUTS, rtol=OUTPUTS)
+
+
+def test_formats_without_magnitudes_say_so(tmp_path: Path) -> None:
+    _, tuned = with_dora(sl.lora(2), LAYERS)
+    with pytest.raises(CheckpointError, match=r"is joined by magnitudes \(DoRA\), and gguf files hold no magnitudes"):
+        tuned.save(tmp_path / "x.gguf", format="gguf")
+    assert not (tmp_path / "x.gguf").exists()
+    model = Net()
+    mixed = sl.attach(model, {"to_q": sl.dora(sl.lora(2)), "to_k": sl.lora(2)})
+    with pytest.raises(CheckpointError, match="either all weights have magnitudes or none"):
+        mixed.save(tmp_path / "peft", format="peft")
+
+
 @pytest.mark.parametrize("format", ["peft", "lycoris", "kohya", "diffusers", "gguf"])
 @pytest.mark.parametrize("case", SPECS)
 def test_this_library_takes_it_back(case: str, format: str, tmp_path: Path) -> None:

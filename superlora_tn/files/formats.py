@@ -85,7 +85,8 @@ def lora(weights: Sequence[Filled], wish: Wish, write: Callable[[Filled, Pair], 
         tensors |= write(one, pair)
         rows.append(Row(one.name, "lora", (pair.rank,), pair.error))
         scales[one.name] = (pair.rank, pair.alpha)
-    return Content(tensors, tuple(rows), lora_settings(scales))
+    settings = lora_settings(scales) | {"use_dora": any(one.magnitude is not None for one in weights)}
+    return Content(tensors, tuple(rows), settings)
 
 
 def lora_settings(scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
@@ -142,9 +143,19 @@ def peft_pair(prefix: str) -> Callable[[Filled, Pair], Written]:
         return {
             f"{name}.lora_A.weight": kernelled(pair.down, one.kernel),
             f"{name}.lora_B.weight": pointwise(pair.up, one.kernel),
+            **magnitude(one, f"{name}.lora_magnitude_vector", 0 if one.kernel else None),
         }
 
     return write
+
+
+def magnitude(one: Filled, key: str, axis: int | None) -> Written:
+    """DoRA's magnitudes under a key, if there are any: (out, 1, ..) with `axis` 1, (1, out, 1, ..) with 0, (out,) with None."""
+    if one.magnitude is None:
+        return {}
+    rest = (1,) * len(one.kernel)
+    shape = {None: (-1,), 0: (1, -1, *rest), 1: (-1, 1, *rest)}[axis]
+    return {key: one.magnitude.reshape(shape)}
 
 
 def kohya_pair(rename: Callable[[str], str]) -> Callable[[Filled, Pair], Written]:
@@ -156,6 +167,7 @@ def kohya_pair(rename: Callable[[str], str]) -> Callable[[Filled, Pair], Written
             f"{name}.lora_down.weight": kernelled(pair.down, one.kernel),
             f"{name}.lora_up.weight": pointwise(pair.up, one.kernel),
             f"{name}.alpha": torch.tensor(pair.alpha, dtype=torch.float32),
+            **magnitude(one, f"{name}.dora_scale", 1),
         }
 
     return write
@@ -186,6 +198,7 @@ def lycoris(weights: Sequence[Filled], wish: Wish, rename: Callable[[str], str],
             continue
         keys = {"up": "lora_up.weight", "mid": "lora_mid.weight", "down": "lora_down.weight"}
         tensors |= {f"{rename(one.name)}.{keys.get(f, f)}": t for f, t in own.items()}
+        tensors |= magnitude(one, f"{rename(one.name)}.dora_scale", 1)
         rows.append(Row(one.name, method.kind, method.ranks, off + _alpha_error(one, method)))
     return Content(tensors, tuple(rows))
 

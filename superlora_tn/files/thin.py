@@ -21,6 +21,7 @@ from superlora_tn.contraction.cut import halves
 from superlora_tn.contraction.plan import plan_equation, sub_network
 from superlora_tn.contraction.profile import CPU
 from superlora_tn.declare.fold import FlatGroup, Mode, Shape
+from superlora_tn.declare.joins import Magnitude
 from superlora_tn.declare.parts import Dense, Part, SpecError
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.record import Entry, tensor_name
@@ -47,6 +48,7 @@ class Filled:
         kernel: the sizes of a convolution's kernel, () for a matrix.
         flipped: whether it is an embedding's.
         turned: whether an embedding's dW is held as (in, out), as torch has its table.
+        magnitude: DoRA's, (out,); None where dW is added.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Filled:
     kernel: tuple[int, ...] = ()
     flipped: bool = False
     turned: bool = False
+    magnitude: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,7 +72,10 @@ class Filled:
 
 
 def filled(
-    entries: Sequence[Entry], tensors: Mapping[str, Tensor], kernels: Mapping[str, tuple[int, ...]] = NO_KERNELS
+    entries: Sequence[Entry],
+    tensors: Mapping[str, Tensor],
+    kernels: Mapping[str, tuple[int, ...]] = NO_KERNELS,
+    joined: bool = False,
 ) -> Iterator[Filled]:
     """Each weight of a saved adapter with its network's values.
 
@@ -77,22 +83,29 @@ def filled(
         entries: the declarations with their targets.
         tensors: by ``group<k>.<node>``, groups numbered through all entries.
         kernels: target -> sizes of its kernel, of those that are convolutions.
+        joined: DoRA is taken, with its magnitudes.
     """
     k = 0
     for entry in entries:
         try:
-            entry.spec.check_added("formats of other libraries are")
+            dora = joined and isinstance(entry.spec.join, Magnitude)
+            (replace(entry.spec, join=None) if dora else entry.spec).check_added("formats of other libraries are")
         except SpecError as error:
             raise CheckpointError(str(error)) from error
         for group, graph in entry.spec.lay_out(entry.targets):
             values = [tensors[tensor_name(k, node)].detach() for node in graph.nodes]
+            lengths = [entry.targets[name][0] for name in group.members]
+            held = tensors.get(f"magnitude{k}")
+            norms = [None] * len(lengths) if held is None else torch.split(held.detach(), lengths)
             k += 1
             if isinstance(group, FlatGroup):
-                yield from (replace(one, kernel=kernels.get(one.name, ())) for one in _flat(entry, group, graph, values))
+                for one, norm in zip(_flat(entry, group, graph, values), norms, strict=True):
+                    yield replace(one, kernel=kernels.get(one.name, ()), magnitude=norm)
                 continue
-            for name, positions in group.members.items():
+            for (name, positions), norm in zip(group.members.items(), norms, strict=True):
                 own = tuple(v[s] for v, s in zip(values, graph.select(positions), strict=True))
-                yield Filled(name, group.shape, entry.spec.network, graph, own, entry.spec.scale, kernels.get(name, ()))
+                kernel, scale = kernels.get(name, ()), entry.spec.scale
+                yield Filled(name, group.shape, entry.spec.network, graph, own, scale, kernel, magnitude=norm)
 
 
 def _flat(entry: Entry, group: FlatGroup, graph: Graph, values: list[Tensor]) -> Iterator[Filled]:

@@ -151,7 +151,7 @@ def save_as(
     tables = embeddings or {}
     weights = [
         replace(one, flipped=one.name in tables, turned=tables.get(one.name, False))
-        for one in filled(entries, held, kernels or {})
+        for one in filled(entries, held, kernels or {}, joined=True)
     ]
     return save_weights(weights, path, format, wish, prefix, more, architecture or Architecture(), kept=False)
 
@@ -210,9 +210,11 @@ def content(
     """What goes into the file of a format."""
     if not weights:
         raise CheckpointError("there is no weight to write.")
+    _check_joined(weights, format)
     if format == "peft":
         own = PREFIX if prefix is None else prefix
-        made = peft_own(weights, wish, own) or formats.lora(weights, wish, formats.peft_pair(own))
+        plain = any(one.magnitude is not None for one in weights)  # PEFT has DoRA for LoRA alone
+        made = (None if plain else peft_own(weights, wish, own)) or formats.lora(weights, wish, formats.peft_pair(own))
         values = _replaced(beside, own, format, [one.name for one in weights])
         return replace(made, tensors={**made.tensors, **values})
     if format == "diffusers":
@@ -235,6 +237,22 @@ def content(
     rank, alpha = made.settings.get("r", 1), made.settings.get("lora_alpha", 1.0)
     words |= {"ss_network_dim": str(rank), "ss_network_alpha": str(alpha)} if made.settings else {}
     return replace(made, tensors={**made.tensors, **_added(beside, rename, format)}, metadata=words)
+
+
+def _check_joined(weights: Sequence[Filled], format: str) -> None:
+    """Raise where a format has no DoRA, or not for such weights."""
+    joined = [one for one in weights if one.magnitude is not None]
+    if not joined:
+        return
+    if format not in ("peft", "kohya", "lycoris", "diffusers"):
+        what = f"{format} files hold no magnitudes"
+    elif format in ("peft", "diffusers") and len(joined) < len(weights):
+        what = f"in {format} files either all weights have magnitudes or none"
+    elif any(one.flipped for one in joined):
+        what = "other libraries' DoRA of embeddings is another"
+    else:
+        return
+    raise CheckpointError(f"'{joined[0].name}' is joined by magnitudes (DoRA), and {what}; save as 'superlora', or bake() it.")
 
 
 # What diffusers hands to LoraConfig has to be its fields, without those that it sets itself.
