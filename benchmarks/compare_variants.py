@@ -102,7 +102,7 @@ def settings(variant: str) -> Iterator[Callable[[int], AdapterSpec]]:
     """Rank -> spec, once for each way of setting the rest."""
     maker = VARIANTS[variant]
     for others in OTHERS.get(variant, ({},)):
-        if "rank" in inspect.signature(maker).parameters:
+        if {"rank", "count", "size"} & set(inspect.signature(maker).parameters):  # the first of its settings
             yield partial(_ranked, maker, others)
         else:
             yield partial(_unranked, maker, others)

@@ -136,6 +136,11 @@ def test_reflections_are_pefts_hra() -> None:
     compare(sl.hra(4), "hra_u", library("peft").HRAConfig(r=4, target_modules=["0"]))
 
 
+def test_a_rotation_needs_two_inputs() -> None:
+    with pytest.raises(sl.SpecError, match="oft was given size=1, and one input alone has no rotation"):
+        sl.oft(1)
+
+
 @pytest.mark.parametrize("spec", [sl.fourier_ft(9), sl.shira(9), sl.c3a(4), sl.oft(4), sl.hra(4)])
 def test_the_base_is_as_it_was_at_the_start_and_everything_trains(spec: sl.AdapterSpec) -> None:
     model, base = (seeded(0, lambda: nn.Sequential(nn.Linear(8, 12))) for _ in range(2))

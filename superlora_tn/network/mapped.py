@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from superlora_tn.declare.joins import Multiply
 from superlora_tn.declare.node_maps import Cayley, Circulant, Fourier, Householder, Selected
-from superlora_tn.declare.parts import Network, Node, check_count
+from superlora_tn.declare.parts import Network, Node, SpecError, check_count
 from superlora_tn.network.spec import AdapterSpec
 
 TURNED = Multiply("right", residual=False)
@@ -45,6 +45,8 @@ def oft(size: int = 32, dropout: float = 0.0) -> AdapterSpec:
     Qiu et al. 2023, equal to PEFT's OFT with `use_cayley_neumann=False`. Count: in (size - 1) / 2 a weight; `size` divides in.
     """
     check_count("oft", "size", size, 1 << 20)
+    if size == 1:
+        raise SpecError("oft was given size=1, and one input alone has no rotation; give 2 at least.")
     diagonal = Node("b c", "eye", trainable=False)
     blocks = Network("(b o) (c i)", {"o": size, "i": size}, R=Node("b i o", map=Cayley()), diagonal=diagonal)
     return AdapterSpec(blocks, dropout=dropout, join=TURNED)
