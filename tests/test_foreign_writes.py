@@ -154,6 +154,26 @@ CONV_SPECS = {
 }
 
 
+def taken_back(model: nn.Module, folder: Path, format: str, count: int) -> nn.Module:
+    """A model with so many weights' adapter from a folder, by PEFT, or by LyCORIS from its x.safetensors."""
+    if format == "peft":
+        peft = pytest.importorskip("peft")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuned: nn.Module = peft.PeftModel.from_pretrained(model, str(folder))
+            return tuned
+    lycoris = pytest.importorskip("lycoris")
+    with quiet():
+        lycoris.LycorisNetwork.apply_preset({"lora_prefix": "lycoris" if format == "lycoris" else "lora_unet"})
+        try:
+            network, _ = lycoris.create_lycoris_from_weights(1.0, str(folder / "x.safetensors"), model)
+        finally:
+            lycoris.LycorisNetwork.apply_preset({"lora_prefix": "lycoris"})
+    assert len(network.loras) == count
+    network.apply_to()
+    return model
+
+
 @pytest.mark.parametrize("format", ["peft", "lycoris", "kohya"])
 @pytest.mark.parametrize("case", CONV_SPECS)
 def test_convolutions(case: str, format: str, tmp_path: Path) -> None:
@@ -163,22 +183,7 @@ def test_convolutions(case: str, format: str, tmp_path: Path) -> None:
     model, x = Net(), inputs()
     report = save(adapter, tmp_path / "x.safetensors" if format != "peft" else tmp_path, format)
     assert max(report.errors.values()) < FACTORS
-    copied = copy.deepcopy(model)
-    if format == "peft":
-        peft = pytest.importorskip("peft")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            copied = peft.PeftModel.from_pretrained(copied, str(tmp_path))
-    else:
-        lycoris = pytest.importorskip("lycoris")
-        with quiet():
-            lycoris.LycorisNetwork.apply_preset({"lora_prefix": "lycoris" if format == "lycoris" else "lora_unet"})
-            try:
-                network, _ = lycoris.create_lycoris_from_weights(1.0, str(tmp_path / "x.safetensors"), copied)
-            finally:
-                lycoris.LycorisNetwork.apply_preset({"lora_prefix": "lycoris"})
-        assert len(network.loras) == len(targets)
-        network.apply_to()
+    copied = taken_back(copy.deepcopy(model), tmp_path, format, len(targets))
     with torch.no_grad():
         wanted = merged(model, adapter)(x.double())
         torch.testing.assert_close(copied(x).double(), wanted, atol=OUTPUTS, rtol=OUTPUTS)
@@ -212,21 +217,7 @@ def test_dora_is_taken_back_as_such(case: str, format: str, targets: list[str], 
     copied, again = net(), net()
     loaded = sl.load(again, place)
     assert {type(entry.spec.join) for entry in loaded.entries} == {sl.Magnitude}
-    if format == "peft":
-        peft = pytest.importorskip("peft")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            copied = peft.PeftModel.from_pretrained(copied, str(tmp_path))
-    else:
-        lycoris = pytest.importorskip("lycoris")
-        with quiet():
-            lycoris.LycorisNetwork.apply_preset({"lora_prefix": "lycoris" if format == "lycoris" else "lora_unet"})
-            try:
-                network, _ = lycoris.create_lycoris_from_weights(1.0, str(place), copied)
-            finally:
-                lycoris.LycorisNetwork.apply_preset({"lora_prefix": "lycoris"})
-        assert len(network.loras) == len(targets)
-        network.apply_to()
+    copied = taken_back(copied, tmp_path, format, len(targets))
     with torch.no_grad():
         wanted = model(x)
         assert (wanted - net()(x)).abs().max() > 100 * OUTPUTS

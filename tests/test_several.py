@@ -145,6 +145,7 @@ def test_rows_of_alike_networks_run_as_one(name: str, names: list[str | None], m
         monkeypatch.setattr(UpdateHook, "_on_own_rows", None) if len({*names} - {None}) > 1 else None
     with sl.rows(model, names):
         y = model(x)
+        assert model(x[:0]).shape == (0, 5, 24)
     rows = []
     for k, own in enumerate(x):
         n = names[k // 2]

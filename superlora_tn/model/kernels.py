@@ -33,9 +33,10 @@ def by_kernel(
             target = bind(name, known[name], at)
             alike.setdefault(target.kind.kernel(target.layer), []).append(name)
         if not fold.kernel_modes:  # a kernel of one position is none
-            single = [name for kernel, own in alike.items() if math.prod(kernel) == 1 for name in own]
             alike = {kernel: own for kernel, own in alike.items() if math.prod(kernel) > 1}
-            found += [(spec, tuple(name for name in names if name in single))] if single else []
+            real = {name for own in alike.values() for name in own}
+            if single := tuple(name for name in names if name not in real):
+                found.append((spec, single))
         for kernel, own in alike.items():
             found.append((replace(spec, fold=replace(fold, kernel=kernel)), tuple(own)))
     return tuple(found)

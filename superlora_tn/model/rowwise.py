@@ -24,19 +24,19 @@ def in_one(members: Sequence[tuple[Member, Rows]], x: Tensor, output: Tensor, co
     """
     if len(members) < 2:
         return None
-    each = x.shape[0] // count
-    halves = thin([member for member, _ in members], x[: each or 1].numel() // x.shape[-1])
+    each, tokens = x.shape[0] // count, x.numel() // x.shape[-1] // count  # of one row of the batch
+    halves = thin([member for member, _ in members], tokens)
     if halves is None:
         return None
-    which = {row: k for k, (_, rows) in enumerate(members) for row in rows}
-    chosen = torch.tensor([which[row] for row in sorted(which)], device=x.device)
-    everything = len(which) == count
-    index = torch.tensor([row * each + k for row in sorted(which) for k in range(each)], device=x.device)
+    which = {row: k for k, (_, own) in enumerate(members) for row in own}
+    rows, everything = sorted(which), len(which) == count
+    chosen = torch.tensor([which[row] for row in rows], device=x.device)
+    index = torch.tensor([row * each + k for row in rows for k in range(each)], dtype=torch.long, device=x.device)
     own_x, own_y = (t if everything else t.index_select(0, index) for t in (x, output))
     outer, inner = (
         (half if half.ndim == 2 else half.index_select(0, chosen)).to(output.dtype) for half in (halves.outer, halves.inner)
     )
-    blocks = own_x.reshape(len(which), -1, x.shape[-1]).to(output.dtype)
+    blocks = own_x.reshape(len(rows), tokens, x.shape[-1]).to(output.dtype)
     update = (blocks @ inner.mT) @ outer.mT
     updated = own_y + update.reshape(own_y.shape)
     return updated if everything else output.index_copy(0, index, updated)

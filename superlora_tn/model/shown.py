@@ -153,9 +153,11 @@ def _apart(stored: Tensor, blocks: list[Block]) -> list[list[Member]] | None:
 
     In DistributedDataParallel they are, as it waits for a gradient of every parameter, and an expert may meet no token.
     """
-    if not is_eager() or type(stored) not in (Tensor, nn.Parameter) or DistributedDataParallel._get_active_ddp_module():  # type: ignore[no-untyped-call]
+    if blocks[0].kind.slot is None or type(stored) not in (Tensor, nn.Parameter):
         return None
-    members: list[list[Member]] = [[] for _ in stored] if blocks[0].kind.slot is not None else []
+    if not is_eager() or DistributedDataParallel._get_active_ddp_module():  # type: ignore[no-untyped-call]
+        return None
+    members: list[list[Member]] = [[] for _ in range(len(stored))]
     for block in blocks:
         kind, adapter = block.kind, block.member.adapter
         if kind.slot is None or kind.span is not None or kind.built or not adapter.applies:
@@ -199,8 +201,7 @@ def _stacked(stored: Tensor, blocks: list[Block]) -> Tensor | None:
     if first.kind.slot is None or [(block.kind.slot, block.kind.span) for block in blocks] != every:
         return None
     adapter = first.member.adapter
-    same = all(block.member.adapter is adapter for block in blocks)
-    same = same and adapter.spec.join is None
+    same = adapter.spec.join is None and all(block.member.adapter is adapter for block in blocks)
     delta = adapter.together([block.member for block in blocks]) if same else None
     if delta is None:
         return None

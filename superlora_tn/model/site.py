@@ -94,7 +94,7 @@ class UpdateHook:
         return output
 
     def _on_own_rows(self, layer: nn.Module, x: Tensor, output: Tensor, each: int) -> Tensor:
-        index = torch.tensor([row * each + k for row in self.rows for k in range(each)], device=x.device)
+        index = torch.tensor([row * each + k for row in self.rows for k in range(each)], dtype=torch.long, device=x.device)
         updated = self._join(layer, self.member, x.index_select(0, index), output.index_select(0, index), None)
         return output.index_copy(0, index, updated)
 

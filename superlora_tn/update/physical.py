@@ -167,11 +167,15 @@ class PhysicalAdapter(Adapter):
             plan = make_plan(self.graph, "delta", 1, self.profile, self.settings.optimize, fixed=False)
             self._every = compiled(plan, self.settings.backend)
 
+    def is_all(self, members: Sequence[Member]) -> bool:
+        """Whether these names are all of the group, in the order of the cells of the member modes."""
+        # Members are numbered as they come, so the cells are in their order where their places are in order.
+        places = list(self.group.members.values())
+        return [m.name for m in members] == list(self.group.members) and places == sorted(places)
+
     def together(self, members: Sequence[Member]) -> Tensor | None:
         """See `Adapter.together`; whoever reads it may take several gradients of it."""
-        # Members are numbered as they come, so the cells of the member modes are in their order where these are in order.
-        places = list(self.group.members.values())
-        if self._every is None or [m.name for m in members] != list(self.group.members) or places != sorted(places):
+        if self._every is None or not self.is_all(members):
             return None
         every, scale = self._every, self.scale
         whole = lasting(lambda own: every(*own, alpha=scale), self.tensors())

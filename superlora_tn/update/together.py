@@ -75,10 +75,7 @@ def _joint(members: Sequence[Member]) -> Graph | None:
     """One graph of all members, in their order."""
     first = members[0].adapter
     if isinstance(first, PhysicalAdapter) and all(member.adapter is first for member in members):
-        places = list(first.group.members.values())
-        # Members are numbered as they come, so the cells of the member modes are in their order where these are in order.
-        in_order = [m.name for m in members] == list(first.group.members) and places == sorted(places)
-        return first.graph if in_order else None
+        return first.graph if first.is_all(members) else None
     if not isinstance(first, PhysicalAdapter) or not all(alike(members[0], member) for member in members[1:]):
         return None
     return lower(first.spec.network, first.group.modes, len(members))
