@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,14 +19,22 @@ pytest.importorskip("transformers", reason="the demo extra is not installed")
 pytest.importorskip("sklearn", reason="the demo extra is not installed")
 
 from rich.console import Console
-from superlora_tn_paper import classification, classification_report, converged, converged_report, geometry_report, report
+from superlora_tn_paper import (
+    classification,
+    classification_report,
+    converged,
+    converged_report,
+    geometry,
+    geometry_report,
+    report,
+)
 from superlora_tn_paper.classification import map_words
 from superlora_tn_paper.classification_answers import QUESTIONS, pairs, rank_answer, rank_pairs, summary, tenth_answer, tenths
 from superlora_tn_paper.classification_settings import settings
 from superlora_tn_paper.classification_training import Recipe, adapted
 from superlora_tn_paper.command import EXPERIMENTS, Request, reproduce
 from superlora_tn_paper.differences import difference
-from superlora_tn_paper.task import MEAN, STD, Memory, Subset, Task, folder_task
+from superlora_tn_paper.task import MEAN, STD, Memory, Subset, Task, TaskError, folder_task
 from superlora_tn_paper.vit import Vit
 
 from superlora_tn.cli import main, parser
@@ -332,10 +341,10 @@ def test_names_that_cannot_be_loaded_are_answered_with_what_to_do(tmp_path, loca
     [
         (["--data", "nowhere"], "the data folder nowhere has no weights_vit_cifar10/vit_cifar10.pth; give another --data"),
         (["--model", "some/vit"], "--model some/vit goes with --scale full"),
-        (["--domain", "mnist"], "--domain mnist goes with --scale small and a data folder"),
-        (["--domain", "mnist", "--scale", "full"], "--domain mnist goes with --scale small and a data folder"),
+        (["--domain", "mnist"], "--domain mnist goes with a data folder, and not with --scale full"),
+        (["--domain", "mnist", "--scale", "full"], "--domain mnist goes with a data folder, and not with --scale full"),
         (["--data", "nowhere", "--domain", "cats"], "there is no domain 'cats'; choose one of tinyimagenet30, mnist"),
-        (["--scale", "converged"], "and with classification and a data folder: --data FOLDER"),
+        (["--scale", "converged"], "and with classification or geometry and a data folder: --data FOLDER"),
         (["--device", "cuda"], "torch sees no GPU here; use --device cpu"),
     ],
 )
@@ -457,6 +466,21 @@ def test_the_runs_to_convergence_go_on_where_they_were_stopped_and_judge_only_wh
     assert (len(by_name["dense"]["accuracies"]), len(by_name["LoRA"]["accuracies"])) == (2, 3)
     assert "Has it converged?" in report.text(tmp_path / "whole")
     assert (tmp_path / "whole" / converged_report.PARETO).read_bytes().startswith(b"\x89PNG")
+
+    def compared(out):
+        return geometry.run_converged(out, SHORT, noise_task, Console(quiet=True))
+
+    before = len(made)
+    found = compared(tmp_path / "whole")
+    assert len(made) == before  # from the adapters that the runs have kept
+    assert found["rows"][0]["variant"] == "dense"
+    assert all(len(r["weights"]) == len(SHORT.seeds) for r in found["rows"])
+    for kept in tmp_path.glob("whole/classification_jobs/*/*_seed_0.adapter"):
+        shutil.rmtree(kept) if kept.is_dir() else kept.unlink()
+    assert steady(compared(tmp_path / "whole")) == steady(found)  # trained again to the same numbers
+    assert len(made) == before + len(found["rows"])
+    with pytest.raises(TaskError, match="until dense fine-tuning and others are finished"):
+        compared(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ class Request:
 
     Attributes:
         experiment: one of `EXPERIMENTS`.
-        scale: "small", "converged" (diffusion, and classification with a data folder) or "full".
+        scale: "small", "converged" (diffusion; classification and geometry with a data folder) or "full".
         data: the data folder, or for the full scale a data set's folder or hub name; None takes what is there without.
         model: for the full scale, a folder or hub name.
         domain: what classification and geometry adapt to, of the small scale with a data folder, one of `task.DOMAINS`;
@@ -56,16 +56,15 @@ class Request:
             raise TaskError(f"--model {self.model} goes with classification and geometry; diffusion trains its own model.")
         if self.model is not None and self.scale != "full":
             raise TaskError(f"--model {self.model} goes with --scale full; the {self.scale} scale brings its own model.")
-        with_data = self.experiment == "classification" and self.data is not None
-        if self.scale == "converged" and self.experiment != "diffusion" and not with_data:
+        if self.scale == "converged" and self.experiment != "diffusion" and self.data is None:
             raise TaskError(
-                "--scale converged goes with diffusion, and with classification and a data folder: --data FOLDER (or "
-                "SUPERLORA_DATA)."
+                "--scale converged goes with diffusion, and with classification or geometry and a data folder: --data FOLDER "
+                "(or SUPERLORA_DATA)."
             )
         if self.domain is not None and self.experiment == "diffusion":
             raise TaskError(f"--domain {self.domain} goes with classification and geometry; diffusion goes from SVHN to MNIST.")
         if self.domain is not None and (self.scale == "full" or self.data is None):
-            raise TaskError(f"--domain {self.domain} goes with --scale small and a data folder: --data FOLDER.")
+            raise TaskError(f"--domain {self.domain} goes with a data folder, and not with --scale full: --data FOLDER.")
 
 
 def reproduce(
@@ -107,7 +106,8 @@ def _run(request: Request, console: Console, recipes: Mapping[str, Recipe], long
         return make_task(request, bar)
 
     if scale == "converged":
-        return converged.run(out, longer, make, console)
+        experiment = geometry.run_converged if request.experiment == "geometry" else converged.run
+        return experiment(out, longer, make, console)
     recipe = recipes["digits" if scale == "small" and request.data is None else scale]
 
     if request.experiment == "geometry":

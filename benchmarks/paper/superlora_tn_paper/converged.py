@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -204,10 +205,25 @@ class Converged:
         name = f"{prefix}{setting.job}_{rate:g}_seed_{seed}" + (f"_x{times}" if times > 1 else "")
         if self.store.path(name).is_file():
             return self.store.get(name, dict)
+        kept = None if prefix or times > 1 else self.store.path(name, "adapter")
         with alone(self.locks / f"{name}.lock"):
-            return self.store.get(name, lambda: self._run(setting, rate, seed, judged, times))
+            return self.store.get(name, lambda: self._run(setting, rate, seed, judged, times, kept))
 
-    def _run(self, setting: Setting, rate: float, seed: int, judged: Subset, times: int) -> Data:
+    def kept(self, setting: Setting, rate: float, seed: int) -> Path:
+        """The adapter of a run of the report; it is trained again where its result is kept without it.
+
+        Raises:
+            Elsewhere: another process is at it.
+        """
+        self.job(setting, rate, seed, self.task.test)
+        name = f"{setting.job}_{rate:g}_seed_{seed}"
+        path = self.store.path(name, "adapter")
+        if not path.exists():
+            with alone(self.locks / f"{name}.lock"):
+                self._run(setting, rate, seed, self.task.test, 1, path)
+        return path
+
+    def _run(self, setting: Setting, rate: float, seed: int, judged: Subset, times: int, kept: Path | None) -> Data:
         recipe, task = self.recipe, self.task
         head = self.head(seed)
         steps, train = times * recipe.steps, self.drawn(seed)
@@ -221,6 +237,8 @@ class Converged:
             groups = [(own.parameters(), recipe.head_rate), (tuned.parameters(), peak)]
             trained, seconds = descend(task, groups, _epochs(train, steps, recipe.batch, seed), steps, show)
             found = asdict(score(task, judged, recipe.look)) | {"moved": moved(tuned)}
+            if kept is not None:
+                tuned.save(kept)
         return found | {"train_loss": trained, "step_seconds": round(seconds, 5), "first_values_times": scaled}
 
     def rates(self, setting: Setting) -> dict[str, float]:
@@ -298,6 +316,18 @@ def _epochs(split: Subset, steps: int, batch: int, seed: int) -> Iterator[Batch]
     return split.source.batches(plan[:steps])
 
 
+@contextmanager
+def opened(out: Path, recipe: ConvergedRecipe, make: Callable[[Progress], Task], console: Console) -> Iterator[Converged]:
+    """The experiment on a task, with progress shown meanwhile."""
+    with progress(console) as bar:
+        task = make(bar)
+        facts = {k: v for k, v in asdict(recipe).items() if k not in NOT_A_JOBS}
+        facts |= {"task": task.words, "model": task.identity, "device": task.device, "revision": REVISION, "scale": "converged"}
+        store, locks = Store(out / "classification_jobs", facts), out / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        yield Converged(task, recipe, store, bar, locks)
+
+
 def run(out: Path, recipe: ConvergedRecipe, make: Callable[[Progress], Task], console: Console, pause: float = PAUSE) -> Data:
     """Work off all settings; ``classification.json`` is written after each, with the finished ones alone.
 
@@ -311,13 +341,7 @@ def run(out: Path, recipe: ConvergedRecipe, make: Callable[[Progress], Task], co
     Returns:
         What ``classification.json`` holds.
     """
-    with progress(console) as bar:
-        task = make(bar)
-        facts = {k: v for k, v in asdict(recipe).items() if k not in NOT_A_JOBS}
-        facts |= {"task": task.words, "model": task.identity, "device": task.device, "revision": REVISION, "scale": "converged"}
-        store, locks = Store(out / "classification_jobs", facts), out / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        experiment = Converged(task, recipe, store, bar, locks)
+    with opened(out, recipe, make, console) as experiment:
         rows: dict[str, Data] = {}
         while len(rows) < len(experiment.settings):
             before = len(rows)
