@@ -29,7 +29,17 @@ from superlora_tn_paper import (
     report,
 )
 from superlora_tn_paper.classification import map_words
-from superlora_tn_paper.classification_answers import QUESTIONS, pairs, rank_answer, rank_pairs, summary, tenth_answer, tenths
+from superlora_tn_paper.classification_answers import (
+    QUESTIONS,
+    pairs,
+    rank_answer,
+    rank_pairs,
+    reach_answer,
+    reaching,
+    summary,
+    tenth_answer,
+    tenths,
+)
 from superlora_tn_paper.classification_settings import settings
 from superlora_tn_paper.classification_training import Recipe, adapted
 from superlora_tn_paper.command import EXPERIMENTS, Request, reproduce
@@ -227,6 +237,29 @@ def test_the_answer_about_a_tenth_follows_the_rows(gain, answer):
     assert len(found) == 5  # no LoRTA is near a tenth of the largest LoRA
     assert all(5 <= p.first["parameters"] / p.second["parameters"] <= 20 for p in found)
     assert tenth_answer(found).startswith(answer)
+
+
+@pytest.mark.parametrize("enough", [0, 500, 10**9])
+def test_the_count_from_which_lorta_reaches_lora_follows_the_rows(enough):
+    rows = made_up(lambda s: -0.1 * (s.variant.startswith("LoRTA") and s.parameters < enough))
+    told = reach_answer(reaching(rows))
+    counts = sorted(r["parameters"] for r in rows if r["variant"].startswith("LoRTA"))
+    reached = [count for count in counts if count >= enough]
+    assert (f"**from {reached[0]:,} parameters on**" if reached else "at **no count**") in told
+    assert reach_answer([]).startswith("Not answered")
+
+
+def test_only_what_needs_a_missing_setting_is_left_open():
+    rows = made_up(lambda s: 0.0)
+    rows = [{**r, "tried": {}, "edge": False, "twice": []} for r in rows]
+    whole = converged_report._questions(rows, [])
+    for variant, opened in (("LoRA", 1), ("SuperLoRA K=2", 1), ("shuffled LoRTA", 1), ("LoTR", 0)):
+        missing = [r for r in rows if r["variant"] == variant]
+        assert missing
+        part = converged_report._questions([r for r in rows if r["variant"] != variant], missing)
+        assert sum(one.startswith(converged_report.OPEN) for one in part) == opened, variant
+        kept = [one for one in part if not one.startswith(converged_report.OPEN)]
+        assert set(kept) <= set(whole)
 
 
 def test_a_flat_ladder_of_ranks_is_said_to_prove_little():
@@ -455,7 +488,8 @@ def test_the_runs_to_convergence_go_on_where_they_were_stopped_and_judge_only_wh
     assert part["unfinished"]
     told = report.text(tmp_path / "broken")
     assert "**Unfinished**" in told
-    assert "Has it converged" not in told
+    assert f"## Has it converged?\n\n{converged_report.OPEN} LoRA" in told
+    assert told.count(converged_report.OPEN) >= 2
     again, trained = go_on(tmp_path / "broken"), len(made) - 1
     whole = go_on(tmp_path / "whole")
     assert len(made) - 1 == 2 * trained  # nothing was trained twice
@@ -464,7 +498,7 @@ def test_the_runs_to_convergence_go_on_where_they_were_stopped_and_judge_only_wh
     assert 2 * SHORT.steps in made
     by_name = {r["variant"]: r for r in whole["rows"]}
     assert (len(by_name["dense"]["accuracies"]), len(by_name["LoRA"]["accuracies"])) == (2, 3)
-    assert "Has it converged?" in report.text(tmp_path / "whole")
+    assert converged_report.OPEN not in report.text(tmp_path / "whole")
     assert (tmp_path / "whole" / converged_report.PARETO).read_bytes().startswith(b"\x89PNG")
 
     def compared(out):

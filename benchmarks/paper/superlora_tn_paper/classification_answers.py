@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,37 @@ def tenths(rows: Sequence[Data]) -> list[Pair]:
             near = min(fit, key=lambda r: abs(math.log(lora["parameters"] / r["parameters"] / 10)))
             found.append(Pair(lora, near))
     return found
+
+
+def reaching(rows: Sequence[Data]) -> list[Pair]:
+    """LoRA's most accurate setting beside each unprojected LoRTA, of the fewest parameters first."""
+    loras = [r for r in rows if r["variant"] == "LoRA"]
+    others = sorted((r for r in rows if r["variant"].startswith("LoRTA")), key=lambda r: r["parameters"])
+    top = max(loras, key=lambda r: statistics.fmean(r["accuracies"]), default=None)
+    return [] if top is None else [Pair(top, other) for other in others]
+
+
+def reach_answer(found: Sequence[Pair]) -> str:
+    """From which number of parameters on does LoRTA reach LoRA's best?"""
+    if not found or found[0].difference.error is None:
+        return "Not answered: it takes a LoRA, a LoRTA and two seeds."
+    top = found[0].first
+    words = f"LoRA's best setting ({top['words']}, {top['parameters']:,} parameters, {_mean(top)})"
+    on = len(found)
+    while on and found[on - 1].difference.sign >= 0:
+        on -= 1
+    if on == len(found):
+        last = found[-1].second
+        return f"LoRTA reaches {words} at **no count**: with {last['parameters']:,} parameters, its most, it has {_mean(last)}."
+    first = found[on].second
+    return (
+        f"LoRTA reaches {words} **from {first['parameters']:,} parameters on** ({first['variant']} {first['words']}, "
+        f"{_mean(first)}): there and above it is not seen to be behind."
+    )
+
+
+def _mean(row: Data) -> str:
+    return f"{100 * statistics.fmean(row['accuracies']):.1f} %"
 
 
 def rank_pairs(rows: Sequence[Data]) -> list[Pair]:

@@ -281,12 +281,7 @@ class Converged:
             [self.job(setting, rate, s, self.task.test, times=2) for s in recipe.seeds] if setting in self.checked() else []
         )
         return {
-            "variant": setting.variant,
-            "words": setting.words,
-            "order": setting.order,
-            "groups": setting.groups,
-            "projection": map_words(setting),
-            "parameters": setting.parameters,
+            **_about(setting),
             "tried": tried,
             "rate": rate,
             "edge": at_the_edge(rate, map(float, tried)),
@@ -299,6 +294,17 @@ class Converged:
             "twice": [one["accuracy"] for one in longer],
             "step_seconds": statistics.median(one["step_seconds"] for one in runs),
         }
+
+
+def _about(setting: Setting) -> Data:
+    return {
+        "variant": setting.variant,
+        "words": setting.words,
+        "order": setting.order,
+        "groups": setting.groups,
+        "projection": map_words(setting),
+        "parameters": setting.parameters,
+    }
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -374,6 +380,6 @@ def _result(experiment: Converged, rows: dict[str, Data]) -> Data:
         "classes": task.classes,
         "weights": len(task.shapes),
         "elements": sum(o * i for o, i in task.shapes.values()),
-        "unfinished": [f"{s.variant} {s.words}".strip() for s in ordered if s.job not in rows],
+        "unfinished": [_about(s) for s in ordered if s.job not in rows],
         "rows": [rows[s.job] for s in ordered if s.job in rows],
     }

@@ -1,4 +1,4 @@
-"""What the runs to convergence say: a table of what is finished, and verdicts only where nothing is missing."""
+"""What the runs to convergence say: a table of what is finished, and each verdict whose settings are."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ import math
 import statistics
 from pathlib import Path
 
-from superlora_tn_paper.classification_answers import QUESTIONS, pairs, rank_answer, rank_pairs, summary, tenth_answer, tenths
+from superlora_tn_paper.classification_answers import (
+    QUESTIONS,
+    pairs,
+    rank_answer,
+    rank_pairs,
+    reach_answer,
+    reaching,
+    summary,
+    tenth_answer,
+    tenths,
+)
 from superlora_tn_paper.classification_report import PARETO, draw_points
 from superlora_tn_paper.differences import RULE, difference
 from superlora_tn_paper.markdown import percent, table, where
 from superlora_tn_paper.store import Data
 
+OPEN = "Not judged yet, for want of"
+CHECKED = ("dense", "LoRA", "LoRTA M=3")  # of which twice the steps are run
+LINES = ("LoRA", "LoRTA M=3", "LoRTA M=4", "LoRTA M=5")
 ABOVE = 0.05  # dense fine-tuning is wanted so far above the head alone
 
 
@@ -20,11 +33,15 @@ def report(result: Data) -> str:
     rows, missing = result["rows"], result["unfinished"]
     parts = ["# Image classification to convergence", where(result) + " " + _setup(result)]
     if missing:
-        parts.append(f"**Unfinished**: {len(missing)} settings are missing ({', '.join(missing)}), so nothing is judged yet.")
-    parts += ["## Results", f"![Accuracy against trainable parameters]({PARETO})", _results(rows)]
-    if not missing:
-        parts += ["## Has it converged?", head_answer(rows), twice_answer(rows), edge_answer(rows), *_questions(rows)]
-    return "\n\n".join([*parts, ""])
+        parts.append(f"**Unfinished**: {len(missing)} settings are missing: {_named(missing)}. What needs them is not judged.")
+    parts += ["## Results", f"![Accuracy against trainable parameters]({PARETO})", _results(rows), "## Has it converged?"]
+    checked = [r for r in missing if r["variant"] in CHECKED]
+    parts += [f"{OPEN} {_named(checked)}."] if checked else [head_answer(rows), twice_answer(rows), edge_answer(rows)]
+    return "\n\n".join([*parts, *_questions(rows, missing), ""])
+
+
+def _named(rows: list[Data]) -> str:
+    return ", ".join(f"{r['variant']} {r['words']}".strip() for r in rows)
 
 
 def _setup(result: Data) -> str:
@@ -96,15 +113,22 @@ def edge_answer(rows: list[Data]) -> str:
     return f"Best rates at the edge of those tried: {', '.join(found) if found else 'none'}."
 
 
-def _questions(rows: list[Data]) -> list[str]:
-    """The questions of the small scale, on as many seeds as both sides of a pair have."""
-    least = min(len(r["accuracies"]) for r in rows)
-    lines = {"LoRA", "LoRTA M=3", "LoRTA M=4", "LoRTA M=5"}
-    own = [r for r in rows if r["variant"] in lines]
+def _questions(rows: list[Data], missing: list[Data]) -> list[str]:
+    """The questions of the small scale, each where all of its settings are finished, on as many seeds as both sides have."""
+    lines = [r for r in rows if r["variant"] in LINES]
+    parts, left = ["## Questions", RULE], [r for r in missing if r["variant"] in LINES]
+    parts += ["### Does LoRTA reach LoRA's accuracy with about a tenth of the parameters?"]
+    parts += (
+        [f"{OPEN} {_named(left)}."]
+        if left
+        else [rank_answer(rank_pairs(lines)), tenth_answer(tenths(lines)), reach_answer(reaching(lines))]
+    )
+    least = min((len(r["accuracies"]) for r in rows), default=0)
     even = [{**r, "accuracies": r["accuracies"][:least]} for r in rows]
-    parts = ["## Questions", RULE, rank_answer(rank_pairs(own)), tenth_answer(tenths(own))]
     for title, what, test in QUESTIONS:
-        parts += [f"### {title}", summary(list(pairs(even, test)), what)]
+        found = list(pairs([*even, *missing], test))
+        left = [r for r in missing if any(r is p.first or r is p.second for p in found)]
+        parts += [f"### {title}", f"{OPEN} {_named(left)}." if left else summary(found, what)]
     return parts
 
 
