@@ -21,7 +21,7 @@ from superlora_tn.declare.node_maps import (
     Selected,
     Softmax,
 )
-from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, Network, Node, SpecError, TensorTrain, Tucker
+from superlora_tn.declare.parts import CP, Base, Dense, Hadamard, Kronecker, Network, Node, SpecError, TensorTrain, Tucker
 from superlora_tn.declare.rows import Rows
 from superlora_tn.files.own import CheckpointError
 from superlora_tn.files.read import read
@@ -77,6 +77,7 @@ __all__ = [
     "AdapterSpec",
     "AttachError",
     "BackendError",
+    "Base",
     "Budget",
     "Cayley",
     "Certificate",

@@ -206,3 +206,41 @@ def test_a_given_base_is_fitted_on() -> None:
     delta = weight * (known @ torch.arange(1.0, IN + 1, dtype=torch.float64)[None])
     found = sl.decompose({"w": delta}, sl.hira(1), start={"group0.W": weight})
     assert found.error < 1e-6  # alternating least squares of rank 1 on a dW that has it
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_the_base_is_a_part_anywhere_in_an_elementwise_product(order: int, tmp_path) -> None:
+    parts = [(sl.Base(), sl.CP(R)), (sl.CP(R), sl.Base()), (sl.Base(), sl.Dense(), sl.Base())][order]
+    spec = sl.AdapterSpec(sl.Hadamard(*parts))
+    assert sl.AdapterSpec.from_dict(spec.to_dict()) == spec
+    assert spec.count([(OUT, IN)]) == (OUT * IN if order == 2 else R * (OUT + IN))
+    fresh = sl.attach(layers(), spec, ["0"], seed=1)
+    assert not fresh.delta("0").any()  # a trained node starts at zero, not the base
+    assert [name for name, node in fresh.named_parameters() if "base" in name] == []
+    model, tuned = attached(spec)
+    weight = model[0].weight.detach().numpy()
+    adapter = next(iter(tuned._adapters()))
+    values = {n.name: t.detach().numpy() for n, t in zip(adapter.graph.nodes, adapter.tensors(), strict=True)}
+    own = [value for name, value in values.items() if "base" not in name]
+    low = own[0] if order == 2 else own[0] @ own[1].T
+    expected = low * weight ** (2 if order == 2 else 1)
+    # Two or three products of float64 an element.
+    np.testing.assert_allclose(tuned.delta("0").detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+    tuned.save(tmp_path)
+    again = layers()
+    sl.load(again, tmp_path)
+    x = torch.randn(5, IN, dtype=torch.float64)
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (sl.AdapterSpec(sl.Base()), "no trainable node"),
+        (sl.AdapterSpec(sl.Kronecker(sl.Base(), sl.CP(1))), "holds each weight's 'base'"),
+        (sl.AdapterSpec(sl.Hadamard(sl.Base(), sl.CP(2)), sl.FlatFold(2)), "a flat fold knows no weights apart"),
+    ],
+)
+def test_a_base_that_is_no_whole_weight_is_refused(spec: sl.AdapterSpec, words: str) -> None:
+    with pytest.raises(sl.SpecError, match=words):
+        spec.count([(OUT, IN)])

@@ -1,6 +1,6 @@
 """The words an adapter is declared in: nodes of a tensor network, and the frozen values that expand to nodes.
 
-Everything here is a frozen, hashable value, checked when it is made. A *part* (`Dense`, `Tucker`, `CP`,
+Everything here is a frozen, hashable value, checked when it is made. A *part* (`Dense`, `Base`, `Tucker`, `CP`,
 `TensorTrain`, `Kronecker`, `Hadamard`, `Network`) knows its ranks but no sizes; `graph.lower` gives it sizes.
 """
 
@@ -110,6 +110,14 @@ class Node:
 @dataclass(frozen=True)
 class Dense:
     """One full tensor over all modes: no factorisation at all."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The weight itself, as it is when the adapter is attached: frozen, a copy that is saved with the adapter.
+
+    Over the whole of a weight, so beside other parts in a `Hadamard`: ``Hadamard(Base(), CP(8))`` is HiRA (Huang et al. 2025).
+    """
 
 
 @dataclass(frozen=True)
@@ -335,14 +343,14 @@ def _check_sizes(network: Network, open_indices: set[str], places: set[str]) -> 
         raise SpecError(f"Network bond '{unsized[0]}' has no size; say sizes={{'{unsized[0]}': 8}}.")
 
 
-Part = Dense | CP | Tucker | TensorTrain | Kronecker | Hadamard | Network
-PARTS = (Dense, CP, Tucker, TensorTrain, Kronecker, Hadamard, Network)
+Part = Dense | Base | CP | Tucker | TensorTrain | Kronecker | Hadamard | Network
+PARTS = (Dense, Base, CP, Tucker, TensorTrain, Kronecker, Hadamard, Network)
 
 
 def reference_rank(part: Part) -> int | None:
     """The rank that `alpha` is divided by: the largest rank declared in the part, None where none is."""
     if isinstance(part, Kronecker | Hadamard):
         return max((r for r in map(reference_rank, part.parts) if r is not None), default=None)
-    if isinstance(part, Dense | Network):
+    if isinstance(part, Dense | Base | Network):
         return None
     return max(part.rank) if isinstance(part.rank, tuple) else part.rank

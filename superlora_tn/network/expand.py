@@ -23,6 +23,7 @@ from superlora_tn.declare.parts import (
     CP,
     GROUP,
     TOKEN,
+    Base,
     Dense,
     Hadamard,
     Kronecker,
@@ -162,7 +163,8 @@ def _start_at_zero(drafts: list[Draft]) -> list[Draft]:
         raise SpecError(f"the frozen node '{still}' is zero, so dW would stay zero; give it another init, or train it.")
     if len(declared) > 1:
         raise SpecError(f"{' and '.join(declared)} start at zero; exactly one node may, or none ever trains.")
-    if not any(d.trainable for d in able):
+    able = [d for d in able if d.trainable]
+    if not able:
         return drafts  # functions that are never zero, as rotations: for a join that starts elsewhere
     chosen = declared[0] if declared else next((d for d in able if d.zero), able[0]).name
     return [replace(d, init="zeros") if d.name == chosen else d for d in drafts]
@@ -216,6 +218,11 @@ def expand(part: Part, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
 @expand.register
 def _(part: Dense, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
     return [Draft(f"{prefix}weight", axes, zero=True)]
+
+
+@expand.register
+def _(part: Base, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
+    return [Draft(f"{prefix}base", axes, "base", trainable=False)]
 
 
 def _within(

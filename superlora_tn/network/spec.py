@@ -45,7 +45,7 @@ class AdapterSpec:
     """What an adapter is: ``dW_g = scale * F(network_g)``, laid out by the fold (SuperLoRA, equation 4).
 
     Args:
-        network: a part: `Dense`, `Tucker`, `CP`, `TensorTrain`, `Kronecker`, `Hadamard` or `Network`, nested at will.
+        network: a part: `Dense`, `Base`, `Tucker`, `CP`, `TensorTrain`, `Kronecker`, `Hadamard` or `Network`, nested at will.
         fold: which weights share the network, and how they become its modes.
         projection: a fixed map from the network's vector to the group's; only with a `FlatFold`.
         alpha: dW is scaled by alpha / rank; None scales by 1. A network without a declared rank counts as rank 1.

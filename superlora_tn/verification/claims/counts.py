@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from superlora_tn.declare.fold import FlatFold, Shape
-from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, Network, Part, TensorTrain
+from superlora_tn.declare.parts import CP, Base, Dense, Hadamard, Kronecker, Network, Part, TensorTrain
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.verification.references.textbook import layer_and_type
 
@@ -36,6 +36,8 @@ def part_count(part: Part, sizes: Mapping[str, int]) -> int:
     each = list(sizes.values())
     if isinstance(part, Dense) or (isinstance(part, CP) and part.dense_if_large and 2 * part.rank >= max(each)):
         return math.prod(each)
+    if isinstance(part, Base):
+        return 0
     if isinstance(part, CP):
         rank = min(part.rank, math.prod(each) // max(each)) if part.over == "cap" else part.rank
         return rank * sum(each) if len(each) > 1 else each[0]

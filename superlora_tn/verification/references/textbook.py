@@ -19,7 +19,7 @@ import numpy as np
 
 from superlora_tn.declare.fold import FlatFold, PhysicalFold, Shape
 from superlora_tn.declare.maps import Compose, Fastfood, Shuffle
-from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, Network, Part, TensorTrain, Tucker
+from superlora_tn.declare.parts import CP, Base, Dense, Hadamard, Kronecker, Network, Part, TensorTrain, Tucker
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.fixed_maps import gaussians, permutation, signs
 
@@ -86,6 +86,8 @@ def tensor(part: Part, modes: Sequence[str], values: Values, formulas: Formulas 
 
     if isinstance(part, Dense) or (isinstance(part, CP) and f"{prefix}weight" in values):
         return own("weight")
+    if isinstance(part, Base):
+        return own("base")
     if isinstance(part, CP):
         factors = [own(f"factor_{m}") for m in modes]
         return factors[0] if len(modes) == 1 else formulas.cp(factors)
@@ -150,7 +152,7 @@ def _ranks(part: Part) -> list[int]:
     """All ranks that a part declares."""
     if isinstance(part, Kronecker | Hadamard):
         return [rank for inner in part.parts for rank in _ranks(inner)]
-    if isinstance(part, Dense | Network):
+    if isinstance(part, Dense | Base | Network):
         return []
     return list(part.rank) if isinstance(part.rank, tuple) else [part.rank]
 
