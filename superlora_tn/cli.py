@@ -129,6 +129,10 @@ def parser(program: str = "superlora-tn") -> argparse.ArgumentParser:
     for made in (listing, fitting, plan, drawing):
         made.add_argument("--shape", default="768x768", metavar="OUTxIN", help="of a weight")
         made.add_argument("--weights", type=count, default=24, metavar="N", help="how many such weights")
+    for made in (listing, fitting):
+        words = "the weights of a model instead: its folder with config.json, or its safetensors"
+        made.add_argument("--model", metavar="PATH", help=words)
+        made.add_argument("--targets", nargs="+", default=[], metavar="NAME", help="modules of it or their endings; none: all")
     taking = add("extract", commands.extract, "make an adapter of the difference of two checkpoints of a model")
     taking.add_argument("base", metavar="BASE", help="the model before: a safetensors file, or a folder of them")
     taking.add_argument("tuned", metavar="TUNED", help="the same model after")

@@ -15,7 +15,7 @@ from typing import Any
 from superlora_tn.contraction.plan import Plan, RouteChoice, choose, table
 from superlora_tn.contraction.profile import DEVICES
 from superlora_tn.declare.fold import PhysicalFold, Shape
-from superlora_tn.declare.parts import Network
+from superlora_tn.declare.parts import Network, SpecError
 from superlora_tn.network.budget import Budget, fit
 from superlora_tn.network.catalogue import VARIANTS
 from superlora_tn.network.graph import Graph
@@ -132,6 +132,22 @@ def _shapes(args: argparse.Namespace) -> dict[str, Shape]:
     return {f"layer.{k}.weight": shape for k in range(args.weights)}
 
 
+def _targets(args: argparse.Namespace) -> tuple[dict[str, Shape], str]:
+    """The weights of ``--model``, or of ``--shape`` and ``--weights``, and what they are in words."""
+    if args.model is None:
+        if args.targets:
+            raise UsageError("--targets chooses of a model; give --model too, or --shape and --weights.")
+        return _shapes(args), f"{args.weights} weights of {args.shape}"
+    from superlora_tn.tools.shapes import model_shapes
+
+    shapes = model_shapes(args.model, args.targets)
+    if not shapes:
+        named = f" by the names {', '.join(args.targets)}" if args.targets else ""
+        raise UsageError(f"{args.model} has no weight that could be adapted{named}.")
+    elements = sum(d_out * d_in for d_out, d_in in shapes.values())
+    return shapes, f"{len(shapes)} weights of {args.model}, {elements:,} numbers"
+
+
 def _first_graph(args: argparse.Namespace) -> tuple[Graph, Shape]:
     shapes = _shapes(args)
     return make_spec(args, shapes).lay_out(shapes)[0][1], next(iter(shapes.values()))
@@ -236,22 +252,30 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def list_variants(args: argparse.Namespace) -> None:
-    """List the variants with their network and count."""
-    shapes = _shapes(args)
+    """List the variants with their network and count; one that does not fit the weights, with the reason."""
+    shapes, words = _targets(args)
     rows = [("variant", "network of one weight", "parameters", "from")]
-    data = []
+    data: list[dict[str, Any]] = []
+    refused = {}
     for name, maker in VARIANTS.items():
         rank = min(args.rank, 4) if name in ("lorta", "superlora") else args.rank
-        spec = _variant(name, {"rank": f"{rank}"} if "rank" in _settings(name) else {}, shapes)
-        count, graph = spec.count(shapes), spec.lay_out(shapes)[0][1]
         summary = (inspect.getdoc(maker) or "").split("\n")[0]
-        rows.append((name, graph.equation(fixed=True), f"{count:,}", summary.split(":")[0]))
-        data.append({"variant": name, "equation": graph.equation(fixed=True), "parameters": count, "summary": summary})
+        spec = _variant(name, {"rank": f"{rank}"} if "rank" in _settings(name) else {}, shapes)
+        try:
+            count, equation = spec.count(shapes), spec.lay_out(shapes)[0][1].equation(fixed=True)
+        except SpecError as error:
+            refused[name] = str(error)
+            data.append({"variant": name, "refused": str(error), "summary": summary})
+            continue
+        rows.append((name, equation, f"{count:,}", summary.split(":")[0]))
+        data.append({"variant": name, "equation": equation, "parameters": count, "summary": summary})
     if args.json:
         _show(data)
         return
-    print(f"{args.weights} weights of {args.shape}, rank {args.rank} (lorta and superlora: {min(args.rank, 4)})")
+    print(f"{words}, rank {args.rank} (lorta and superlora: {min(args.rank, 4)})")
     print("\n".join(table(rows, "parameters")))
+    for name, reason in refused.items():
+        print(f"{name} does not fit: {reason}")
 
 
 def suggest(args: argparse.Namespace) -> None:
@@ -260,7 +284,7 @@ def suggest(args: argparse.Namespace) -> None:
 
     if args.device not in DEVICES:
         raise UsageError(f"there is no device profile '{args.device}'; choose one of {', '.join(DEVICES)}.")
-    made = suggest(_shapes(args), args.budget, tokens=args.tokens, device=DEVICES[args.device])
+    made = suggest(_targets(args)[0], args.budget, tokens=args.tokens, device=DEVICES[args.device])
     if args.json:
         rows = [{"variant": s.variant, "parameters": s.count, **asdict(s.cost), "spec": s.spec.to_dict()} for s in made.found]
         _show({"budget": made.budget, "found": rows, "refused": dict(made.refused)})

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from superlora_tn import commands, make_plan, superlora
 from superlora_tn.cli import EXTRAS, REFUSALS, VARIANTS, main, parser
@@ -80,6 +82,49 @@ def test_variants_lists_each_with_its_count(capsys):
     assert "294,912" in text  # LoRA: 24 weights, 8 * (768 + 768)
     assert main(["variants", "--json"]) == 0
     assert {row["variant"]: row["parameters"] for row in strict(capsys.readouterr().out)}["lora"] == 294_912
+
+
+def test_variants_says_why_one_does_not_fit(capsys):
+    assert main(["variants", "--shape", "97x53", "--weights", "2"]) == 0
+    text = capsys.readouterr().out
+    assert f"{8 * (97 + 53) * 2:,}" in text
+    assert "c3a does not fit: Circulant was given size=64 for a matrix 97 x 53" in text
+    assert main(["variants", "--shape", "97x53", "--json"]) == 0
+    rows = {row["variant"]: row for row in strict(capsys.readouterr().out)}
+    assert set(rows) == set(VARIANTS)
+    assert "64" in rows["c3a"]["refused"]
+
+
+def test_variants_and_suggest_take_a_models_weights(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", reason="the demo extra is not installed")
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=8)
+    config.save_pretrained(tmp_path / "config")  # its layers hold (in, out)
+    shapes = {"c_attn": (96, 32), "c_proj": (32, 32)}
+    arguments = ["--model", str(tmp_path / "config"), "--targets", "c_attn"]
+    assert main(["variants", "--rank", "2", *arguments, "--json"]) == 0
+    rows = {row["variant"]: row for row in strict(capsys.readouterr().out)}
+    assert rows["lora"]["parameters"] == 2 * 2 * (96 + 32)
+    assert main(["suggest", "600", *arguments, "--json"]) == 0
+    found = {row["variant"]: row["parameters"] for row in strict(capsys.readouterr().out)["found"]}
+    assert found["lora"] == 2 * 2 * (96 + 32)
+    # Headers of a checkpoint, without a config.
+    save_file(
+        {f"h.{k}.{name}.weight": torch.zeros(size) for k in range(2) for name, size in shapes.items()},
+        tmp_path / "a.safetensors",
+    )
+    assert main(["variants", "--rank", "2", "--model", str(tmp_path / "a.safetensors")]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"4 weights of {tmp_path / 'a.safetensors'}, {2 * (96 * 32 + 32 * 32):,} numbers")
+    assert f"{2 * 2 * (96 + 32 + 32 + 32):,}" in text
+    (tmp_path / "config" / "config.json").write_text('{"model_type": "no such"}')
+    for words, expected in (
+        (arguments, "transformers makes no model of"),
+        (["--model", str(tmp_path / "a.safetensors"), "--targets", "q"], "has no weight that could be adapted by the names q"),
+        (["--model", str(tmp_path / "nothing.safetensors")], "nothing.safetensors"),
+        (["--targets", "q"], "give --model too"),
+    ):
+        assert main(["variants", *words]) == 2
+        assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

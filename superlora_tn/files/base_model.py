@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -79,3 +79,8 @@ def base_model(path: str | PathLike[str]) -> BaseModel:
     for file in files:
         found |= {name: (file, shape) for name, shape in look(file).items()}
     return BaseModel({n: f for n, (f, _) in found.items()}, {n: s for n, (_, s) in found.items()})
+
+
+def within(name: str, targets: Sequence[str]) -> bool:
+    """Whether a module is among targets, names or their endings; none means all."""
+    return not targets or any(name == t or name.endswith(f".{t}") for t in targets)

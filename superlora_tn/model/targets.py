@@ -220,6 +220,12 @@ def bind(name: str, place: Place, at: str | None = None) -> Target:
     return target
 
 
+def target_shapes(model: nn.Module, targets: Targets) -> dict[str, Shape]:
+    """(out, in) of the targets of a model, by name; see `match`."""
+    known = places(model, declared(model, targets))
+    return {name: bind(name, known[name]).shape for name in match(model, targets)}
+
+
 def _block(kind: Kind, place: Place) -> Kind:
     """The kind of a place's rows; of layers other than linear ones, a block is adapted where the weight is read."""
     if place.span is None:

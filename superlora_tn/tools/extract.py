@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from superlora_tn.declare.fold import Shape
-from superlora_tn.files.base_model import BaseModel, base_model
+from superlora_tn.files.base_model import BaseModel, base_model, within
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.own import Saved
 from superlora_tn.files.read import read
@@ -120,7 +120,7 @@ def extract(
     first, second = base_model(base), base_model(tuned)
     _check_alike(first, second, str(base), str(tuned))
     changed = [name for name in first.sizes if not torch.equal(first.parameter(name), second.parameter(name))]
-    shapes = {n: s for n, s in first.shapes.items() if f"{n}.weight" in changed and _wanted(n, targets)}
+    shapes = {n: s for n, s in first.shapes.items() if f"{n}.weight" in changed and within(n, targets)}
     if not shapes:
         of = f" of the targets {', '.join(targets)}" if targets else ""
         raise CheckpointError(f"no weight{of} differs between {base} and {tuned}, so there is nothing to make an adapter of.")
@@ -131,10 +131,6 @@ def extract(
 
     found = fit_weights(shapes, delta, spec, Settings(steps, tolerance, restarts), seed, None, progress)
     return Extracted(found, tuple(n for n in changed if n.removesuffix(".weight") not in shapes))
-
-
-def _wanted(name: str, targets: Sequence[str]) -> bool:
-    return not targets or any(name == t or name.endswith(f".{t}") for t in targets)
 
 
 def _check_alike(first: BaseModel, second: BaseModel, base: str, tuned: str) -> None:

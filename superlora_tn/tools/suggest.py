@@ -12,8 +12,7 @@ from superlora_tn.contraction.profile import CPU, ITEM, Device
 from superlora_tn.contraction.search import PlanError
 from superlora_tn.declare.fold import PhysicalGroup, Shape
 from superlora_tn.declare.parts import SpecError, check_count
-from superlora_tn.model.places import declared
-from superlora_tn.model.targets import Targets, bind, match, places
+from superlora_tn.model.targets import Targets, target_shapes
 from superlora_tn.network.budget import words
 from superlora_tn.network.catalogue import VARIANTS, bought
 from superlora_tn.network.spec import AdapterSpec
@@ -131,8 +130,7 @@ def _shapes(where: nn.Module | Mapping[str, Shape] | Sequence[Shape], targets: T
     if isinstance(where, nn.Module):
         if targets is None:
             raise SpecError("suggest was given a model without targets; name the layers, such as targets=['q_proj', 'v_proj'].")
-        known = places(where, declared(where, targets))
-        return {name: bind(name, known[name]).shape for name in match(where, targets)}
+        return target_shapes(where, targets)
     if targets is not None:
         raise SpecError("suggest was given shapes and targets; targets choose of a model, so give the shapes of those alone.")
     named = where if isinstance(where, Mapping) else {f"layer.{k}.weight": shape for k, shape in enumerate(where)}

@@ -1,0 +1,41 @@
+"""The shapes of a model's weights from its folder alone: no weight is read, no memory is taken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from os import PathLike
+
+import torch
+
+from superlora_tn.declare.fold import Shape
+from superlora_tn.files.base_model import base_model, within
+from superlora_tn.files.errors import CheckpointError
+from superlora_tn.files.folder import place_of
+from superlora_tn.model.targets import target_shapes
+
+
+def model_shapes(path: str | PathLike[str], targets: Sequence[str] = ()) -> dict[str, Shape]:
+    """(out, in) of a model's weights, by module.
+
+    Args:
+        path: a folder whose ``config.json`` transformers reads (the model is built without memory), or any safetensors file or
+            folder of them, whose headers are read; there an embedding's rows count as out.
+        targets: names of modules or their endings; none takes all linear layers, of headers all matrices and kernels.
+
+    Raises:
+        CheckpointError: neither is there, or it cannot be read.
+        AttachError: the model has no such target.
+    """
+    place = place_of(path)
+    config = place / "config.json"
+    if config.is_file() and "model_type" in json.loads(config.read_text()):
+        from transformers import AutoConfig, AutoModel
+
+        try:
+            with torch.device("meta"):
+                model = AutoModel.from_config(AutoConfig.from_pretrained(place))
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"transformers makes no model of {config}: {error}") from error
+        return target_shapes(model, list(targets) or "all-linear")
+    return {name: shape for name, shape in base_model(place).shapes.items() if within(name, targets)}
