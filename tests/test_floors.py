@@ -26,7 +26,7 @@ HOUSE = {
     ],
     "network": [
         ["graph"],
-        ["expand"],
+        ["expand", "applied"],
         ["spec"],
         ["budget", "sums", "joined"],
         ["variants", "relatives", "convolved", "mapped"],

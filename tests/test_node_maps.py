@@ -13,6 +13,7 @@ from optional import library
 from torch import Tensor, nn
 
 import superlora_tn as sl
+from superlora_tn.update import node_maps
 from superlora_tn.update.node_maps import table, value
 
 PLACES = [71, 15, 81, 77, 51, 57]  # of 96, from torch 2.11's permutation of seed 777
@@ -24,6 +25,7 @@ MAPS = (
     sl.Cayley(),
     sl.Exponential(),
     sl.Householder(3),
+    sl.Householder(4, less_one=True),
     sl.Softmax(),
     sl.Normalised(),
 )
@@ -65,6 +67,7 @@ def formula(made: object, stored: np.ndarray, rows: int, columns: int) -> np.nda
         result = one
         for u in stored.T:
             result = result @ (one - 2 * np.outer(u, u) / (u @ u))
+        result = result - one if made.less_one else result
     elif isinstance(made, sl.Softmax):
         result = np.exp(stored) / np.exp(stored).sum(-1, keepdims=True)
     else:
@@ -81,6 +84,66 @@ def test_a_map_is_its_formula_and_its_gradient_is_right(made: sl.Node) -> None:
     wanted = np.stack([formula(made, one, *SHAPE[1:]) for one in stored.detach().numpy()])
     np.testing.assert_allclose(found.detach().numpy(), wanted, rtol=0, atol=1e-13)  # sums of 36 terms of order 1 at 1e-16
     assert torch.autograd.gradcheck(lambda s: value(made, s, SHAPE, fixed), stored)
+
+
+@pytest.mark.parametrize("route", ["apply", "delta"])
+@pytest.mark.parametrize(
+    ("made", "rows", "columns"),
+    [(sl.Circulant(8), 16, 24), (sl.Circulant(9), 9, 27), (sl.Householder(4, less_one=True), 10, 10)],
+    ids=str,
+)
+def test_x_meets_the_node_on_both_routes(made: sl.Node, rows: int, columns: int, route: str) -> None:
+    """By waves of even and odd length, and by thin matrices, of a batch with a bond."""
+    spec = sl.AdapterSpec(
+        sl.Network("o i", {"b": 2}, w=sl.Node("b o i", map=made), g=sl.Node("b", init="ones", trainable=False))
+    )
+    model = nn.ModuleDict({"layer": nn.Linear(columns, rows).double()})
+    tuned = sl.attach(model, spec, ["layer"], route=route).to(torch.float64)
+    (stored,) = tuned.parameters()
+    with torch.no_grad():
+        stored.normal_()
+    wanted = sum(formula(made, one, rows, columns) for one in stored.detach().numpy())
+    x = torch.randn(3, columns, dtype=torch.float64, requires_grad=True)
+    found = model["layer"](x) - nn.functional.linear(x, model["layer"].weight, model["layer"].bias)
+    # sums of 27 numbers of order 1 at 1e-16
+    np.testing.assert_allclose(found.detach().numpy(), x.detach().numpy() @ wanted.T, rtol=0, atol=1e-13)
+    both = torch.autograd.grad(model["layer"](x).sin().sum(), (x, stored), retain_graph=True)
+    dense = [value(made, one, (rows, columns), table(made, (rows, columns))) for one in stored]
+    y = nn.functional.linear(x, model["layer"].weight + sum(dense), model["layer"].bias)
+    for one, other in zip(both, torch.autograd.grad(y.sin().sum(), (x, stored)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_block_rotations_go_block_by_block() -> None:
+    plan = sl.make_plan(sl.oft(4).lay_out({"layer": (12, 16)})[0][1], "apply", 32)
+    assert plan.names == ("x", "R")
+    assert plan.flops == 2 * 32 * 16 * 4
+    plan = sl.make_plan(sl.hra(2).lay_out({"layer": (12, 16)})[0][1], "apply", 32)
+    assert plan.flops == 2 * 2 * 32 * 16 * 2  # two products with two columns
+
+
+def test_what_is_stored_is_mapped_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever number of layers and calls a pass has, and in both of them the gradients of all come together."""
+    calls, plain = [], node_maps.value
+    monkeypatch.setattr(node_maps, "value", lambda *arguments: calls.append(1) or plain(*arguments))
+    spec = sl.AdapterSpec(sl.Network("o i", w=sl.Node("o i", map=sl.Fourier(9))), alpha=9.0)
+    model = nn.ModuleList([seeded(0, lambda: nn.Linear(8, 8))])
+    model.forward = lambda x: model[0](model[0](model[0](x)))
+    tuned = sl.attach(model, spec, ["0"])
+    (stored,) = tuned.parameters()
+    with torch.no_grad():
+        stored.normal_()
+    x = torch.randn(3, 8)
+    model(x).square().sum().backward()
+    assert len(calls) == 1
+    found, stored.grad = stored.grad, None
+    merged = stored.detach().double().requires_grad_()
+    weight = model[0].weight.double() + 9 * plain(spec.network.nodes[0][1].map, merged, (8, 8), table(sl.Fourier(9), (8, 8)))
+    y = x.double()
+    for _ in range(3):
+        y = nn.functional.linear(y, weight, model[0].bias.double())
+    y.square().sum().backward()
+    torch.testing.assert_close(found.double(), merged.grad, rtol=1e-4, atol=1e-5)  # float32 through three layers
 
 
 def test_circulant_blocks_and_waves_of_a_matrix_that_is_not_square() -> None:
@@ -266,6 +329,13 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
         sl.AdapterSpec(sl.Network("o i", w=sl.Node("o i", map=sl.Cayley()))).count([(12, 8)])
     with pytest.raises(sl.SpecError, match="start at zero"):
         sl.AdapterSpec(sl.Network("o i", w=sl.Node("o i", map=sl.Cayley()))).count([(8, 8)])
+    with pytest.raises(sl.SpecError, match="an odd count cannot start at zero"):
+        sl.Householder(3, less_one=True)
+    with pytest.raises(sl.SpecError, match="nothing to train"):
+        sl.Node("o i", map=sl.Identity())
+    two = sl.Network("o i", {"r": 8}, a=sl.Node("o r", map=sl.Householder(2, less_one=True)), b=sl.Node("r i", "zeros"))
+    with pytest.raises(sl.SpecError, match="exactly one node may"):
+        sl.AdapterSpec(two).count([(8, 8)])
     with pytest.raises(sl.SpecError, match="as many indices"):
         sl.Node("o", map=sl.Cayley())
     with pytest.raises(sl.SpecError, match="never train"):

@@ -27,6 +27,7 @@ from superlora_tn_backends.writer import backward_source, forward_source, run_so
 NAME = "tensorly_torch"
 # An instance of our own: TensorLy's global backend is neither read nor set.
 TL = PyTorchBackend()
+HALVES = frozenset((torch.float16, torch.bfloat16))
 COMPLEX = frozenset((torch.complex32, torch.complex64, torch.complex128))
 
 
@@ -46,6 +47,7 @@ class Program:
 
     Attributes:
         plan: what was compiled.
+        is_matrix: whether it is x (..., in) times one matrix (out, in).
         run: the generated line in differentiable operations, ``(*tensors, out=None, alpha=1.0)``.
     """
 
@@ -54,6 +56,8 @@ class Program:
         self.run = _made(run_source(plan), "run")
         self._forward = _made(forward_source(plan), "forward")
         self._backward: dict[tuple[bool, ...], Callable[..., Any]] = {}
+        single = plan.route == "apply" and len(plan.inputs) == 2
+        self.is_matrix = single and plan.inputs[1] == (*plan.output[1:], *plan.inputs[0][1:])
 
     def __call__(
         self,
@@ -247,6 +251,12 @@ class _FusedUpdate(torch.autograd.Function):
         base, *saved = ctx.saved_tensors
         source, *wanted = ctx.needs_input_grad[5:]
         tensors, kept = _recall(ctx, saved, wanted[0])
+        single = ctx.program.is_matrix and ctx.box is None and tensors[1].shape == base.shape
+        if single and all(wanted) and base.dtype not in HALVES and not torch.is_grad_enabled():
+            # x comes back through W and dW at once: one product in place of two. In the halves their sum would lose dW.
+            _, own = _gradients(ctx.program, ctx.alpha, tensors, kept, (False, True), grad)
+            whole = torch.add(base, tensors[1], alpha=ctx.alpha)
+            return (None, None, None, None, None, None, grad @ whole, own)
         grads = _gradients(ctx.program, ctx.alpha, tensors, kept, tuple(wanted), grad)
         apart = grad @ base if source else None
         if ctx.box is None and wanted[0]:

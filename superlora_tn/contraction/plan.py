@@ -20,6 +20,7 @@ from superlora_tn.contraction.search import Optimizer, PlanError, steps_of
 from superlora_tn.declare.bounds import KEPT_STEPS, PEAK_SPARE, PEAK_TIMES
 from superlora_tn.declare.cache import kept
 from superlora_tn.declare.parts import TOKEN
+from superlora_tn.network.applied import applied
 from superlora_tn.network.graph import Graph, GraphNode
 
 Route = Literal["apply", "delta"]
@@ -214,6 +215,7 @@ def _equation(graph: Graph, route: Route, tokens: int, fixed: bool) -> Equation:
         raise PlanError("the apply route is planned for one member: x belongs to one layer. Leave fixed=True.")
     if graph.is_flat:
         raise PlanError("a flat fold has only the delta route: its modes are not the weight's in and out.")
+    graph = applied(graph).graph
     return sub_network(graph, graph.nodes, ((TOKEN,), graph.open("out"))).fed(graph.open("in"), tokens)
 
 

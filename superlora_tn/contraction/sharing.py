@@ -18,6 +18,7 @@ from superlora_tn.contraction.search import Optimizer
 from superlora_tn.declare.bounds import KEPT_NODES, MAX_GROWN
 from superlora_tn.declare.cache import kept
 from superlora_tn.declare.parts import TOKEN
+from superlora_tn.network.applied import applied
 from superlora_tn.network.graph import Graph, GraphNode
 
 # A shared contraction costs this many more operations, in units of the device's latency: a graph node, a hook, a look-up.
@@ -29,7 +30,7 @@ class Root:
     """A sub-network without x that is contracted beforehand.
 
     Attributes:
-        leaves: numbers of its nodes in the whole graph.
+        leaves: numbers of its nodes in the graph that x goes through (see `network.applied`).
         indices: of the result; the members' come first.
         together: the plan for all members.
         single: the plan for one member, without the members' indices.
@@ -75,6 +76,7 @@ def scheme(graph: Graph, siblings: int, tokens: int, device: Device, optimize: O
         tokens: rows of x to price for.
         device, optimize: as in `make_plan`.
     """
+    graph = applied(graph).graph
     whole = make_plan(graph, "apply", tokens, device, optimize)
     best, price, parts = whole, siblings * whole.price, tuple[int, ...]()
     for common in _candidates(graph) if siblings > 1 else ():

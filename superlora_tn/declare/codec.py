@@ -20,6 +20,7 @@ LATER = {
     "FlatFold": frozenset({"multiple"}),
     "PhysicalFold": frozenset({"kernel"}),
     "Node": frozenset({"map"}),
+    "Householder": frozenset({"less_one"}),
     "Fastfood": frozenset({"order", "scaling"}),
     **dict.fromkeys(("CP", "Tucker", "TensorTrain"), frozenset({"over"})),
 }

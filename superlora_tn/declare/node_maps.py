@@ -1,6 +1,11 @@
 """Maps from what is stored to a node of the network: `Node("o i", map=...)`. Frozen values; `update.node_maps` computes them.
 
-A map makes the last one or two axes of its node; the axes before them are a batch, of which each entry is made alike.
+A map makes the last one or two axes of its node; the axes before them are a batch, of which each entry is made alike. Each says
+
+- `axes`, how many it makes; `stored(shape)`, the shape of what is stored for a node of a shape;
+- `from_zero`, whether the node is zero where what is stored is, and trains from there;
+- `init`, how what is stored starts unless the node says so, and `vanishes`, whether the node is zero then;
+- `bond`, of a square node, of how many columns it is a product of two thin matrices (None: not thinner than itself).
 """
 
 from __future__ import annotations
@@ -9,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from superlora_tn.declare.checks import SpecError, check_count, shown
+from superlora_tn.declare.checks import SpecError, check_count, check_flag, shown
 
 MAX_STORED = 2**31
 
@@ -19,14 +24,19 @@ def _check_seed(owner: str, seed: object) -> None:
         raise SpecError(f"{owner} was given seed={shown(seed)}; a seed is a whole number from 0 to 2**63 - 1.")
 
 
+class _Map:
+    vanishes: ClassVar[bool] = False
+    bond: ClassVar[int | None] = None
+
+
 @dataclass(frozen=True)
-class _Placed:
+class _Placed(_Map):
     """`count` stored numbers at fixed random places of a matrix."""
 
     count: int
     seed: int = 0
     axes: ClassVar[int] = 2
-    linear: ClassVar[bool] = True
+    from_zero: ClassVar[bool] = True
     init: ClassVar[str] = "auto"
 
     def __post_init__(self) -> None:
@@ -72,7 +82,7 @@ class Fourier(_Placed):
 
 
 @dataclass(frozen=True)
-class Circulant:
+class Circulant(_Map):
     """A matrix of circulant blocks, over the number of its columns: C3A (Chen et al. 2024), with PEFT's sign and scale.
 
     ``M[a p, c q] = w[a, c, (q - p) mod size] / columns``. Stored: (..., rows / size, columns / size, size).
@@ -86,7 +96,7 @@ class Circulant:
 
     size: int
     axes: ClassVar[int] = 2
-    linear: ClassVar[bool] = True
+    from_zero: ClassVar[bool] = True
     init: ClassVar[str] = "auto"
 
     def __post_init__(self) -> None:
@@ -102,19 +112,25 @@ class Circulant:
         return (*shape[:-2], rows // self.size, columns // self.size, self.size)
 
 
+def _check_square(made: object, what: str, shape: tuple[int, ...]) -> int:
+    """The side of a square node."""
+    rows, columns = shape[-2:]
+    if rows != columns:
+        raise SpecError(f"{type(made).__name__} was given a matrix {rows} x {columns}; {what} is square.")
+    return rows
+
+
 @dataclass(frozen=True)
-class _Rotation:
+class _Rotation(_Map):
     """A rotation from the numbers above the diagonal of a skew matrix S; it starts at the identity."""
 
     axes: ClassVar[int] = 2
-    linear: ClassVar[bool] = False
+    from_zero: ClassVar[bool] = False
     init: ClassVar[str] = "zeros"
 
     def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of what is stored for a node of this shape: (..., n (n - 1) / 2)."""
-        rows, columns = shape[-2:]
-        if rows != columns:
-            raise SpecError(f"{type(self).__name__} was given a matrix {rows} x {columns}; a rotation is square.")
+        rows = _check_square(self, "a rotation", shape)
         return (*shape[:-2], rows * (rows - 1) // 2)
 
 
@@ -133,7 +149,7 @@ class Exponential(_Rotation):
 
 
 @dataclass(frozen=True)
-class Householder:
+class Householder(_Map):
     """A product of reflections ``(1 - 2 u_1 u_1^T) ... (1 - 2 u_k u_k^T)``, u the stored columns at unit length (HRA's).
 
     Yuan et al. 2024. Stored: (..., n, count). With an even count and ``init="auto"`` the columns start in equal pairs, whose
@@ -141,31 +157,63 @@ class Householder:
 
     Args:
         count: how many reflections.
+        less_one: the product less the identity, which is a product of two matrices of `count` columns, as which x goes
+            through it; for a network that is added, or multiplies as 1 + N.
 
     Raises:
-        SpecError: no whole number, or a matrix that is not square.
+        SpecError: no whole number, a matrix that is not square, or less than one with an odd count, which cannot start at zero.
     """
 
     count: int
+    less_one: bool = False
     axes: ClassVar[int] = 2
-    linear: ClassVar[bool] = False
+    from_zero: ClassVar[bool] = False
     init: ClassVar[str] = "pairs"
 
     def __post_init__(self) -> None:
         check_count("Householder", "count", self.count, MAX_STORED)
+        check_flag("Householder", "less_one", self.less_one)
+        if self.less_one and self.count % 2:
+            raise SpecError(f"Householder was given less_one=True and count={self.count}; an odd count cannot start at zero.")
+
+    @property
+    def vanishes(self) -> bool:  # type: ignore[override]
+        """Pairs cancel."""
+        return self.less_one
+
+    @property
+    def bond(self) -> int | None:  # type: ignore[override]
+        """See the module."""
+        return self.count if self.less_one else None
 
     def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of what is stored for a node of this shape."""
-        rows, columns = shape[-2:]
-        if rows != columns:
-            raise SpecError(f"Householder was given a matrix {rows} x {columns}; a product of reflections is square.")
+        _check_square(self, "a product of reflections", shape)
         return (*shape[:-1], self.count)
 
 
 @dataclass(frozen=True)
-class _Rowwise:
+class Identity(_Map):
+    """The identity, for a part of a weight that the network leaves in its place; nothing is stored, and it never trains.
+
+    Between an index of `out` and one of `in` it makes a block diagonal, and x goes block by block:
+    ``Network("(b o) (c i)", sizes, R="b o i", same=Node("b c", trainable=False, map=Identity()))``.
+    """
+
+    axes: ClassVar[int] = 2
+    from_zero: ClassVar[bool] = False
+    init: ClassVar[str] = "zeros"
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what is stored: nothing."""
+        _check_square(self, "the identity", shape)
+        return (0,)
+
+
+@dataclass(frozen=True)
+class _Rowwise(_Map):
     axes: ClassVar[int] = 1
-    linear: ClassVar[bool] = False
+    from_zero: ClassVar[bool] = False
     init: ClassVar[str] = "normal"
 
     def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -181,5 +229,5 @@ class Normalised(_Rowwise):
     """The stored numbers over their length along the last axis: vectors of length 1."""
 
 
-NodeMap = Selected | Fourier | Circulant | Cayley | Exponential | Householder | Softmax | Normalised
-NODE_MAPS = (Selected, Fourier, Circulant, Cayley, Exponential, Householder, Softmax, Normalised)
+NodeMap = Selected | Fourier | Circulant | Cayley | Exponential | Householder | Identity | Softmax | Normalised
+NODE_MAPS = (Selected, Fourier, Circulant, Cayley, Exponential, Householder, Identity, Softmax, Normalised)

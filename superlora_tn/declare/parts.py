@@ -20,7 +20,7 @@ from superlora_tn.declare.checks import check_number as check_number
 from superlora_tn.declare.checks import check_rank as check_rank
 from superlora_tn.declare.checks import check_ranks as check_ranks
 from superlora_tn.declare.checks import shown as shown
-from superlora_tn.declare.node_maps import NODE_MAPS, NodeMap
+from superlora_tn.declare.node_maps import NODE_MAPS, Identity, NodeMap
 
 BASED = ("base", "left", "right", "singular")
 INITS = ("auto", "zeros", "ones", "eye", "normal", "uniform", "orthogonal", *BASED)
@@ -96,8 +96,10 @@ class Node:
                 f"node '{self.indices}' was given map={self.map}, which makes the last {self.map.axes} axes of a node; "
                 "give it as many indices."
             )
-        if self.init == "zeros" and not self.map.linear and self.map.init != "zeros":
+        if self.init == "zeros" and not self.map.from_zero and self.map.init != "zeros":
             raise SpecError(f"node '{self.indices}' starts {self.map} at zeros, where it may never train; choose another.")
+        if isinstance(self.map, Identity) and (self.trainable or len(self.index_names) > 2):
+            raise SpecError(f"node '{self.indices}' is the identity: two indices, and nothing to train; say trainable=False.")
         if self.init in (*BASED, "eye"):
             raise SpecError(f"node '{self.indices}' has a map, whose stored tensor is not '{self.init}'; choose another init.")
 
@@ -327,7 +329,7 @@ def _check_network(network: Network) -> None:
     _check_sizes(network, set(open_indices), set(places))
     if not any(node.trainable for _, node in network.nodes):
         raise SpecError(f"Network '{network.modes}' has no trainable node; let at least one be trainable.")
-    zeros = [name for name, node in network.nodes if node.init == "zeros" and (node.map is None or node.map.linear)]
+    zeros = [name for name, node in network.nodes if node.init == "zeros" and (node.map is None or node.map.from_zero)]
     if len(zeros) > 1:
         raise SpecError(f"Network starts {' and '.join(zeros)} at zero; exactly one node may, or none ever trains.")
 

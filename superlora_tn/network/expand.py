@@ -74,7 +74,7 @@ class Draft:
     @property
     def at_zero(self) -> bool:
         """Whether a stored tensor of zeros makes the node zero."""
-        return self.map is None or self.map.linear
+        return self.map is None or self.map.from_zero
 
 
 @kept(4096, KEPT_NODES, lambda graph, *_, **__: len(graph.nodes))
@@ -163,9 +163,12 @@ def _start_at_zero(drafts: list[Draft]) -> list[Draft]:
         raise SpecError(f"the frozen node '{still}' is zero, so dW would stay zero; give it another init, or train it.")
     if len(declared) > 1:
         raise SpecError(f"{' and '.join(declared)} start at zero; exactly one node may, or none ever trains.")
+    vanishing = [d.name for d in drafts if d.map is not None and d.map.vanishes and d.init == "auto"]
+    if vanishing and declared:
+        raise SpecError(f"{' and '.join(vanishing + declared)} start at zero; exactly one node may, or none ever trains.")
     able = [d for d in able if d.trainable]
-    if not able:
-        return drafts  # functions that are never zero, as rotations: for a join that starts elsewhere
+    if vanishing or not able:
+        return drafts  # or functions that are never zero, as rotations: for a join that starts elsewhere
     chosen = declared[0] if declared else next((d for d in able if d.zero), able[0]).name
     return [replace(d, init="zeros") if d.name == chosen else d for d in drafts]
 
@@ -344,7 +347,7 @@ def _(part: Network, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
         places |= dict(zip(group, axis.split(_split_sizes(part, group, axis, known)), strict=True))
     bonds = {i: Axis(_own_name(f"{prefix}{i}", known), 1, size) for i, size in part.sizes if i not in places}
     _check_collisions(bonds, axes)
-    first = next((name for name, node in part.nodes if node.trainable and (node.map is None or node.map.linear)), None)
+    first = next((name for name, node in part.nodes if node.trainable and (node.map is None or node.map.from_zero)), None)
     at = {**bonds, **places}
     return [
         Draft(f"{prefix}{name}", tuple(at[i] for i in node.index_names), node.init, node.trainable, name == first, node.map)

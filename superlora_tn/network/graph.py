@@ -39,7 +39,9 @@ class GraphNode:
     @property
     def starts_at_zero(self) -> bool:
         """Whether the node's first value is zero."""
-        return self.init == "zeros" and (self.map is None or self.map.linear)
+        if self.map is not None and self.init == "auto":
+            return self.map.vanishes
+        return self.init == "zeros" and (self.map is None or self.map.from_zero)
 
     @property
     def indices(self) -> tuple[str, ...]:

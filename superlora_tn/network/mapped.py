@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from superlora_tn.declare.joins import Multiply
-from superlora_tn.declare.node_maps import Cayley, Circulant, Fourier, Householder, Selected
+from superlora_tn.declare.node_maps import Cayley, Circulant, Fourier, Householder, Identity, Selected
 from superlora_tn.declare.parts import Network, Node, SpecError, check_count
 from superlora_tn.network.spec import AdapterSpec
 
@@ -47,8 +47,8 @@ def oft(size: int = 32, dropout: float = 0.0) -> AdapterSpec:
     check_count("oft", "size", size, 1 << 20)
     if size == 1:
         raise SpecError("oft was given size=1, and one input alone has no rotation; give 2 at least.")
-    diagonal = Node("b c", "eye", trainable=False)
-    blocks = Network("(b o) (c i)", {"o": size, "i": size}, R=Node("b i o", map=Cayley()), diagonal=diagonal)
+    same = Node("b c", trainable=False, map=Identity())
+    blocks = Network("(b o) (c i)", {"o": size, "i": size}, R=Node("b i o", map=Cayley()), same=same)
     return AdapterSpec(blocks, dropout=dropout, join=TURNED)
 
 
@@ -57,7 +57,9 @@ def hra(rank: int = 8, dropout: float = 0.0) -> AdapterSpec:
 
     An even number of them starts in equal pairs, so that W' is W; an odd one turns W at the start. Count: r in a weight.
     """
-    return AdapterSpec(Network("o i", H=Node("o i", map=Householder(rank))), dropout=dropout, join=TURNED)
+    even = rank % 2 == 0
+    reflections = Node("o i", map=Householder(rank, less_one=even))
+    return AdapterSpec(Network("o i", H=reflections), dropout=dropout, join=Multiply("right", residual=even))
 
 
 MAPPED = {"c3a": c3a, "fourier_ft": fourier_ft, "hra": hra, "oft": oft, "shira": shira}

@@ -211,8 +211,11 @@ class Adapter(Magnitudes, ABC):
 
     def tensors(self) -> list[Tensor]:
         """The nodes' tensors in graph order: functions of what is stored where they have maps."""
-        stored = self.stored()
-        return stored if self._maps is None else self._maps(stored)
+        return self.stored() if self._maps is None else self._maps(self.stored(), self.passes)
+
+    def applied(self) -> list[Tensor]:
+        """The tensors of the graph that x goes through, see `network.applied`."""
+        return self.stored() if self._maps is None else self._maps(self.stored(), self.passes, x=True)
 
     def stored(self) -> list[Tensor]:
         """What is stored of the nodes, in graph order."""

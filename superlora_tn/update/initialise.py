@@ -28,7 +28,7 @@ def first_values(graph: Graph, fan_in: int, generator: torch.Generator | None = 
         fan_in: length of the rows of the adapted weights.
         generator: source of the random numbers; None takes torch's default.
     """
-    sharing = sum(n.init in SHARING and (n.map is None or n.map.linear) for n in graph.nodes)
+    sharing = sum(n.init in SHARING and (n.map is None or n.map.from_zero) for n in graph.nodes)
     deviation = (1 / (3 * fan_in)) ** (1 / (2 * max(sharing, 1)))
     # A tensor that is made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,13 +16,15 @@ from superlora_tn.declare.node_maps import (
     Exponential,
     Fourier,
     Householder,
+    Identity,
     NodeMap,
     Normalised,
     Selected,
     Softmax,
 )
+from superlora_tn.network.applied import applied
 from superlora_tn.network.graph import Graph
-from superlora_tn.update.passes import lasting
+from superlora_tn.update.passes import Passes, lasting
 
 
 class NodeMaps:
@@ -30,27 +33,58 @@ class NodeMaps:
     def __init__(self, graph: Graph) -> None:
         self._nodes = [(node.map, node.shape) for node in graph.nodes]
         self._tables = [None if made is None else table(made, shape) for made, shape in self._nodes]
+        self._sources = applied(graph).sources
 
-    def __call__(self, stored: Sequence[Tensor]) -> list[Tensor]:
-        """The nodes' tensors, in the dtypes of what is stored."""
-        nodes = list(stored)
-        for k, (made, shape) in enumerate(self._nodes):
-            if made is not None:
-                # No copy where it is there already; nothing is kept on the meta device, on which nothing lies.
-                places = self._tables[k]
-                if places is not None and places.device != nodes[k].device:
-                    places = places.to(nodes[k].device)
-                    if not places.is_meta:
-                        self._tables[k] = places
-                nodes[k] = lasting(partial(_value, made, shape, places), [nodes[k]])
-        return nodes
+    def __call__(self, stored: Sequence[Tensor], passes: Passes, x: bool = False) -> list[Tensor]:
+        """The nodes' tensors, in the dtypes of what is stored, made once a pass for all members and calls.
+
+        Args:
+            stored: what is stored of the nodes.
+            passes: of the adapter.
+            x: those of the graph that x goes through, see `network.applied`.
+        """
+
+        def make() -> list[Tensor]:
+            return self._applied(stored) if x else [self._node(k, own, value) for k, own in enumerate(stored)]
+
+        made = passes.kept((id(self), x), stored, make)
+        return make() if made is None else cast(list[Tensor], made)
+
+    def _applied(self, stored: Sequence[Tensor]) -> list[Tensor]:
+        made: dict[int, Sequence[Tensor]] = {}
+        for k, part in self._sources:
+            if k in made:
+                continue
+            own, circulant = stored[k], self._nodes[k][0]
+            if part is None:
+                made[k] = [self._node(k, own, value)]
+            elif isinstance(circulant, Circulant):
+                both = waves(circulant.size, own)
+                made[k] = [both, self._node(k, own, spectrum), both]
+            else:
+                made[k] = self._node(k, own, thin).unbind()
+        return [made[k][part or 0] for k, part in self._sources]
+
+    def _node(self, k: int, own: Tensor, compute: Callable[..., Tensor]) -> Tensor:
+        made, shape = self._nodes[k]
+        if made is None:
+            return own
+        places = self._tables[k]
+        # No copy where it is there already; nothing is kept on the meta device, on which nothing lies.
+        if places is not None and places.device != own.device:
+            places = places.to(own.device)
+            if not places.is_meta:
+                self._tables[k] = places
+        return lasting(partial(_widely, compute, made, shape, places), [own])
 
 
-def _value(made: NodeMap, shape: tuple[int, ...], places: Tensor | None, stored: Sequence[Tensor]) -> Tensor:
+def _widely(
+    compute: Callable[..., Tensor], made: NodeMap, shape: tuple[int, ...], places: Tensor | None, stored: Sequence[Tensor]
+) -> Tensor:
     """One node, computed in float32 or wider: neither transforms nor solvers know the halves."""
     own = stored[0]
     wide = own.to(torch.promote_types(own.dtype, torch.float32))
-    return value(made, wide, shape, places).to(own.dtype)
+    return compute(made, wide, shape, places).to(own.dtype)
 
 
 def table(made: NodeMap, shape: tuple[int, ...]) -> Tensor | None:
@@ -91,14 +125,49 @@ def value(made: NodeMap, stored: Tensor, shape: tuple[int, ...], places: Tensor 
     elif isinstance(made, Exponential):
         result = torch.linalg.matrix_exp(stored - stored.mT)
     elif isinstance(made, Cayley):
-        skew, one = stored - stored.mT, torch.eye(shape[-1], dtype=stored.dtype, device=stored.device)
-        result = torch.linalg.solve(one + skew, one - skew, left=False)
+        one = torch.eye(shape[-1], dtype=stored.dtype, device=stored.device)
+        # (1 - S) (1 + S)^-1 is 2 (1 + S)^-1 - 1, whose gradient is two products.
+        result = 2 * torch.linalg.inv(one + (stored - stored.mT)) - one
     elif isinstance(made, Householder):
-        result = torch.eye(shape[-1], dtype=stored.dtype, device=stored.device).expand(shape)
-        for u in functional.normalize(stored, dim=-2).unbind(-1):
-            result = result - 2 * (result @ u[..., None]) * u[..., None, :]
+        left, right = thin(made, stored, shape, None).unbind()
+        result = left @ right.mT
+        if not made.less_one:
+            result = result + torch.eye(shape[-1], dtype=stored.dtype, device=stored.device)
+    elif isinstance(made, Identity):
+        result = torch.eye(shape[-1], dtype=stored.dtype, device=stored.device)
     elif isinstance(made, Softmax):
         result = stored.softmax(-1)
     elif isinstance(made, Normalised):
         result = functional.normalize(stored, dim=-1)
     return result
+
+
+def thin(made: NodeMap, stored: Tensor, shape: tuple[int, ...], places: Tensor | None) -> Tensor:
+    """The two thin matrices of a map that has a bond, (2, ..., n, bond): the node is the first times the second's transpose.
+
+    The product of the reflections is ``1 - U T U^T`` with ``T^-1 = 1/2 + (U^T U above its diagonal)`` (the compact form of
+    Schreiber and Van Loan 1989).
+    """
+    assert isinstance(made, Householder)
+    unit = functional.normalize(stored, dim=-2)
+    half = torch.eye(made.count, dtype=stored.dtype, device=stored.device) / 2
+    inverse = (unit.mT @ unit).triu(1) + half
+    return torch.stack([-torch.linalg.solve_triangular(inverse, unit, upper=True, left=False), unit])
+
+
+def waves(size: int, like: Tensor) -> Tensor:
+    """Cosines and sines of all frequencies of a block, (size, size // 2 + 1, 2), in the dtype of `like` and where it lies."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    place, frequency = (torch.arange(n, device=like.device) for n in (size, size // 2 + 1))
+    angle = (place[:, None] * frequency % size).to(wide) * (2 * torch.pi / size)
+    return torch.stack([angle.cos(), angle.sin()], -1).to(like.dtype)
+
+
+def spectrum(made: NodeMap, stored: Tensor, shape: tuple[int, ...], places: Tensor | None) -> Tensor:
+    """What circulant blocks make of the waves of `in` for those of `out`: (..., row block, column block, frequency, 2, 2)."""
+    assert isinstance(made, Circulant)
+    size = made.size
+    weight = torch.full((size // 2 + 1,), 2.0, dtype=stored.dtype, device=stored.device)
+    weight[:: size // 2 if size % 2 == 0 else size] = 1  # the constant, and the wave that changes sign at each place
+    even, odd = (torch.tensordot(stored, waves(size, stored), 1) * (weight / (size * shape[-1]))[:, None]).unbind(-1)
+    return torch.stack([torch.stack([even, odd], -1), torch.stack([-odd, even], -1)], -2)

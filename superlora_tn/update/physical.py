@@ -22,6 +22,7 @@ from superlora_tn.contraction.search import Optimizer
 from superlora_tn.contraction.sharing import Scheme, scheme
 from superlora_tn.declare.fold import PhysicalGroup, Shape
 from superlora_tn.declare.joins import Magnitude
+from superlora_tn.network.applied import applied
 from superlora_tn.network.graph import Graph
 from superlora_tn.update.base import NOMINAL_TOKENS, TOKEN_STEPS, Adapter, Links, Member, Run, Side
 from superlora_tn.update.eager import is_eager, is_recorded
@@ -64,13 +65,28 @@ class _Place:
 
     Attributes:
         select: the index expressions of the nodes with member axes.
+        applied: the same of the graph that x goes through.
         roots: its place in each root.
         has_siblings: whether other members read the same x, as far as names tell.
     """
 
     select: dict[int, Any]
+    applied: dict[int, Any]
     roots: tuple[int, ...]
     has_siblings: bool
+
+
+def _chosen(graph: Graph, positions: tuple[int, ...]) -> dict[int, Any]:
+    """The index expressions of the nodes with member axes, for one member."""
+    return {k: s for k, s in enumerate(graph.select(positions)) if any(isinstance(i, int) for i in s)}
+
+
+def _selected(nodes: list[Tensor], select: dict[int, Any]) -> list[Tensor]:
+    """The nodes with some of them indexed."""
+    nodes = nodes.copy()
+    for k, chosen in select.items():
+        nodes[k] = nodes[k][chosen]
+    return nodes
 
 
 class PhysicalAdapter(Adapter):
@@ -124,8 +140,10 @@ class PhysicalAdapter(Adapter):
             for index in (i for i in root.indices if i in values):
                 place = place * self.graph.size[index] + values[index]
             places.append(place)
-        select = enumerate(self.graph.select(positions))
-        return _Place({k: s for k, s in select if any(isinstance(i, int) for i in s)}, tuple(places), has_siblings)
+        graph = applied(self.graph).graph
+        select = _chosen(self.graph, positions)
+        inside = select if graph is self.graph else _chosen(graph, positions)
+        return _Place(select, inside, tuple(places), has_siblings)
 
     @property
     def fan_in(self) -> int:
@@ -135,10 +153,7 @@ class PhysicalAdapter(Adapter):
     @staticmethod
     def _nodes(member: Member, own: list[Tensor]) -> list[Tensor]:
         """The nodes' tensors for one member."""
-        nodes = own.copy()
-        for k, select in member.place.select.items():
-            nodes[k] = nodes[k][select]
-        return nodes
+        return _selected(own, member.place.select)
 
     def delta_of(self, member: Member) -> Tensor:
         """See `Adapter.delta`."""
@@ -240,11 +255,11 @@ class PhysicalAdapter(Adapter):
     @property
     def shares(self) -> bool:
         """Whether anything is made once for several members."""
-        return bool(self._roots or self._scheme.common)
+        return bool(self._roots or self._scheme.common or self._maps)
 
     def _operands(self, member: Member, own: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """The tensors of the scheme's graph for one member, in a dtype."""
-        nodes = self._nodes(member, own)
+        nodes = _selected(own, member.place.applied)
         if self._roots:
             roots = [self._root(r, member, own, nodes) for r in range(len(self._roots))]
             nodes = [n for k, n in enumerate(nodes) if k not in self._inside] + roots
@@ -312,7 +327,7 @@ class PhysicalAdapter(Adapter):
     ) -> Tensor:
         """x through the network; `cast_x` is x as it is computed with."""
         assert stage.rest is not None
-        own = self.tensors()
+        own = self.applied()
         nodes = self._operands(member, own, cast_x.dtype)
         if stage.common is None:
             return stage.rest(cast_x, *nodes, out=out, alpha=self.scale, base=base)
