@@ -22,7 +22,7 @@ from superlora_tn.declare.node_maps import (
     Selected,
     Softmax,
 )
-from superlora_tn.declare.parts import CP, Base, Dense, Hadamard, Kronecker, Network, Node, SpecError, TensorTrain, Tucker
+from superlora_tn.declare.parts import CP, Base, Dense, Hadamard, Kronecker, Network, Node, SpecError, Sum, TensorTrain, Tucker
 from superlora_tn.declare.rows import Rows
 from superlora_tn.files.own import CheckpointError
 from superlora_tn.files.read import read
@@ -116,6 +116,7 @@ __all__ = [
     "Softmax",
     "SpecError",
     "Suggestions",
+    "Sum",
     "TensorTrain",
     "Tucker",
     "Tuned",

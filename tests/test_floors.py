@@ -25,7 +25,7 @@ HOUSE = {
         ["codec"],
     ],
     "network": [
-        ["graph"],
+        ["graph", "terms", "axes"],
         ["expand", "applied"],
         ["spec"],
         ["budget", "sums", "joined"],
@@ -40,7 +40,7 @@ HOUSE = {
         ["base"],
         ["lookup", "joined"],
         ["physical", "flat"],
-        ["together"],
+        ["together", "summed"],
         ["make"],
     ],
     "files": [

@@ -163,9 +163,13 @@ def make_plan(
             axis of the result for each member mode in front.
 
     Raises:
-        PlanError: the route does not exist for this graph, nothing fits the memory limit, or dW, without which no layer can
-            do, needs an intermediate that no machine has room for beside the weights.
+        PlanError: the graph is a sum, the route does not exist for it, nothing fits the memory limit, or dW, without which no
+            layer can do, needs an intermediate that no machine has room for beside the weights.
     """
+    if graph.terms:
+        raise PlanError(
+            f"dW is a sum of {len(graph.terms)} networks, and each has plans of its own; plan them one by one (`graph.terms`)."
+        )
     plan = plan_equation(_equation(graph, route, tokens, fixed), route, device, optimize, memory_limit)
     if route == "delta":
         _check_peak(plan, graph)

@@ -13,6 +13,8 @@ MAX_PARTS = 64
 """Parts of one product."""
 MAX_DEPTH = 16
 """Levels of products in products."""
+MAX_TERMS = 64
+"""Terms that the sums of a declaration multiply out to: each has plans of its own."""
 MAX_NODES = 256
 """Nodes of a `Network`."""
 MAX_LEAVES = 1024

@@ -11,7 +11,7 @@ from superlora_tn.declare.fold import FlatFold, PhysicalFold
 from superlora_tn.declare.joins import JOINS
 from superlora_tn.declare.maps import PROJECTIONS, Compose
 from superlora_tn.declare.node_maps import NODE_MAPS
-from superlora_tn.declare.parts import PARTS, Hadamard, Kronecker, Network, Node, SpecError, shown
+from superlora_tn.declare.parts import PARTS, Hadamard, Kronecker, Network, Node, SpecError, Sum, shown
 
 KINDS: dict[str, type] = {k.__name__: k for k in (*PARTS, Node, PhysicalFold, FlatFold, *PROJECTIONS, *JOINS, *NODE_MAPS)}
 
@@ -77,7 +77,7 @@ def _decode_kind(data: Mapping[str, Any], depth: int) -> Any:
             return Network(values["modes"], dict(values["sizes"]), **nodes)
         if issubclass(kind, Compose):
             return Compose(*values["maps"])
-        if issubclass(kind, Kronecker | Hadamard):
+        if issubclass(kind, Kronecker | Hadamard | Sum):
             return kind(*values.pop("parts"), **values)
         return kind(**values)
     except SpecError:

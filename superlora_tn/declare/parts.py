@@ -1,18 +1,18 @@
 """The words an adapter is declared in: nodes of a tensor network, and the frozen values that expand to nodes.
 
 Everything here is a frozen, hashable value, checked when it is made. A *part* (`Dense`, `Base`, `Tucker`, `CP`,
-`TensorTrain`, `Kronecker`, `Hadamard`, `Network`) knows its ranks but no sizes; `graph.lower` gives it sizes.
+`TensorTrain`, `Kronecker`, `Hadamard`, `Sum`, `Network`) knows its ranks but no sizes; `graph.lower` gives it sizes.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from superlora_tn.declare.bounds import MAX_AXES, MAX_DEPTH, MAX_LEAVES, MAX_NODES, MAX_PARTS, MAX_PLACES
+from superlora_tn.declare.bounds import MAX_AXES, MAX_DEPTH, MAX_LEAVES, MAX_NODES, MAX_PARTS, MAX_PLACES, MAX_SCALE
 from superlora_tn.declare.checks import SpecError as SpecError
 from superlora_tn.declare.checks import check_count as check_count
 from superlora_tn.declare.checks import check_flag as check_flag
@@ -208,7 +208,7 @@ def _check_parts(owner: str, parts: tuple[object, ...]) -> None:
 
 def _extent(part: object) -> tuple[int, int]:
     """Levels of nesting below and with a part, and how many parts in it are not products."""
-    if not isinstance(part, Kronecker | Hadamard):
+    if not isinstance(part, Kronecker | Hadamard | Sum):
         return 1, 1
     levels, leaves = zip(*map(_extent, part.parts), strict=True)
     return 1 + max(levels), sum(leaves)
@@ -249,6 +249,37 @@ class Hadamard:
     def __init__(self, *parts: Part) -> None:
         object.__setattr__(self, "parts", tuple(parts))
         _check_parts("Hadamard", self.parts)
+
+
+@dataclass(frozen=True, init=False)
+class Sum:
+    """The sum of its parts, all over the same modes; within a product the other factors are those of every term.
+
+    Each part is contracted by itself, at its own best path. Only in a `PhysicalFold`.
+
+    Args:
+        parts: one or more parts.
+        weights: a number that each part is multiplied by, -1 for a difference; None for ones.
+
+    Raises:
+        SpecError: no parts, or not as many finite weights, none of them 0.
+    """
+
+    parts: tuple[Part, ...]
+    weights: tuple[float, ...] | None = None
+
+    def __init__(self, *parts: Part, weights: Sequence[float] | None = None) -> None:
+        object.__setattr__(self, "parts", tuple(parts))
+        _check_parts("Sum", self.parts)
+        if weights is not None:
+            if not isinstance(weights, Sequence) or isinstance(weights, str) or len(weights) != len(self.parts):
+                raise SpecError(f"Sum was given weights={shown(weights)} for {len(self.parts)} parts; give one number each.")
+            for weight in weights:
+                check_number("Sum", "weights", weight, MAX_SCALE)
+                if weight == 0:
+                    raise SpecError("Sum was given a weight of 0, by which a part would be nothing; leave the part out.")
+            weights = tuple(float(weight) for weight in weights)
+        object.__setattr__(self, "weights", weights)
 
 
 _MODE = re.compile(r"\(([^()]*)\)|([^\s()]+)")
@@ -345,13 +376,13 @@ def _check_sizes(network: Network, open_indices: set[str], places: set[str]) -> 
         raise SpecError(f"Network bond '{unsized[0]}' has no size; say sizes={{'{unsized[0]}': 8}}.")
 
 
-Part = Dense | Base | CP | Tucker | TensorTrain | Kronecker | Hadamard | Network
-PARTS = (Dense, Base, CP, Tucker, TensorTrain, Kronecker, Hadamard, Network)
+Part = Dense | Base | CP | Tucker | TensorTrain | Kronecker | Hadamard | Sum | Network
+PARTS = (Dense, Base, CP, Tucker, TensorTrain, Kronecker, Hadamard, Sum, Network)
 
 
 def reference_rank(part: Part) -> int | None:
     """The rank that `alpha` is divided by: the largest rank declared in the part, None where none is."""
-    if isinstance(part, Kronecker | Hadamard):
+    if isinstance(part, Kronecker | Hadamard | Sum):
         return max((r for r in map(reference_rank, part.parts) if r is not None), default=None)
     if isinstance(part, Dense | Base | Network):
         return None

@@ -20,7 +20,7 @@ from superlora_tn.contraction.backend import DEFAULT, compiled
 from superlora_tn.contraction.cut import halves
 from superlora_tn.contraction.plan import plan_equation, sub_network
 from superlora_tn.contraction.profile import CPU
-from superlora_tn.declare.fold import FlatGroup, Mode, Shape
+from superlora_tn.declare.fold import FlatGroup, Group, Mode, Shape
 from superlora_tn.declare.joins import Magnitude
 from superlora_tn.declare.parts import Dense, Part, SpecError
 from superlora_tn.files.errors import CheckpointError
@@ -98,8 +98,8 @@ def filled(
             held = tensors.get(f"magnitude{k}")
             norms = [None] * len(lengths) if held is None else torch.split(held.detach(), lengths)
             k += 1
-            if isinstance(group, FlatGroup):
-                for one, norm in zip(_flat(entry, group, graph, values), norms, strict=True):
+            if isinstance(group, FlatGroup) or graph.terms:
+                for one, norm in zip(_whole(entry, group, graph, values), norms, strict=True):
                     yield replace(one, kernel=kernels.get(one.name, ()), magnitude=norm)
                 continue
             for (name, positions), norm in zip(group.members.items(), norms, strict=True):
@@ -108,13 +108,14 @@ def filled(
                 yield Filled(name, group.shape, entry.spec.network, graph, own, scale, kernel, magnitude=norm)
 
 
-def _flat(entry: Entry, group: FlatGroup, graph: Graph, values: list[Tensor]) -> Iterator[Filled]:
-    """A flat fold's weights are slices of its vector, so dW is all there is of one of them."""
+def _whole(entry: Entry, group: Group, graph: Graph, values: list[Tensor]) -> Iterator[Filled]:
+    """dW itself: a flat fold's weights are slices of its vector, and a sum is no one network."""
     adapter = make_adapter(entry.spec, group, graph, torch.float64)
     with torch.no_grad():
         for own, value in zip(adapter.tensors(), values, strict=True):
             own.copy_(value)
-        for name, (_, d_out, d_in) in group.members.items():
+        for name in group.members:
+            d_out, d_in = entry.targets[name]
             delta = adapter.delta(name).detach().to(torch.promote_types(values[0].dtype, torch.float32))
             yield Filled(name, (d_out, d_in), Dense(), lower(Dense(), _modes((d_out, d_in))), (delta,), 1.0)
 

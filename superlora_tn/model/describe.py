@@ -43,18 +43,21 @@ def as_given(entries: Sequence[Entry]) -> AdapterSpec | None:
 def _describe(adapter: Adapter) -> tuple[str, str, str, str, str]:
     """A group in words: kinds of weights, modes, ranks, route and price. Equal groups share a row."""
     kinds = list(dict.fromkeys(split_name(n)[1] for n in adapter.group.members))
-    open_indices = {i for _, indices in adapter.graph.modes for i in indices}
-    bonds = [s for i, s in adapter.graph.sizes if i not in open_indices]
+    networks = [term.graph for term in adapter.graph.networks]
+    bonds = [s for one in networks for i, s in one.sizes if i not in {i for _, indices in one.modes for i in indices}]
     ranks = f"{bonds[0]}" + (f" x{len(bonds)}" if len(bonds) > 1 else "") if len(set(bonds)) == 1 else " ".join(map(str, bonds))
     shape = next(iter(adapter.group.members.values()))[1:] if isinstance(adapter.group, FlatGroup) else adapter.group.shape
-    choice = choose(adapter.graph, (shape[0], shape[1]), TOKENS, adapter.profile, adapter.settings.optimize)
-    route = adapter.settings.route or choice.route
-    price = choice.apply.price if route == "apply" and choice.apply else choice.delta_price
+    choices = [choose(one, (shape[0], shape[1]), TOKENS, adapter.profile, adapter.settings.optimize) for one in networks]
+    routes = [adapter.settings.route or choice.route for choice in choices]
+    price = sum(
+        choice.apply.price if route == "apply" and choice.apply else choice.delta_price
+        for choice, route in zip(choices, routes, strict=True)
+    )
     return (
         f"{', '.join(kinds[:2])}{', ...' if len(kinds) > 2 else ''}",
         " ".join(f"{mode.name}={mode.size}" for mode, _ in adapter.graph.modes),
         ranks or "-",
-        route,
+        " + ".join(dict.fromkeys(routes)),
         f"{price * 1e3:.2f} ms",
     )
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import singledispatch
-from itertools import pairwise
 
 from superlora_tn.declare.bounds import KEPT_NODES, MAX_GRAPH_NODES
 from superlora_tn.declare.cache import kept
@@ -30,39 +29,22 @@ from superlora_tn.declare.parts import (
     Network,
     Part,
     SpecError,
+    Sum,
     TensorTrain,
     Tucker,
 )
-from superlora_tn.network.graph import Graph, GraphNode
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A run of digits of a root index: value = (root value // stride) % size.
-
-    Of its fastest positions, `whole` are not taken apart by a Kronecker product.
-    """
-
-    root: str
-    stride: int
-    size: int
-    whole: int = field(default=1, compare=False)
-
-    def split(self, sizes: Sequence[int]) -> tuple[Axis, ...]:
-        """Cut into finer axes, slowest first."""
-        strides = [self.stride * math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
-        return tuple(Axis(self.root, stride, size) for stride, size in zip(strides, sizes, strict=True))
-
-    def factors(self, count: int, factor: int) -> tuple[Axis, ...]:
-        """Cut in so many by PEFT's rule, slowest first; what is to stay together stays with the last."""
-        sizes = factorise(self.size // self.whole, count, factor)
-        *slow, last = self.split([*sizes[:-1], sizes[-1] * self.whole])
-        return (*slow, replace(last, whole=self.whole))
+from superlora_tn.network.axes import Axis as Axis
+from superlora_tn.network.axes import refine
+from superlora_tn.network.graph import Graph, GraphNode, Term
+from superlora_tn.network.terms import Branch, terms_of
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A node while lowering: axes instead of indices; `zero` marks the part's own choice of the node that starts at 0."""
+    """A node while lowering: axes instead of indices.
+
+    `zero` marks the part's own choice of the node that starts at 0; `branch` says in which parts of sums it stands.
+    """
 
     name: str
     axes: tuple[Axis, ...]
@@ -70,6 +52,7 @@ class Draft:
     trainable: bool = True
     zero: bool = False
     map: NodeMap | None = None
+    branch: Branch = ()
 
     @property
     def at_zero(self) -> bool:
@@ -90,15 +73,20 @@ def lower(part: Part, modes: tuple[Mode, ...], batch: int = 1) -> Graph:
         SpecError: ranks above their bound, modes that do not split as declared, names used twice, nothing trainable.
     """
     axes = tuple(Axis(m.name, 1, m.size, m.whole) for m in modes)
-    drafts = _start_at_zero(expand(part, axes))
+    drafts = expand(part, axes)
     named = list(modes)
+    summed, flat = any(d.branch for d in drafts), any(mode.role == "flat" for mode in modes)
+    if summed and flat:
+        raise SpecError("a Sum belongs to a physical fold; for a sum of flat folds adapt the weights by several declarations.")
+    drafts = drafts if summed else _start_at_zero(drafts)
     if any(d.map is not None for d in drafts):
-        if any(mode.role == "flat" for mode in modes):
+        if flat:
             raise SpecError("a node with a map belongs to a physical fold; a flat fold cuts through its axes.")
         for d in drafts:
             if d.map is not None:
                 d.map.stored(tuple(a.size for a in d.axes))
     if batch > 1:
+        assert not summed
         drafts = [replace(d, axes=(Axis(GROUP, 1, batch), *d.axes)) for d in drafts]
         named.insert(0, Mode(GROUP, batch, "member"))
     if len(drafts) > MAX_GRAPH_NODES:
@@ -106,11 +94,43 @@ def lower(part: Part, modes: tuple[Mode, ...], batch: int = 1) -> Graph:
             f"the network has {len(drafts):,} nodes over {len(modes)} modes; at most {MAX_GRAPH_NODES:,} are taken. "
             "Declare fewer parts, or a fold of a lower order."
         )
-    counts = Counter(d.name for d in drafts)
-    twice = next((name for name, count in counts.items() if count > 1), None)
+    return _lower_terms(drafts, named) if summed else _graph(drafts, named)
+
+
+def _lower_terms(drafts: list[Draft], named: list[Mode]) -> Graph:
+    """A sum: each term is a graph of its own, and a node may stand in several."""
+    placed, nodes, terms = list(drafts), dict[int, GraphNode](), list[Term]()
+    found = terms_of([d.branch for d in drafts])
+    for _, numbers in found:
+        own = [replace(placed[k], branch=()) for k in numbers]
+        started = _start_at_zero(own)
+        for k, draft in zip(numbers, started, strict=True):
+            placed[k] = replace(draft, branch=drafts[k].branch)
+    for weight, numbers in found:
+        own = [replace(placed[k], branch=()) for k in numbers]
+        if sum(d.init == "zeros" and d.at_zero for d in own) > 1:
+            names = " and ".join(d.name for d in own if d.init == "zeros")
+            raise SpecError(f"{names} of one term start at zero, or it never trains; declare which one does, by init='zeros'.")
+        graph = _graph(own, named)
+        nodes |= dict(zip(numbers, graph.nodes, strict=True))
+        terms.append(Term(weight, tuple(numbers), graph))
+    if len(terms) == 1 and terms[0].weight == 1:
+        return terms[0].graph
+    whole = tuple(nodes[k] for k in range(len(drafts)))
+    _check_names([n.name for n in whole])
+    return Graph(whole, (), tuple((mode, ()) for mode in named), tuple(terms))
+
+
+def _check_names(names: Sequence[str]) -> None:
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise SpecError(f"two nodes are named '{twice}'; give each node a name of its own.")
-    fine = _refine([a for d in drafts for a in d.axes] + [Axis(m.name, 1, m.size) for m in named])
+
+
+def _graph(drafts: list[Draft], named: list[Mode]) -> Graph:
+    """One network."""
+    _check_names([d.name for d in drafts])
+    fine = refine([a for d in drafts for a in d.axes] + [Axis(m.name, 1, m.size) for m in named])
     nodes = tuple(
         GraphNode(d.name, tuple(a.size for a in d.axes), tuple(fine[a] for a in d.axes), d.init, d.trainable, d.map)
         for d in drafts
@@ -171,45 +191,6 @@ def _start_at_zero(drafts: list[Draft]) -> list[Draft]:
         return drafts  # or functions that are never zero, as rotations: for a join that starts elsewhere
     chosen = declared[0] if declared else next((d for d in able if d.zero), able[0]).name
     return [replace(d, init="zeros") if d.name == chosen else d for d in drafts]
-
-
-def _refine(axes: list[Axis]) -> dict[Axis, tuple[str, ...]]:
-    """Name the finest digits: each axis becomes the run of indices between all borders that any axis draws."""
-    borders: dict[str, set[int]] = {}
-    for axis in axes:
-        borders.setdefault(axis.root, set()).update((axis.stride, axis.stride * axis.size))
-    fine: dict[Axis, tuple[str, ...]] = {}
-    taken = {*borders, TOKEN}
-    by_root: dict[str, list[Axis]] = {}
-    for axis in axes:
-        by_root.setdefault(axis.root, []).append(axis)
-    for root, cuts in borders.items():
-        chain = sorted(cuts)
-        for low, high in pairwise(chain):
-            if high % low:
-                raise SpecError(
-                    f"the mode '{root}' of size {chain[-1]} is split in two ways that do not fit together "
-                    f"(borders {low} and {high}); give both parts the same split."
-                )
-        runs = list(pairwise(chain))[::-1]
-        names = [root] if len(runs) == 1 else _digit_names(root, len(runs), taken)
-        for (low, high), name in zip(runs, names, strict=True):
-            fine[Axis(root, low, high // low)] = (name,)
-        for axis in by_root[root]:
-            fine[axis] = tuple(
-                n for (low, high), n in zip(runs, names, strict=True) if axis.stride <= low and high <= axis.stride * axis.size
-            )
-    return fine
-
-
-def _digit_names(root: str, count: int, taken: set[str]) -> list[str]:
-    """``out1 out2 ...``, with underscores in between where other indices are called so."""
-    mark = ""
-    while any(f"{root}{mark}{k + 1}" in taken for k in range(count)):
-        mark += "_"
-    names = [f"{root}{mark}{k + 1}" for k in range(count)]
-    taken.update(names)
-    return names
 
 
 @singledispatch
@@ -330,6 +311,15 @@ def _(part: Hadamard, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
     for k, inner in enumerate(part.parts):
         last = k == len(part.parts) - 1  # LoHa starts its second product at zero
         drafts += [replace(d, zero=d.zero and last) for d in expand(inner, axes, f"{prefix}h{k + 1}_")]
+    return drafts
+
+
+@expand.register
+def _(part: Sum, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
+    drafts = []
+    for k, (inner, weight) in enumerate(zip(part.parts, part.weights or (1.0,) * len(part.parts), strict=True)):
+        own = expand(inner, axes, f"{prefix}t{k + 1}_")
+        drafts += [replace(d, branch=((prefix, k, weight), *d.branch)) for d in own]
     return drafts
 
 

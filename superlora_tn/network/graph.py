@@ -50,18 +50,51 @@ class GraphNode:
 
 
 @dataclass(frozen=True)
+class Term:
+    """One network of a sum.
+
+    Attributes:
+        weight: what it is multiplied by.
+        nodes: numbers of its nodes in the whole.
+        graph: the network, its nodes in that order.
+    """
+
+    weight: float
+    nodes: tuple[int, ...]
+    graph: Graph
+
+    def equation(self, fixed: bool = False) -> str:
+        """The network in words with its sign and weight, e.g. ``- 2 x out r, r in -> out in``."""
+        number = "" if abs(self.weight) == 1 else f"{abs(self.weight):g} x "
+        return f"{'+' if self.weight > 0 else '-'} {number}{self.graph.equation(fixed)}"
+
+
+@dataclass(frozen=True)
 class Graph:
-    """A sized tensor network whose contraction is dW.
+    """A sized tensor network whose contraction is dW, or a sum of such networks.
 
     Attributes:
         nodes: the tensors, in the order their parameters are kept.
         sizes: (index, size) of every index.
         modes: (mode, its indices) in the fold's order; `Mode.role` groups them as out, in, member or flat.
+        terms: of a sum, whose networks have indices of their own: `sizes` is empty then, and no mode has any.
     """
 
     nodes: tuple[GraphNode, ...]
     sizes: tuple[tuple[str, int], ...]
     modes: tuple[tuple[Mode, tuple[str, ...]], ...]
+    terms: tuple[Term, ...] = ()
+
+    @property
+    def networks(self) -> tuple[Term, ...]:
+        """The terms; of one network that network alone."""
+        return self.terms or (Term(1.0, tuple(range(len(self.nodes))), self),)
+
+    @cached_property
+    def homes(self) -> tuple[tuple[Graph, GraphNode], ...]:
+        """For each node a network that it stands in, and the node there."""
+        found = {k: (t.graph, node) for t in self.networks for k, node in zip(t.nodes, t.graph.nodes, strict=True)}
+        return tuple(found[k] for k in range(len(self.nodes)))
 
     @cached_property
     def size(self) -> Mapping[str, int]:
@@ -113,6 +146,9 @@ class Graph:
 
     def select(self, positions: Sequence[int]) -> tuple[tuple[int | slice, ...], ...]:
         """For each node, the index expression that picks one member."""
+        if self.terms:
+            found = {k: s for t in self.terms for k, s in zip(t.nodes, t.graph.select(positions), strict=True)}
+            return tuple(found[k] for k in range(len(self.nodes)))
         values = self.member_values(positions)
         return tuple(self._select_node(node, values) for node in self.nodes)
 
@@ -149,7 +185,9 @@ class Graph:
         return Graph(nodes, tuple((i, size if i == index else s) for i, s in self.sizes), modes)
 
     def equation(self, fixed: bool = False) -> str:
-        """The network in words, e.g. ``out r, r in -> out in``."""
+        """The network in words, e.g. ``out r, r in -> out in``; the terms of a sum one behind the other."""
+        if self.terms:
+            return " ".join(t.equation(fixed) for t in self.terms).removeprefix("+ ")
         member = () if fixed else self.open("member")
         result = member + self.open("flat") + self.open("out") + self.open("in")
         terms = ", ".join(" ".join(self.indices_of(n, fixed)) or "1" for n in self.nodes)

@@ -29,6 +29,7 @@ from superlora_tn.declare.parts import (
     Network,
     Part,
     SpecError,
+    Sum,
     check_flag,
     check_number,
     reference_rank,
@@ -45,7 +46,7 @@ class AdapterSpec:
     """What an adapter is: ``dW_g = scale * F(network_g)``, laid out by the fold (SuperLoRA, equation 4).
 
     Args:
-        network: a part: `Dense`, `Base`, `Tucker`, `CP`, `TensorTrain`, `Kronecker`, `Hadamard` or `Network`, nested at will.
+        network: `Dense`, `Base`, `CP`, `Tucker`, `TensorTrain`, `Kronecker`, `Hadamard`, `Sum` or `Network`, nested at will.
         fold: which weights share the network, and how they become its modes.
         projection: a fixed map from the network's vector to the group's; only with a `FlatFold`.
         alpha: dW is scaled by alpha / rank; None scales by 1. A network without a declared rank counts as rank 1.
@@ -136,7 +137,7 @@ class AdapterSpec:
             raise SpecError("a network that multiplies has no nodes of the base's values, whose sides are the weight's.")
         if not (isinstance(self.join, Multiply) and not self.join.residual):
             for graph in graphs.values():
-                if graph.is_mapped and not any(node.starts_at_zero for node in graph.nodes):
+                if any(t.graph.is_mapped and not any(n.starts_at_zero for n in t.graph.nodes) for t in graph.networks):
                     raise SpecError(
                         "no node of the network can start at zero, so dW would not: their maps give no zero. Add a node "
                         "without a map, or multiply by the network (join=Multiply('left', residual=False))."
@@ -207,7 +208,7 @@ class AdapterSpec:
 
 
 def _is_mapped(part: Part) -> bool:
-    if isinstance(part, Kronecker | Hadamard):
+    if isinstance(part, Kronecker | Hadamard | Sum):
         return any(map(_is_mapped, part.parts))
     return isinstance(part, Network) and any(node.map is not None for _, node in part.nodes)
 

@@ -62,10 +62,31 @@ def network(graph: Graph, path: str | Path, title: str = "") -> Path:
     """Draw a graph: a circle a node (yellow starts at zero, grey is frozen), a line an index, a dot a hyperindex.
 
     Args:
-        graph: what to draw.
+        graph: what to draw; the terms of a sum stand side by side.
         path: where the PNG goes.
         title: above the picture; the equation stands below it.
     """
+    laid = [(term, *_laid_out(term.graph)) for term in graph.networks]
+    # An inch a unit, or the labels of a large network would cover its lines.
+    sizes = [np.ptp(spots, axis=0) + 1.8 for _, _, _, spots in laid]
+    widths = [max(width, 5.0 / len(laid)) for width, _ in sizes]
+    figure = _sheet(sum(widths), max(3.6, *(height for _, height in sizes)) + 0.6)
+    (grid,) = figure.subplots(1, len(laid), squeeze=False, width_ratios=widths)
+    for k, (axes, (term, vertices, edges, spots)) in enumerate(zip(grid, laid, strict=True)):
+        _draw_edges(axes, term.graph, edges, spots, vertices)
+        _draw_vertices(axes, term.graph, vertices, spots)
+        words = term.equation() if k else term.equation().removeprefix("+ ")
+        axes.set_xlabel(words, color=INK, fontsize=8, wrap=True)
+        _bare(axes, spots)
+    if len(laid) == 1:
+        grid[0].set_title(title, color=INK)
+    else:
+        figure.suptitle(title, color=INK)
+    return save(figure, path)
+
+
+def _laid_out(graph: Graph) -> tuple[list[str], list[tuple[int, int, str]], np.ndarray]:
+    """Vertices by name (">" before an open index, nothing for a hyperindex), edges with their labels, positions."""
     open_indices = [i for _, indices in graph.modes for i in indices]
     places: dict[str, list[int]] = {}
     for k, node in enumerate(graph.nodes):
@@ -88,15 +109,7 @@ def network(graph: Graph, path: str | Path, title: str = "") -> Path:
     # Two nodes keep room for the bond's label between them; a leg or a branch of a hyperindex is shorter.
     lengths = [1.8 if all(vertices[v] and vertices[v][0] != ">" for v in (a, b)) else 1.1 for a, b, _ in edges]
     spots = _springs(len(vertices), [(a, b, length) for (a, b, _), length in zip(edges, lengths, strict=True)])
-    # An inch a unit, or the labels of a large network would cover its lines.
-    width, height = np.ptp(spots, axis=0) + 1.8
-    figure, axes = blank(max(width, 5.0), max(height, 3.6) + 0.6)
-    _draw_edges(axes, graph, edges, spots, vertices)
-    _draw_vertices(axes, graph, vertices, spots)
-    axes.set_title(title, color=INK)
-    axes.set_xlabel(graph.equation(), color=INK, fontsize=8, wrap=True)
-    _bare(axes, spots)
-    return save(figure, path)
+    return vertices, edges, spots
 
 
 def _springs(count: int, edges: Sequence[tuple[int, int, float]]) -> np.ndarray:

@@ -19,6 +19,7 @@ from superlora_tn.contraction.layout import Equation
 from superlora_tn.contraction.plan import sub_network
 from superlora_tn.declare.fold import KERNEL, FlatGroup, Group, PhysicalGroup
 from superlora_tn.declare.maps import Compose, Projection, Shuffle
+from superlora_tn.declare.parts import SpecError
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.tools.environment import contraction
@@ -212,6 +213,11 @@ def frame(group: Group, spec: AdapterSpec, graph: Graph) -> Frame:
 @frame.register
 def _physical(group: PhysicalGroup, spec: AdapterSpec, graph: Graph) -> Frame:
     spec.check_added("fits and conversions are")
+    if graph.terms:
+        raise SpecError(
+            f"fits and conversions are of one network, and this is a sum of {len(graph.terms)}; fit one part, then "
+            "another to what it leaves."
+        )
     return PhysicalFrame(group, spec, graph)
 
 

@@ -157,10 +157,11 @@ def cost(spec: AdapterSpec, shapes: Mapping[str, Shape], tokens: int, device: De
         trained = graph.num_parameters
         state += ITEM * (4 * trained + graph.num_numbers - trained)
         if isinstance(group, PhysicalGroup):
-            chosen = choose(graph, group.shape, tokens, device)
-            seconds += len(group.members) * (chosen.delta_price if chosen.route == "delta" else chosen.chosen.price)
-            built = group.shape[0] * group.shape[1] if chosen.route == "delta" else 0
-            peak = max(peak, chosen.chosen.peak, ITEM * built)
+            for term in graph.networks:
+                chosen = choose(term.graph, group.shape, tokens, device)
+                seconds += len(group.members) * (chosen.delta_price if chosen.route == "delta" else chosen.chosen.price)
+                built = group.shape[0] * group.shape[1] if chosen.route == "delta" else 0
+                peak = max(peak, chosen.chosen.peak, ITEM * built)
             continue
         # A flat fold's vector is built once a step, and each of its weights multiplied.
         single = [choose(graph, shapes[name], tokens, device) for name in group.members]

@@ -36,7 +36,7 @@ def base_values(
         select = graph.select(positions)
         parts = _singular(weight) if any(graph.nodes[k].init != "base" for k in numbers) else ()
         for k in numbers:
-            yield k, select[k], _value(graph, graph.nodes[k], weight, parts)
+            yield k, select[k], _value(*graph.homes[k], weight, parts)
 
 
 def _singular(weight: Tensor) -> tuple[Tensor, ...]:

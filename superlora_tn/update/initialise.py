@@ -28,11 +28,15 @@ def first_values(graph: Graph, fan_in: int, generator: torch.Generator | None = 
         fan_in: length of the rows of the adapted weights.
         generator: source of the random numbers; None takes torch's default.
     """
-    sharing = sum(n.init in SHARING and (n.map is None or n.map.from_zero) for n in graph.nodes)
-    deviation = (1 / (3 * fan_in)) ** (1 / (2 * max(sharing, 1)))
+    deviations = [_deviation(home, fan_in) for home, _ in graph.homes]
     # A tensor that is made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
-        return [_fill(node, deviation, generator) for node in graph.nodes]
+        return [_fill(node, own, generator) for node, own in zip(graph.nodes, deviations, strict=True)]
+
+
+def _deviation(graph: Graph, fan_in: int) -> float:
+    sharing = sum(n.init in SHARING and (n.map is None or n.map.from_zero) for n in graph.nodes)
+    return float((1 / (3 * fan_in)) ** (1 / (2 * max(sharing, 1))))
 
 
 def _fill(node: GraphNode, deviation: float, generator: torch.Generator | None) -> Tensor:

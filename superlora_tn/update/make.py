@@ -11,6 +11,7 @@ from superlora_tn.update.base import Adapter, Settings
 from superlora_tn.update.flat import FlatAdapter
 from superlora_tn.update.passes import Passes
 from superlora_tn.update.physical import PhysicalAdapter
+from superlora_tn.update.summed import SumAdapter
 
 DEFAULTS = Settings()
 
@@ -37,7 +38,7 @@ def make_adapter(
         passes: of the handle it belongs to.
         inputs: how many numbers of x are not zero at once, where it is few of them.
     """
-    kind = FlatAdapter if isinstance(group, FlatGroup) else PhysicalAdapter
+    kind = FlatAdapter if isinstance(group, FlatGroup) else SumAdapter if graph.terms else PhysicalAdapter
     adapter = kind(spec, group, graph, settings, passes)
     adapter.inputs = inputs
     adapter.fill(dtype, device or torch.device("cpu"), generator)

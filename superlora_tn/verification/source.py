@@ -6,17 +6,19 @@ import keyword
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
-from superlora_tn.declare.parts import Hadamard, Kronecker, Network, Node
+from superlora_tn.declare.parts import Hadamard, Kronecker, Network, Node, Sum
 
 
 def source(value: Any) -> str:
     """``sl.AdapterSpec(sl.CP(2))`` for that value; fields at their default are left out."""
     if isinstance(value, Network):
         return _network(value)
-    if isinstance(value, Kronecker | Hadamard):
+    if isinstance(value, Kronecker | Hadamard | Sum):
         words = [source(part) for part in value.parts]
         if isinstance(value, Kronecker) and value.factor != -1:
             words.append(f"factor={value.factor}")
+        if isinstance(value, Sum) and value.weights is not None:
+            words.append(f"weights={value.weights}")
         return f"sl.{type(value).__name__}({', '.join(words)})"
     if is_dataclass(value) and not isinstance(value, type):
         given = [(f.name, getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != _default(f)]

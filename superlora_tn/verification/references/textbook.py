@@ -13,13 +13,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from superlora_tn.declare.fold import FlatFold, PhysicalFold, Shape
 from superlora_tn.declare.maps import Compose, Fastfood, Shuffle
-from superlora_tn.declare.parts import CP, Base, Dense, Hadamard, Kronecker, Network, Part, TensorTrain, Tucker
+from superlora_tn.declare.parts import CP, Base, Dense, Hadamard, Kronecker, Network, Part, Sum, TensorTrain, Tucker
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.fixed_maps import gaussians, permutation, signs
 
@@ -78,8 +78,18 @@ def kronecker(parts: Sequence[Array]) -> Array:
 TEXTBOOK = Formulas(cp, tucker, train, kronecker)
 
 
-def tensor(part: Part, modes: Sequence[str], values: Values, formulas: Formulas = TEXTBOOK, prefix: str = "") -> Array:
-    """The whole tensor of a part over `modes`, from its nodes' values under their documented names."""
+def tensor(
+    part: Part,
+    modes: Sequence[str],
+    values: Values,
+    formulas: Formulas = TEXTBOOK,
+    prefix: str = "",
+    absolute: bool = False,
+) -> Array:
+    """The whole tensor of a part over `modes`, from its nodes' values under their documented names.
+
+    With `absolute` the weights of sums are taken without their signs.
+    """
 
     def own(name: str) -> Array:
         return values[f"{prefix}{name}"]
@@ -98,8 +108,11 @@ def tensor(part: Part, modes: Sequence[str], values: Values, formulas: Formulas 
         return formulas.train([own(f"core_{m}") for m in modes])
     if isinstance(part, Network):
         return network(part, {name: own(name) for name, _ in part.nodes})
-    mark = "k" if isinstance(part, Kronecker) else "h"
-    inner = [tensor(p, modes, values, formulas, f"{prefix}{mark}{k + 1}_") for k, p in enumerate(part.parts)]
+    mark = "k" if isinstance(part, Kronecker) else "t" if isinstance(part, Sum) else "h"
+    inner = [tensor(p, modes, values, formulas, f"{prefix}{mark}{k + 1}_", absolute) for k, p in enumerate(part.parts)]
+    if isinstance(part, Sum):
+        weights = part.weights or (1.0,) * len(inner)
+        return cast(Array, sum((abs(weight) if absolute else weight) * one for weight, one in zip(weights, inner, strict=True)))
     if isinstance(part, Hadamard):  # (B1 A1) * (B2 A2), Hyeon-Woo et al. 2021
         return reduce(np.multiply, inner)
     return formulas.kronecker(inner) if len(inner) > 1 else inner[0]
@@ -136,7 +149,7 @@ def delta(
     scale = abs(scaling(spec)) if absolute else scaling(spec)
     if isinstance(spec.fold, FlatFold):
         return _flat(spec, spec.fold, shapes, values, formulas, scale, absolute)
-    whole = scale * tensor(spec.network, spec.fold.modes.split(), values, formulas)
+    whole = scale * tensor(spec.network, spec.fold.modes.split(), values, formulas, absolute=absolute)
     return {name: physical_weight(whole, spec.fold, name, list(shapes)) for name in shapes}
 
 
@@ -150,7 +163,7 @@ def scaling(spec: AdapterSpec) -> float:
 
 def _ranks(part: Part) -> list[int]:
     """All ranks that a part declares."""
-    if isinstance(part, Kronecker | Hadamard):
+    if isinstance(part, Kronecker | Hadamard | Sum):
         return [rank for inner in part.parts for rank in _ranks(inner)]
     if isinstance(part, Dense | Base | Network):
         return []

@@ -1,0 +1,129 @@
+"""The adapter of a sum of networks: each term runs at its own plan, on nodes that the sum holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from superlora_tn.declare.fold import PhysicalGroup
+from superlora_tn.network.graph import Term
+from superlora_tn.update.base import Adapter, Member, Side
+from superlora_tn.update.physical import PhysicalAdapter
+
+
+class TermAdapter(PhysicalAdapter):
+    """One term, whose nodes are those of the sum: it holds no parameter of its own."""
+
+    def __init__(self, whole: SumAdapter, term: Term) -> None:
+        # Dropout is the sum's: all terms see the same x.
+        super().__init__(replace(whole.spec, dropout=0.0), whole.group, term.graph, whole.settings, whole.passes)
+        self._term, self._whole = term, (whole,)  # in a tuple, or the sum would be a module in its own parts
+
+    def _own(self) -> list[Tensor]:
+        nodes = self._whole[0].stored()
+        return [nodes[k] for k in self._term.nodes]
+
+    def follow(self) -> None:
+        """Take over the sum's strength."""
+        self.scale = self._whole[0].scale * self._term.weight
+
+
+class SumAdapter(Adapter):
+    """The adapter of weights of one shape whose network is a sum of networks."""
+
+    group: PhysicalGroup
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._parts = tuple(TermAdapter(self, term) for term in self.graph.terms)
+
+    def prepare(self) -> None:
+        """See `Adapter.prepare`."""
+        for part in self._parts:
+            part.profile = self.profile
+            part.prepare()
+        for name, member in self.members.items():
+            member.shape = self.group.shape
+            member.place = tuple(part.members[name] for part in self._parts)
+
+    def _each(self, member: Member) -> Sequence[Member]:
+        """A member in each term, at the strength of now."""
+        for part in self._parts:
+            part.follow()
+        found: Sequence[Member] = member.place
+        return found
+
+    @property
+    def fan_in(self) -> int:
+        """The members' in."""
+        return self.group.shape[1]
+
+    def delta_of(self, member: Member) -> Tensor:
+        """See `Adapter.delta`."""
+        return _added([own.delta() for own in self._each(member)])
+
+    def current(self, member: Member) -> Tensor:
+        """See `Adapter.current`."""
+        return _added([own.current() for own in self._each(member)])
+
+    def stack_up(self) -> None:
+        """See `Adapter.stack_up`."""
+        for part in self._parts:
+            part.stack_up()
+
+    def together(self, members: Sequence[Member]) -> Tensor | None:
+        """See `Adapter.together`."""
+        each = zip(*(self._each(member) for member in members), strict=True)
+        found = [own[0].adapter.together(own) for own in each]
+        whole = [one for one in found if one is not None]
+        return _added(whole) if len(whole) == len(found) else None
+
+    def halves(self, member: Member, rows: int, blocks: int = 1) -> tuple[Tensor, Tensor] | None:
+        """See `Adapter.halves`: those of all terms side by side."""
+        found = [own.halves(rows, blocks) for own in self._each(member)]
+        whole = [one for one in found if one is not None]
+        if len(whole) < len(found):
+            return None
+        return torch.cat([outer for outer, _ in whole], 1), torch.cat([inner for _, inner in whole])
+
+    def look_up(self, side: Side) -> None:
+        """See `Adapter.look_up`."""
+        for part in self._parts:
+            part.look_up(side)
+
+    def lookup(self, member: Member, numbers: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
+        """See `Adapter.lookup`."""
+        return _added([own.lookup(numbers, side, dtype) for own in self._each(member)])
+
+    @property
+    def applies(self) -> bool:
+        """See `Adapter.applies`."""
+        return all(part.applies for part in self._parts)
+
+    @property
+    def shares(self) -> bool:
+        """See `Adapter.shares`."""
+        return any(part.shares for part in self._parts)
+
+    def update(
+        self, member: Member, x: Tensor, out: Tensor | None, base: Tensor | None = None, training: bool = True
+    ) -> Tensor:
+        """See `Adapter.update`."""
+        if self.spec.dropout:
+            # In the dtype that is computed in; the layer's own gradient goes through x itself.
+            x, base = self.drop(x if out is None else x.to(out.dtype), training), None
+        for own in self._each(member):
+            out, base = own.update(x, out, base, training), None
+        assert out is not None
+        return out
+
+
+def _added(found: Sequence[Tensor]) -> Tensor:
+    whole = found[0]
+    for one in found[1:]:
+        whole = whole + one
+    return whole

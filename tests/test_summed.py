@@ -1,0 +1,261 @@
+"""Sums of parts: dW, gradients and first values against a dense float64 oracle, on both routes, anywhere in products."""
+
+from __future__ import annotations
+
+import copy
+from functools import reduce
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import superlora_tn as sl
+
+OUT, IN = 12, 8
+Part = Any
+
+
+@st.composite
+def parts(draw: st.DrawFn, depth: int = 2, sizes: tuple[int, int] = (OUT, IN)) -> Part:
+    """Parts over a matrix in which sums and products stand at any level."""
+    kinds = ["dense", "cp", "tucker", "network"] + (["sum", "sum", "kronecker", "hadamard"] if depth else [])
+    kind = draw(st.sampled_from(kinds))
+    if kind == "dense":
+        return sl.Dense()
+    if kind == "cp":
+        return sl.CP(draw(st.integers(1, min(sizes))))
+    if kind == "tucker":
+        return sl.Tucker(draw(st.integers(1, min(sizes))))
+    if kind == "network":
+        return sl.Network("(a b) c", {"a": 2, "r": 2}, U="a r", V="r b c") if sizes[0] % 2 == 0 else sl.CP(1)
+    if kind == "kronecker":
+        first = draw(st.sampled_from([f for f in (1, 2) if not any(size % f for size in sizes)]))
+        inner = [draw(parts(depth - 1, (first, first))), draw(parts(depth - 1, (sizes[0] // first, sizes[1] // first)))]
+        return sl.Kronecker(*inner, factor=first)
+    inner = draw(st.lists(parts(depth - 1, sizes), min_size=1, max_size=3))
+    if kind == "hadamard":
+        return sl.Hadamard(*inner)
+    weights = draw(st.none() | st.lists(st.sampled_from([1.0, -1.0, 0.5, 2.0]), min_size=len(inner), max_size=len(inner)))
+    return sl.Sum(*inner, weights=weights)
+
+
+def dense(part: Part, nodes: dict[str, Tensor], sizes: tuple[int, int], prefix: str = "") -> Tensor:
+    """The matrix by the textbook, differentiable, with sums as sums: nothing is multiplied out."""
+
+    def own(name: str) -> Tensor:
+        return nodes[f"node_{prefix}{name}"]
+
+    if isinstance(part, sl.Dense):
+        return own("weight").reshape(sizes)
+    if isinstance(part, sl.CP):
+        return own("factor_out") @ own("factor_in").T
+    if isinstance(part, sl.Tucker):
+        return own("factor_out") @ own("core") @ own("factor_in").T
+    if isinstance(part, sl.Network):
+        return torch.einsum("ar,rbc->abc", own("U"), own("V")).reshape(sizes)
+    if isinstance(part, sl.Kronecker):
+        f = part.factor
+        each = zip(part.parts, [(f, f), (sizes[0] // f, sizes[1] // f)], strict=True)
+        a, b = (dense(p, nodes, s, f"{prefix}k{k + 1}_") for k, (p, s) in enumerate(each))
+        return torch.kron(a, b)
+    mark = "t" if isinstance(part, sl.Sum) else "h"
+    inner = [dense(p, nodes, sizes, f"{prefix}{mark}{k + 1}_") for k, p in enumerate(part.parts)]
+    if isinstance(part, sl.Hadamard):
+        return reduce(torch.mul, inner)
+    return sum(w * one for w, one in zip(part.weights or [1.0] * len(inner), inner, strict=True))
+
+
+def attached(spec: sl.AdapterSpec, route: str | None, fill: bool = True) -> tuple[nn.Sequential, sl.Tuned, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(IN, OUT)).double()
+    weight = model[0].weight.detach().clone()
+    tuned = sl.attach(model, spec, ["0"], dtype=torch.float64, seed=1, route=route)
+    if fill:
+        with torch.no_grad():
+            for node in tuned.parameters():
+                node.normal_()
+    return model, tuned, weight
+
+
+def nodes_of(tuned: sl.Tuned) -> dict[str, Tensor]:
+    return {name.rpartition(".")[2]: p for name, p in tuned.named_parameters()}
+
+
+@given(parts(), st.sampled_from(["apply", "delta", None]), st.sampled_from([None, 3.0]))
+def test_values_and_gradients_are_those_of_the_dense_sum(part: Part, route: str | None, alpha: float | None) -> None:
+    spec = sl.AdapterSpec(part, alpha=alpha)
+    assert sl.AdapterSpec.from_dict(spec.to_dict()) == spec
+    model, tuned, weight = attached(spec, route)
+    nodes = nodes_of(tuned)
+    assert spec.count([(OUT, IN)]) == sum(p.numel() for p in nodes.values())
+    delta = spec.scale * dense(part, nodes, (OUT, IN))
+    x = torch.randn(5, IN, dtype=torch.float64)
+    wanted = x @ (weight + delta).T + model[0].bias
+    # float64 sums of some hundred products of numbers near 1, in another order.
+    close = {"rtol": 1e-9, "atol": 1e-9 * max(1.0, float(delta.detach().abs().max()))}
+    torch.testing.assert_close(tuned.delta("0"), delta, **close)
+    found = model(x)
+    torch.testing.assert_close(found, wanted, **close)
+    cotangent = torch.randn_like(wanted)
+    own = torch.autograd.grad((found * cotangent).sum(), list(nodes.values()))
+    oracle = torch.autograd.grad((wanted * cotangent).sum(), list(nodes.values()))
+    for a, b in zip(own, oracle, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1.0, float(b.abs().max())))
+
+
+@given(parts())
+def test_a_sum_starts_at_zero_and_every_term_trains(part: Part) -> None:
+    try:
+        model, tuned, _ = attached(sl.AdapterSpec(part), None, fill=False)
+    except sl.SpecError as error:
+        assert "of one term start at zero" in str(error)
+        return
+    assert not tuned.delta("0").any()
+    x = torch.randn(7, IN, dtype=torch.float64)
+    model(x).pow(2).sum().backward()
+    graph = next(iter(tuned._adapters())).graph
+    moved = {name for name, p in nodes_of(tuned).items() if p.grad is not None and bool(p.grad.any())}
+    for term in graph.networks:
+        zero = [n.name for n in term.graph.nodes if n.init == "zeros"]
+        assert len(zero) == 1
+        assert f"node_{zero[0]}" in moved
+
+
+def test_each_term_has_a_split_of_its_own() -> None:
+    part = sl.Sum(sl.Kronecker(sl.Dense(), sl.Dense(), factor=2), sl.Network("(a b) c", {"a": 3}, W="a b c"))
+    with pytest.raises(sl.SpecError, match="two ways that do not fit together"):
+        sl.AdapterSpec(sl.Hadamard(*part.parts)).count([(6, 4)])
+    assert sl.AdapterSpec(part).count([(6, 4)]) == 4 + 6 + 24
+
+
+MIXED = sl.Sum(sl.CP(2), sl.Kronecker(sl.Dense(), sl.Dense()), weights=(1, -0.5))
+
+
+def test_several_weights_share_a_sum_by_member() -> None:
+    spec = sl.AdapterSpec(sl.Sum(sl.Tucker(2, factors="out in"), sl.CP(1)), sl.PhysicalFold("member out in"))
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(IN, OUT).double() for _ in range(3)])
+    tuned = sl.attach(model, spec, ["0", "1", "2"], dtype=torch.float64, seed=1)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.normal_()
+    n = nodes_of(tuned)
+    for m in range(3):
+        first = n["node_t1_factor_out"] @ n["node_t1_core"][m] @ n["node_t1_factor_in"].T
+        second = (n["node_t2_factor_out"] * n["node_t2_factor_member"][m]) @ n["node_t2_factor_in"].T
+        torch.testing.assert_close(tuned.delta(f"{m}"), first + second, rtol=1e-12, atol=1e-12)
+
+
+def test_it_saves_merges_copies_and_switches(tmp_path: Any) -> None:
+    model, tuned, weight = attached(sl.AdapterSpec(MIXED, alpha=4.0, dropout=0.5), None)
+    model.eval()
+    x = torch.randn(5, IN, dtype=torch.float64)
+    before, delta = model(x), tuned.delta("0").detach()
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), before)
+    tuned.save(tmp_path)
+    other = nn.Sequential(nn.Linear(IN, OUT)).double()
+    other[0].load_state_dict({"weight": weight, "bias": model[0].bias})
+    sl.load(other, tmp_path)
+    assert torch.equal(other.eval()(x), before)
+    tuned.strength = 0.5
+    torch.testing.assert_close(tuned.delta("0"), delta / 2)
+    torch.testing.assert_close(model(x), x @ (weight + delta / 2).T + model[0].bias)
+    tuned.strength = 1.0
+    tuned.merge()
+    torch.testing.assert_close(model[0].weight, weight + delta)
+    tuned.unmerge()
+    assert torch.equal(model[0].weight, weight)
+    assert torch.equal(model(x), before)
+    model.train()
+    assert not torch.equal(model(x), model(x))  # dropout, once for all terms
+    assert len(list(tuned.parameters())) == len(set(tuned.parameters())) == 4
+    assert "sum of 2 networks" not in str(tuned)
+    with pytest.raises(sl.PlanError, match="a sum of 2 networks, and each has plans of its own"):
+        tuned.plan("0", 5)
+    with pytest.raises(sl.SpecError, match="fits and conversions are of one network"):
+        sl.decompose({"0": delta}, sl.AdapterSpec(MIXED))
+    tuned.detach()
+    assert torch.equal(model[0].weight, weight)
+
+
+@pytest.mark.parametrize("join", [sl.Magnitude(), sl.Multiply("left")])
+def test_it_joins_the_weight_in_other_ways(join: Any) -> None:
+    sizes = (OUT, OUT) if isinstance(join, sl.Multiply) else (OUT, IN)
+    model, tuned, weight = attached(sl.AdapterSpec(MIXED, join=join), None)
+    network = dense(sl.CP(2), nodes_of(tuned), sizes, "t1_")
+    a, b = (nodes_of(tuned)[f"node_t2_k{k}_weight"] for k in (1, 2))
+    network = network - 0.5 * torch.kron(a, b)
+    x = torch.randn(5, IN, dtype=torch.float64)
+    if isinstance(join, sl.Multiply):
+        wanted = weight + network @ weight
+    else:
+        whole = weight + network
+        wanted = whole / whole.norm(dim=1, keepdim=True) * nodes_of(tuned)["magnitude"][:, None]
+    torch.testing.assert_close(model(x), x @ wanted.T + model[0].bias, rtol=1e-10, atol=1e-10)
+
+
+def test_other_formats_hold_dw_of_a_sum(tmp_path: Any) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    model, tuned, _ = attached(sl.AdapterSpec(sl.Sum(sl.CP(2), sl.CP(1), weights=(1, -2))), None)
+    x = torch.randn(5, IN, dtype=torch.float64)
+    y = model(x)
+    tuned.save(tmp_path / "peft", format="peft")
+    torch.manual_seed(0)
+    other = nn.Sequential(nn.Linear(IN, OUT)).double()
+    sl.load(other, tmp_path / "peft", dtype=torch.float64)
+    # Through an SVD, kept in float32 at the least.
+    torch.testing.assert_close(other(x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_convolution_and_an_embedding_take_a_sum() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1)).double()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    tuned = sl.attach(model, sl.AdapterSpec(sl.Sum(sl.CP(2), sl.CP(1))), ["0"], dtype=torch.float64, seed=1)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.normal_()
+    whole = model[0].weight + tuned.delta("0").reshape(6, 4, 3, 3)
+    torch.testing.assert_close(model(x), nn.functional.conv2d(x, whole, model[0].bias, padding=1), rtol=1e-9, atol=1e-9)
+    table = nn.Sequential(nn.Embedding(10, 6)).double()
+    tuned = sl.attach(table, sl.AdapterSpec(sl.Sum(sl.CP(2), sl.CP(1))), ["0"], dtype=torch.float64, seed=1)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.normal_()
+    numbers = torch.tensor([[1, 3, 1], [9, 0, 2]])
+    whole = table[0].weight + tuned.delta("0").T
+    torch.testing.assert_close(table(numbers), nn.functional.embedding(numbers, whole))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: sl.Sum(), "Sum was given no part"),
+        (lambda: sl.Sum(sl.CP(1), weights=(1, 2)), "for 1 parts; give one number each"),
+        (lambda: sl.Sum(sl.CP(1), weights=(0,)), "leave the part out"),
+        (lambda: sl.Sum(sl.CP(1), weights=(float("nan"),)), "finite number"),
+        (lambda: sl.AdapterSpec(sl.Sum(sl.Dense(), sl.Dense()), sl.FlatFold(1)).count([(4, 4)]), "belongs to a physical fold"),
+        (
+            lambda: sl.AdapterSpec(reduce(sl.Hadamard, [sl.Sum(*[sl.Dense()] * 3)] * 4)).count([(4, 4)]),
+            "multiply out to 81 terms or more",
+        ),
+    ],
+)
+def test_what_is_no_sum_is_refused_in_words(make: Any, words: str) -> None:
+    with pytest.raises(sl.SpecError, match=words):
+        make()
+
+
+def test_products_of_sums_are_multiplied_out() -> None:
+    first, second = sl.Sum(sl.CP(1), sl.Dense()), sl.Sum(sl.Dense(), sl.CP(2), weights=(2, -1))
+    graph = sl.AdapterSpec(sl.Hadamard(first, second)).lay_out({"a": (OUT, IN)})[0][1]
+    assert [term.weight for term in graph.terms] == [2, -1, 2, -1]
+    names = [{n.name.partition("_t")[0] + n.name.partition("_t")[2][:1] for n in term.graph.nodes} for term in graph.terms]
+    assert names == [{f"h1{a}", f"h2{b}"} for a, b in product("12", "12")]
+    assert np.prod([len(p.parts) for p in (first, second)]) == len(graph.terms)
