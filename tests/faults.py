@@ -300,12 +300,33 @@ TABLE: Table = {
             "test_holes.py::test_alpha_is_divided_by_the_largest_rank",
         ),
     },
-    "superlora_tn/network/expand.py": {
+    "superlora_tn/update/summed.py": {
+        "only-the-first-term": (
+            "for own in self._each(member):\n            out, base",
+            "for own in self._each(member)[:1]:\n            out, base",
+            "test_summed.py::test_values_and_gradients_are_those_of_the_dense_sum",
+        ),
+        "the-weight-forgotten": (
+            "self._whole[0].scale * self._term.weight",
+            "self._whole[0].scale",
+            "test_summed.py::test_values_and_gradients_are_those_of_the_dense_sum",
+        ),
+    },
+    "superlora_tn/network/terms.py": {
+        "shared-factor-left-out": (
+            "[*fixed, *(number",
+            "[*(number",
+            "test_summed.py::test_products_of_sums_are_multiplied_out",
+        ),
+    },
+    "superlora_tn/network/axes.py": {
         "kronecker-swapped": (
             "self.stride * math.prod(sizes[k + 1 :])",
             "self.stride * math.prod(sizes[:k])",
             "test_equals_dense.py::test_a_named_variant_is_its_papers_formula",
         ),
+    },
+    "superlora_tn/network/expand.py": {
         "tucker-core-transposed": (
             "tuple(bonds.get(a, a) for a in axes), zero=True",
             "tuple(bonds.get(a, a) for a in axes[::-1]), zero=True",
