@@ -259,3 +259,19 @@ def test_products_of_sums_are_multiplied_out() -> None:
     names = [{n.name.partition("_t")[0] + n.name.partition("_t")[2][:1] for n in term.graph.nodes} for term in graph.terms]
     assert names == [{f"h1{a}", f"h2{b}"} for a, b in product("12", "12")]
     assert np.prod([len(p.parts) for p in (first, second)]) == len(graph.terms)
+
+
+def test_thin_terms_run_as_one_and_others_by_themselves() -> None:
+    """Two LoRAs and a Kronecker product: values and gradients with all kinds of x."""
+    part = sl.Sum(sl.CP(2), sl.Kronecker(sl.Dense(), sl.Dense()), sl.CP(1), weights=(1, 1, -3))
+    model, tuned, weight = attached(sl.AdapterSpec(part, alpha=4.0), "apply")
+    adapter = next(iter(tuned._adapters()))
+    assert [own.graph.nodes[0].name for own in adapter._thin] == ["t1_factor_out", "t3_factor_out"]
+    delta = adapter.scale * dense(part, nodes_of(tuned), (OUT, IN))
+    for x in (torch.randn(IN), torch.randn(2, 3, IN), torch.randn(0, IN)):
+        x = x.double().requires_grad_()
+        wanted, found = x @ (weight + delta).T + model[0].bias, model(x)
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+        own, oracle = (torch.autograd.grad(y.sum(), [x, *tuned.parameters()], retain_graph=True) for y in (found, wanted))
+        for a, b in zip(own, oracle, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

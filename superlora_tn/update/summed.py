@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from superlora_tn.declare.fold import PhysicalGroup
+from superlora_tn.contraction.backend import compiled
+from superlora_tn.contraction.plan import make_plan
+from superlora_tn.declare.fold import Mode, PhysicalGroup
+from superlora_tn.declare.parts import Network
+from superlora_tn.network.expand import lower
 from superlora_tn.network.graph import Term
-from superlora_tn.update.base import Adapter, Member, Side
+from superlora_tn.update.base import NOMINAL_TOKENS, Adapter, Member, Side
 from superlora_tn.update.physical import PhysicalAdapter
 
 
@@ -26,6 +30,20 @@ class TermAdapter(PhysicalAdapter):
     def _own(self) -> list[Tensor]:
         nodes = self._whole[0].stored()
         return [nodes[k] for k in self._term.nodes]
+
+    def is_thin(self) -> bool:
+        """Whether x goes through two thin matrices, at any number of tokens, for no more than the network costs."""
+        if self._halves is None or any(stage.rest is None for _, stage in self._runs):
+            return False
+        shape = self.group.shape
+        plan = make_plan(self.graph, "apply", NOMINAL_TOKENS, self.profile, self.settings.optimize)
+        return 2 * self._halves.cost(shape, NOMINAL_TOKENS) <= plan.flops
+
+    def thin(self, member: Member) -> tuple[Tensor, Tensor]:
+        """The two matrices, outer (out, bond), scale included, and inner (bond, in)."""
+        nodes = self._nodes(member, self.tensors())
+        (outer, run), (inner, other) = self._half_runs
+        return run(*(nodes[k] for k in outer), alpha=self.scale), other(*(nodes[k] for k in inner))
 
     def follow(self) -> None:
         """Take over the sum's strength."""
@@ -46,6 +64,14 @@ class SumAdapter(Adapter):
         for part in self._parts:
             part.profile = self.profile
             part.prepare()
+        thin = [part for part in self._parts if part.is_thin()]
+        self._thin = tuple(thin) if len(thin) > 1 else ()
+        if self._thin:
+            modes = (Mode("out", self.group.shape[0], "out"), Mode("in", self.group.shape[1], "in"))
+            bond = sum(part._halves.bond for part in thin if part._halves is not None)
+            network = lower(Network("o i", {"r": bond}, B="o r", A="r i"), modes)
+            plan = make_plan(network, "apply", NOMINAL_TOKENS, self.profile, self.settings.optimize)
+            self._through = compiled(plan, self.settings.backend)
         for name, member in self.members.items():
             member.shape = self.group.shape
             member.place = tuple(part.members[name] for part in self._parts)
@@ -116,10 +142,22 @@ class SumAdapter(Adapter):
         if self.spec.dropout:
             # In the dtype that is computed in; the layer's own gradient goes through x itself.
             x, base = self.drop(x if out is None else x.to(out.dtype), training), None
-        for own in self._each(member):
-            out, base = own.update(x, out, base, training), None
+        each = self._each(member)
+        if self._thin:
+            out, base = self._through_thin(each, x, out, base), None
+        for own in each:
+            if own.adapter not in self._thin:
+                out, base = own.update(x, out, base, training), None
         assert out is not None
         return out
+
+    def _through_thin(self, each: Sequence[Member], x: Tensor, out: Tensor | None, base: Tensor | None) -> Tensor:
+        """x through the thin matrices of several terms, side by side as two."""
+        dtype = x.dtype if out is None else out.dtype
+        pairs = [own.adapter.thin(own) for own in each if isinstance(own.adapter, TermAdapter) and own.adapter in self._thin]
+        outer, inner = torch.cat([o for o, _ in pairs], 1).to(dtype), torch.cat([i for _, i in pairs]).to(dtype)
+        found: Tensor = self._through(x.to(dtype), outer, inner, out=out, base=base)
+        return found if out is not None else found.reshape(*x.shape[:-1], self.group.shape[0])
 
 
 def _added(found: Sequence[Tensor]) -> Tensor:
