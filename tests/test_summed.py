@@ -263,7 +263,7 @@ def test_products_of_sums_are_multiplied_out() -> None:
 
 def test_thin_terms_run_as_one_and_others_by_themselves() -> None:
     """Two LoRAs and a Kronecker product: values and gradients with all kinds of x."""
-    part = sl.Sum(sl.CP(2), sl.Kronecker(sl.Dense(), sl.Dense()), sl.CP(1), weights=(1, 1, -3))
+    part = sl.Sum(sl.CP(2), sl.Kronecker(sl.Dense(), sl.Dense(), factor=2), sl.CP(1), weights=(1, 1, -3))
     model, tuned, weight = attached(sl.AdapterSpec(part, alpha=4.0), "apply")
     adapter = next(iter(tuned._adapters()))
     assert [own.graph.nodes[0].name for own in adapter._thin] == ["t1_factor_out", "t3_factor_out"]
