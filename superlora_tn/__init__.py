@@ -22,7 +22,20 @@ from superlora_tn.declare.node_maps import (
     Selected,
     Softmax,
 )
-from superlora_tn.declare.parts import CP, Base, Dense, Hadamard, Kronecker, Network, Node, SpecError, Sum, TensorTrain, Tucker
+from superlora_tn.declare.parts import (
+    CP,
+    Base,
+    Dense,
+    Frozen,
+    Hadamard,
+    Kronecker,
+    Network,
+    Node,
+    SpecError,
+    Sum,
+    TensorTrain,
+    Tucker,
+)
 from superlora_tn.declare.rows import Rows
 from superlora_tn.files.own import CheckpointError
 from superlora_tn.files.read import read
@@ -96,6 +109,7 @@ __all__ = [
     "FitError",
     "FlatFold",
     "Fourier",
+    "Frozen",
     "Hadamard",
     "Householder",
     "Identity",

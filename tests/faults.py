@@ -191,8 +191,8 @@ TABLE: Table = {
             "test_holes.py::test_a_weight_of_several_whole_groups_begins_with_its_own",
         ),
         "slice-counted-from-the-group": (
-            "begin - low * row, stop",
-            "begin, stop",
+            "run, begin - low * row)",
+            "run, begin)",
             "test_equals_dense.py::test_every_variants_delta_equals_the_oracle",
         ),
         "surplus-cut-in-front-of-the-map": (
@@ -301,6 +301,11 @@ TABLE: Table = {
         ),
     },
     "superlora_tn/update/summed.py": {
+        "surplus-cut-in-front": (
+            "found.narrow(k - len(self.own), 0, size)",
+            "found.narrow(k - len(self.own), -size, size)",
+            "test_sums.py::test_dw_and_both_routes_are_the_oracles",
+        ),
         "only-the-first-term": (
             "            if own.adapter not in self._thin:\n",
             "            if own.adapter not in self._thin and own is each[0]:\n",
@@ -324,6 +329,11 @@ TABLE: Table = {
             "self.stride * math.prod(sizes[k + 1 :])",
             "self.stride * math.prod(sizes[:k])",
             "test_equals_dense.py::test_a_named_variant_is_its_papers_formula",
+        ),
+        "sides-too-small": (
+            "size = -(-size // sides[-1])",
+            "size = size // sides[-1]",
+            "test_sums.py::test_dw_and_both_routes_are_the_oracles",
         ),
     },
     "superlora_tn/network/expand.py": {

@@ -10,11 +10,26 @@ from functools import cached_property
 import numpy as np
 import oracle
 import torch
+from hypothesis import reject
 from hypothesis import strategies as st
 
 from superlora_tn.declare.fold import FlatFold, FlatGroup, Group, PhysicalFold
 from superlora_tn.declare.maps import Fastfood, Shuffle
-from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, Network, Node, Part, TensorTrain, Tucker
+from superlora_tn.declare.parts import (
+    CP,
+    Dense,
+    Frozen,
+    Hadamard,
+    Kronecker,
+    Network,
+    Node,
+    Part,
+    SpecError,
+    Sum,
+    TensorTrain,
+    Tucker,
+    inner_parts,
+)
 from superlora_tn.network.expand import lower_group
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
@@ -28,8 +43,13 @@ EPS = 2.0**-53  # float64's unit roundoff
 # --- from a part's node names to the dense tensor -------------------------------------------------------------------
 
 
-def dense_tensor(part: Part, modes: Sequence[str], values: Mapping[str, Array], prefix: str = "") -> Array:
-    """The tensor of a part over `modes`, by the oracle, from the node values under their documented names."""
+def dense_tensor(
+    part: Part, modes: Sequence[str], values: Mapping[str, Array], prefix: str = "", absolute: bool = False
+) -> Array:
+    """The tensor of a part over `modes`, by the oracle, from the node values under their documented names.
+
+    What is cropped is as large as it was before, but where it is added to what is not; absolute: weights without their signs.
+    """
     if isinstance(part, Dense) or (isinstance(part, CP) and f"{prefix}weight" in values):
         return values[f"{prefix}weight"]
     if isinstance(part, CP):
@@ -42,9 +62,18 @@ def dense_tensor(part: Part, modes: Sequence[str], values: Mapping[str, Array], 
     if isinstance(part, TensorTrain):
         return oracle.tensor_train([values[f"{prefix}core_{m}"] for m in modes])
     if isinstance(part, Kronecker):
-        return oracle.kronecker([dense_tensor(p, modes, values, f"{prefix}k{k + 1}_") for k, p in enumerate(part.parts)])
+        return oracle.kronecker(
+            [dense_tensor(p, modes, values, f"{prefix}k{k + 1}_", absolute) for k, p in enumerate(part.parts)]
+        )
     if isinstance(part, Hadamard):
-        return oracle.hadamard_product([dense_tensor(p, modes, values, f"{prefix}h{k + 1}_") for k, p in enumerate(part.parts)])
+        return oracle.hadamard_product(
+            [dense_tensor(p, modes, values, f"{prefix}h{k + 1}_", absolute) for k, p in enumerate(part.parts)]
+        )
+    if isinstance(part, Sum):
+        terms = [dense_tensor(p, modes, values, f"{prefix}t{k + 1}_", absolute) for k, p in enumerate(inner_parts(part))]
+        place = tuple(slice(min(sizes)) for sizes in zip(*(t.shape for t in terms), strict=True))
+        weights = part.weights or (1.0,) * len(terms)
+        return sum((abs(w) if absolute else w) * t[place] for w, t in zip(weights, terms, strict=True))
     return oracle.network(part.modes, {n: (node.indices, values[f"{prefix}{n}"]) for n, node in part.nodes})
 
 
@@ -117,8 +146,10 @@ class Bound:
         the map's own factors add a few; Hadamard transforms of p numbers add p at most, each way. Twice, since the
         oracle rounds too.
         """
-        open_ = {i for _, indices in self.graph.modes for i in indices}
-        terms = math.prod(s for i, s in self.graph.sizes if i not in open_)
+        terms = 0
+        for graph in (term.graph for term in self.graph.networks):
+            open_ = {i for _, indices in graph.modes for i in indices}
+            terms += math.prod(s for i, s in graph.sizes if i not in open_)
         padded = 2 * (max(self.group.inner, self.group.length) + 8) if isinstance(self.group, FlatGroup) else 0
         return 2 * (terms + len(self.graph.nodes) + 4 + 2 * padded * (self.spec.projection is not None))
 
@@ -138,7 +169,9 @@ class Bound:
         part, fold = self.spec.network, self.spec.fold
         if isinstance(fold, PhysicalFold):
             modes = fold.modes.split()
-            tensor = scale * dense_tensor(part, modes, values)
+            tensor = scale * dense_tensor(part, modes, values, absolute=absolute)
+            sides = {m.name: m.size for m in self.group.modes}
+            tensor = tensor[tuple(slice(sides[mode]) for mode in modes)]
             places = {t: oracle.member_place(modes, t, self.targets) for t in self.targets}
             return {t: oracle.physical_weight(tensor, modes, place) for t, place in places.items()}
         assert isinstance(self.group, FlatGroup)
@@ -155,7 +188,8 @@ class Bound:
         vectors = []
         for g in range(count):
             own = {n: v[g] for n, v in values.items()} if count > 1 else values
-            flat = dense_tensor(self.spec.network, modes, own).reshape(-1)[: math.ceil(ratio * total / count - 1e-9)]
+            tensor = dense_tensor(self.spec.network, modes, own, absolute=absolute)
+            flat = tensor.reshape(-1)[: math.ceil(ratio * total / count - 1e-9)]
             vectors.append(scale * self._mapped(flat, math.ceil(total / count), absolute))
         return vectors
 
@@ -246,22 +280,42 @@ def networks(draw: st.DrawFn, sizes: Mapping[str, int]) -> Network:
 
 
 @st.composite
-def kroneckers(draw: st.DrawFn, sizes: Mapping[str, int], depth: int) -> Kronecker:
+def kroneckers(draw: st.DrawFn, sizes: Mapping[str, int], depth: int, summed: bool = False) -> Kronecker:
     """Two parts, evenly or at a factor; each part is drawn for the sizes that it gets."""
     factor = draw(st.sampled_from([-1, 2, 3]))
     pairs = {m: oracle.even_pair(s, factor) for m, s in sizes.items()}
     halves = [{m: pair[k] for m, pair in pairs.items()} for k in (0, 1)]
-    return Kronecker(*[draw(parts(half, depth - 1)) for half in halves], factor=factor)
+    return Kronecker(*[draw(parts(half, depth - 1, summed)) for half in halves], factor=factor)
 
 
-def parts(sizes: Mapping[str, int], depth: int = 2) -> st.SearchStrategy[Part]:
-    """Any part over modes of the given sizes, nested up to `depth`."""
+@st.composite
+def cropped(draw: st.DrawFn, sizes: Mapping[str, int], depth: int) -> Kronecker:
+    """Two parts of sides that need not divide: the first is the root's whole part."""
+    pairs = {m: (math.isqrt(s), -(-s // math.isqrt(s))) for m, s in sizes.items()}
+    halves = [{m: pair[k] for m, pair in pairs.items()} for k in (0, 1)]
+    return Kronecker(*[draw(parts(half, depth - 1, True)) for half in halves], crop=True)
+
+
+def parts(sizes: Mapping[str, int], depth: int = 2, summed: bool = False) -> st.SearchStrategy[Part]:
+    """Any part over modes of the given sizes, nested up to `depth`; with sums in it where `summed`."""
     leaves = [st.just(Dense()), cps(sizes), tuckers(sizes), tensor_trains(sizes), networks(sizes)]
     if depth == 0:
         return st.one_of(*leaves)
-    inner = st.deferred(lambda: parts(sizes, depth - 1))
+    inner = st.deferred(lambda: parts(sizes, depth - 1, summed))
     hadamards = st.lists(inner, min_size=1, max_size=2).map(lambda two: Hadamard(*two))
-    return st.one_of(*leaves, kroneckers(sizes, depth), hadamards)
+    products = kroneckers(sizes, depth, summed) | hadamards
+    return st.one_of(products, sums(inner)) if summed else st.one_of(*leaves, products)
+
+
+@st.composite
+def sums(draw: st.DrawFn, inner: st.SearchStrategy[Part]) -> Sum:
+    """One or two parts, weighted or not, or a part and its frozen copy."""
+    two = draw(st.lists(inner, min_size=1, max_size=2))
+    if draw(st.booleans()):
+        return Sum(two[0], Frozen(two[0]), weights=(1.5, -1.5))
+    return Sum(
+        *two, weights=draw(st.none() | st.lists(st.sampled_from([1.0, -2.0, 0.5]), min_size=len(two), max_size=len(two)))
+    )
 
 
 # --- folds and specs ------------------------------------------------------------------------------------------------
@@ -278,17 +332,17 @@ def targets(layers: int, types: int, shape: tuple[int, int]) -> Shapes:
 
 
 @st.composite
-def physical_cases(draw: st.DrawFn, depth: int = 2) -> Case:
-    """A random part on a physical fold."""
+def physical_cases(draw: st.DrawFn, depth: int = 2, summed: bool = False) -> Case:
+    """A random part on a physical fold; with sums and crops in it where `summed`."""
     heads = draw(st.sampled_from([None, None, 1, 2, 3]))
     fold = PhysicalFold(draw(st.sampled_from(PHYSICAL if heads is None else HEADED)), heads)
     shape = (draw(EXTENTS) * (heads or 1), draw(EXTENTS))
     shapes = targets(draw(st.integers(1, 3)), draw(st.integers(1, 2)), shape)
-    return draw(_specs(fold, shapes, None, depth))
+    return draw(_specs(fold, shapes, None, depth, summed))
 
 
 @st.composite
-def flat_cases(draw: st.DrawFn, depth: int = 1) -> Case:
+def flat_cases(draw: st.DrawFn, depth: int = 1, summed: bool = False) -> Case:
     """A random part on a flat fold of several weights of different shapes, with or without a map."""
     pairs = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 7)), min_size=1, max_size=4))
     shapes = {f"layer.{k}.q_proj": pair for k, pair in enumerate(pairs)}
@@ -300,11 +354,11 @@ def flat_cases(draw: st.DrawFn, depth: int = 1) -> Case:
     fold = FlatFold(order, groups, splits, stacked, multiple)
     maps = st.builds(Fastfood, st.sampled_from([1.0, 0.5, 0.3, 0.07]), st.integers(0, 99), st.booleans())
     projection = draw(st.none() | st.builds(Shuffle, st.integers(0, 99)) | maps)
-    return draw(_specs(fold, shapes, projection, depth))
+    return draw(_specs(fold, shapes, projection, depth, summed))
 
 
 @st.composite
-def _specs(draw: st.DrawFn, fold: object, shapes: Shapes, projection: object, depth: int) -> Case:
+def _specs(draw: st.DrawFn, fold: object, shapes: Shapes, projection: object, depth: int, summed: bool) -> Case:
     """A spec whose part fits the smallest group of the fold."""
     dense = AdapterSpec(Dense(), fold, projection)  # type: ignore[arg-type]
     groups = [group for group, _ in dense.lay_out(shapes)]
@@ -312,10 +366,21 @@ def _specs(draw: st.DrawFn, fold: object, shapes: Shapes, projection: object, de
     sizes = {m.name: m.size for m in smallest.modes}
     equal = all({m.name: m.size for m in g.modes} == sizes for g in groups)
     # A split or a rank that fits one group's sides need not fit another's, so uneven groups get rank 1 throughout.
-    part = draw(parts(sizes, depth) if equal else st.sampled_from([Dense(), CP(1), Tucker(1), TensorTrain(1)]))
+    drawn = parts(sizes, depth, summed) if equal else st.sampled_from([Dense(), CP(1), Tucker(1), TensorTrain(1)])
+    if summed and isinstance(fold, PhysicalFold):
+        drawn = drawn | sums(drawn | cropped(sizes, depth)) | cropped(sizes, depth)
+    elif summed and not equal:
+        drawn = sums(drawn)
+    part = draw(drawn)
     spec = replace(dense, network=part, alpha=draw(st.sampled_from([None, 1.0, 3.0])), rslora=draw(st.booleans()))
     for group in groups:
-        lower_group(part, group)
+        try:
+            lower_group(part, group)
+        except SpecError as error:
+            # Of a product of sums two may start at zero, or none can.
+            assert summed, error
+            assert "start at zero" in str(error)
+            reject()
     return Case(spec, shapes)
 
 

@@ -24,9 +24,12 @@ TANH = AdapterSpec(CP(2), FlatFold(2, groups=2), Fastfood(0.5, seed=1, tanh=True
 
 
 def along(bound: Bound, name: str, direction: np.ndarray, cotangents: dict[str, np.ndarray], absolute: bool = False) -> float:
-    """The oracle's derivative of ``sum_t <c_t, dW_t>`` along a direction of one node."""
+    """The oracle's derivative of ``sum_t <c_t, dW_t>`` along a direction of one node; absolute, a bound of its size."""
     weights = bound.weights({**bound.values, name: direction}, absolute)
-    return float(sum((weights[t] * c).sum() for t, c in cotangents.items()))
+    # Terms of a sum without the node stay as they are.
+    rest = bound.weights({**bound.values, name: np.zeros_like(direction)}, absolute)
+    sign = 1 if absolute else -1
+    return float(sum(((weights[t] + sign * rest[t]) * c).sum() for t, c in cotangents.items()))
 
 
 def assert_gradients(bound: Bound) -> None:

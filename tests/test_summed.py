@@ -240,7 +240,6 @@ def test_a_convolution_and_an_embedding_take_a_sum() -> None:
         (lambda: sl.Sum(sl.CP(1), weights=(1, 2)), "for 1 parts; give one number each"),
         (lambda: sl.Sum(sl.CP(1), weights=(0,)), "leave the part out"),
         (lambda: sl.Sum(sl.CP(1), weights=(float("nan"),)), "finite number"),
-        (lambda: sl.AdapterSpec(sl.Sum(sl.Dense(), sl.Dense()), sl.FlatFold(1)).count([(4, 4)]), "belongs to a physical fold"),
         (
             lambda: sl.AdapterSpec(reduce(sl.Hadamard, [sl.Sum(*[sl.Dense()] * 3)] * 4)).count([(4, 4)]),
             "multiply out to 81 terms or more",

@@ -40,6 +40,8 @@ MAX_SPLITTING = 1 << 20
 
 MAX_GRAPH_NODES = 1024
 """Nodes of one graph. Each is a tensor, a step of its plan and a line of its program."""
+CROPPED_TIMES, CROPPED_SPARE = 2, 64
+"""A mode that is cropped lies in one of at most so many times its size and the spare positions."""
 PADDED_TIMES, PADDED_SPARE = 8, 1 << 21
 """Elements of a flat fold's tensors, surplus included: at most so many times the weights' elements and the spare ones.
 

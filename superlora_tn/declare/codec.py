@@ -11,15 +11,18 @@ from superlora_tn.declare.fold import FlatFold, PhysicalFold
 from superlora_tn.declare.joins import JOINS
 from superlora_tn.declare.maps import PROJECTIONS, Compose
 from superlora_tn.declare.node_maps import NODE_MAPS
-from superlora_tn.declare.parts import PARTS, Hadamard, Kronecker, Network, Node, SpecError, Sum, shown
+from superlora_tn.declare.parts import PARTS, Frozen, Hadamard, Kronecker, Network, Node, SpecError, Sum, shown
 
-KINDS: dict[str, type] = {k.__name__: k for k in (*PARTS, Node, PhysicalFold, FlatFold, *PROJECTIONS, *JOINS, *NODE_MAPS)}
+_KINDS = (*PARTS, Frozen, Node, PhysicalFold, FlatFold, *PROJECTIONS, *JOINS, *NODE_MAPS)
+KINDS: dict[str, type] = {k.__name__: k for k in _KINDS}
 
 # Fields that came after adapters had been saved without them; where they are missing, their defaults say what was meant.
 LATER = {
     "FlatFold": frozenset({"multiple"}),
     "PhysicalFold": frozenset({"kernel"}),
     "Node": frozenset({"map"}),
+    "Kronecker": frozenset({"crop"}),
+    "Network": frozenset({"crop"}),
     "Householder": frozenset({"less_one"}),
     "Fastfood": frozenset({"order", "scaling"}),
     **dict.fromkeys(("CP", "Tucker", "TensorTrain"), frozenset({"over"})),
@@ -32,6 +35,8 @@ def encode(value: Any) -> Any:
         fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
         if isinstance(value, Node) and value.map is None:  # so that earlier releases read it too
             del fields["map"]
+        if isinstance(value, Kronecker | Network) and not value.crop:
+            del fields["crop"]
         return {"kind": type(value).__name__, **fields}
     if isinstance(value, tuple):
         return [encode(v) for v in value]
@@ -44,7 +49,7 @@ def decode(data: Any, depth: int = 0) -> Any:
     Raises:
         SpecError: not something `encode` writes, unknown kinds or fields, or a value its class refuses.
     """
-    if depth > 3 * MAX_DEPTH:  # a part is a dict in a list of a dict
+    if depth > 4 * MAX_DEPTH:  # a part is a dict in a list of a dict, at the most in a frozen copy
         raise SpecError(f"the declaration nests deeper than {MAX_DEPTH} levels; it was not written by this library.")
     if isinstance(data, Mapping):
         return _decode_kind(data, depth)
@@ -74,7 +79,7 @@ def _decode_kind(data: Mapping[str, Any], depth: int) -> Any:
             nodes = dict(values["nodes"])
             if len(nodes) != len(values["nodes"]):
                 raise SpecError("a Network in a declaration names a node twice; names are unique.")
-            return Network(values["modes"], dict(values["sizes"]), **nodes)
+            return Network(values["modes"], dict(values["sizes"]), crop=values.get("crop", False), **nodes)
         if issubclass(kind, Compose):
             return Compose(*values["maps"])
         if issubclass(kind, Kronecker | Hadamard | Sum):

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from superlora_tn.declare.bounds import MAX_AXES, MAX_DEPTH, MAX_LEAVES, MAX_NODES, MAX_PARTS, MAX_PLACES, MAX_SCALE
+from superlora_tn.declare.bounds import MAX_DEPTH, MAX_LEAVES, MAX_NODES, MAX_PARTS, MAX_PLACES, MAX_SCALE
 from superlora_tn.declare.checks import SpecError as SpecError
 from superlora_tn.declare.checks import check_count as check_count
 from superlora_tn.declare.checks import check_flag as check_flag
@@ -20,11 +20,11 @@ from superlora_tn.declare.checks import check_number as check_number
 from superlora_tn.declare.checks import check_rank as check_rank
 from superlora_tn.declare.checks import check_ranks as check_ranks
 from superlora_tn.declare.checks import shown as shown
-from superlora_tn.declare.node_maps import NODE_MAPS, Identity, NodeMap
+from superlora_tn.declare.nodes import BASED as BASED
+from superlora_tn.declare.nodes import INITS as INITS
+from superlora_tn.declare.nodes import NAME
+from superlora_tn.declare.nodes import Node as Node
 
-BASED = ("base", "left", "right", "singular")
-INITS = ("auto", "zeros", "ones", "eye", "normal", "uniform", "orthogonal", *BASED)
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 # The library's own indices: the rows of x, and the groups of a flat fold.
 TOKEN, GROUP = "token", "group"
 Over = Literal["refuse", "cap", "keep"]
@@ -35,78 +35,6 @@ def check_over(owner: str, over: object) -> None:
     """Raise unless `over` says what is done with a rank above its bound."""
     if over not in OVER:
         raise SpecError(f"{owner} was given over={shown(over)}; choose 'refuse', 'cap' or 'keep'.")
-
-
-@dataclass(frozen=True)
-class Node:
-    """One tensor of a network in index notation.
-
-    Args:
-        indices: its index names, separated by spaces, in the order of the tensor's axes, e.g. ``"o r"``.
-        init: ``"auto"`` (the library scales it, see `initialise`), ``"zeros"``, ``"ones"``, ``"eye"``,
-            ``"normal"``, ``"uniform"`` or ``"orthogonal"``; of a frozen node also ``"base"``, the weight W as it is when the
-            adapter is attached (a copy, saved with it), or from its SVD the first ``"left"`` or ``"right"`` singular vectors
-            or ``"singular"`` values, as many as the node's bonds have.
-        trainable: False freezes the node: it counts no parameter and gets no gradient.
-        map: what is stored is another tensor, of which the node is this function, such as `Fourier` or `Cayley`; `init` is
-            then that of the stored tensor. None stores the node itself.
-
-    Raises:
-        SpecError: an unreadable or repeated index, an unknown init, or a map that does not fit.
-    """
-
-    indices: str
-    init: str = "auto"
-    trainable: bool = True
-    map: NodeMap | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.indices, str):
-            raise SpecError(f"a node was given indices {shown(self.indices)}; write a string of names such as 'o r'.")
-        names = self.index_names
-        for name in names:
-            if not _NAME.fullmatch(name):
-                raise SpecError(
-                    f"node '{self.indices:.80}' has the index '{name:.80}'; an index is a letter followed by letters, "
-                    "digits or '_'. Separate indices by spaces."
-                )
-        if len(names) > MAX_AXES:
-            raise SpecError(f"node '{self.indices:.80}...' has {len(names):,} indices; a tensor has at most {MAX_AXES} axes.")
-        twice = sorted(name for name, count in Counter(names).items() if count > 1)
-        if twice:
-            raise SpecError(
-                f"node '{self.indices}' has index '{twice[0]}' twice; a diagonal is not a node. "
-                "Give the second axis a name of its own."
-            )
-        check_flag(f"node '{self.indices}'", "trainable", self.trainable)
-        if self.init not in INITS:
-            raise SpecError(f"node '{self.indices}' was given init={shown(self.init)}; choose one of {', '.join(INITS)}.")
-
-        if self.init in BASED and self.trainable:
-            raise SpecError(f"node '{self.indices}' starts as the base's '{self.init}' and is frozen; say trainable=False.")
-        if self.map is not None:
-            self._check_map()
-
-    def _check_map(self) -> None:
-        if not isinstance(self.map, NODE_MAPS):
-            kinds = ", ".join(kind.__name__ for kind in NODE_MAPS)
-            raise SpecError(f"node '{self.indices}' was given map={shown(self.map)}; give one of {kinds}, or None.")
-        if len(self.index_names) < self.map.axes:
-            raise SpecError(
-                f"node '{self.indices}' was given map={self.map}, which makes the last {self.map.axes} axes of a node; "
-                "give it as many indices."
-            )
-        if self.init == "zeros" and not self.map.from_zero and self.map.init != "zeros":
-            raise SpecError(f"node '{self.indices}' starts {self.map} at zeros, where it may never train; choose another.")
-        if isinstance(self.map, Identity) and (self.trainable or len(self.index_names) > 2):
-            raise SpecError(f"node '{self.indices}' is the identity: two indices, and nothing to train; say trainable=False.")
-        if self.init in (*BASED, "eye"):
-            raise SpecError(f"node '{self.indices}' has a map, whose stored tensor is not '{self.init}'; choose another init.")
-
-    @property
-    def index_names(self) -> tuple[str, ...]:
-        """The indices, one name each."""
-        return tuple(self.indices.split())
 
 
 @dataclass(frozen=True)
@@ -189,12 +117,12 @@ class TensorTrain:
         check_over("TensorTrain", self.over)
 
 
-def _check_parts(owner: str, parts: tuple[object, ...]) -> None:
+def _check_parts(owner: str, parts: tuple[object, ...], also: tuple[type, ...] = ()) -> None:
     if len(parts) < 1:
         raise SpecError(f"{owner} was given no part; give it at least one, such as {owner}(CP(4), CP(4)).")
     for part in parts:
-        if not isinstance(part, PARTS):
-            names = ", ".join(p.__name__ for p in PARTS)
+        if not isinstance(part, (*PARTS, *also)):
+            names = ", ".join(p.__name__ for p in (*PARTS, *also))
             raise SpecError(f"{owner} was given {shown(part)}; a part is one of {names}.")
     if len(parts) > MAX_PARTS:
         raise SpecError(f"{owner} was given {len(parts)} parts; at most {MAX_PARTS} are taken.")
@@ -208,6 +136,8 @@ def _check_parts(owner: str, parts: tuple[object, ...]) -> None:
 
 def _extent(part: object) -> tuple[int, int]:
     """Levels of nesting below and with a part, and how many parts in it are not products."""
+    if isinstance(part, Frozen):
+        return _extent(part.part)
     if not isinstance(part, Kronecker | Hadamard | Sum):
         return 1, 1
     levels, leaves = zip(*map(_extent, part.parts), strict=True)
@@ -221,14 +151,18 @@ class Kronecker:
     Args:
         parts: the K parts, the slowest index first, as in ``numpy.kron(a, b)``.
         factor: for two parts, the wanted first size (PEFT's `decompose_factor`); -1 splits most evenly.
+        crop: take sides that do not divide a mode: 50 lies in 7 x 8, and what is above 50 is cut.
     """
 
     parts: tuple[Part, ...]
     factor: int = -1
+    crop: bool = False
 
-    def __init__(self, *parts: Part, factor: int = -1) -> None:
+    def __init__(self, *parts: Part, factor: int = -1, crop: bool = False) -> None:
         object.__setattr__(self, "parts", tuple(parts))
         object.__setattr__(self, "factor", factor)
+        object.__setattr__(self, "crop", crop)
+        check_flag("Kronecker", "crop", crop)
         _check_parts("Kronecker", self.parts)
         if not isinstance(factor, int) or isinstance(factor, bool) or (factor != -1 and factor < 1):
             raise SpecError(f"Kronecker was given factor={shown(factor)}; give a whole number of at least 1, or -1.")
@@ -251,26 +185,43 @@ class Hadamard:
         _check_parts("Hadamard", self.parts)
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """In a `Sum`, a frozen copy of another of its parts at that part's first values; their weights are opposite.
+
+    So the two cancel at the start, and no node is at zero: ``Sum(net, Frozen(net), weights=(1, -1))`` is QuanTA's form.
+
+    Args:
+        part: the part of the sum that it copies.
+    """
+
+    part: Part
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.part, PARTS):
+            raise SpecError(f"Frozen was given {shown(self.part)}; give a part of the sum that it stands in, such as CP(4).")
+
+
 @dataclass(frozen=True, init=False)
 class Sum:
     """The sum of its parts, all over the same modes; within a product the other factors are those of every term.
 
-    Each part is contracted by itself, at its own best path. Only in a `PhysicalFold`.
+    Each part is contracted by itself, at its own best path.
 
     Args:
-        parts: one or more parts.
+        parts: one or more parts, any of them the `Frozen` copy of another.
         weights: a number that each part is multiplied by, -1 for a difference; None for ones.
 
     Raises:
-        SpecError: no parts, or not as many finite weights, none of them 0.
+        SpecError: no parts, not as many finite weights, none of them 0, or a copy of what is not there at the opposite weight.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[Part | Frozen, ...]
     weights: tuple[float, ...] | None = None
 
-    def __init__(self, *parts: Part, weights: Sequence[float] | None = None) -> None:
+    def __init__(self, *parts: Part | Frozen, weights: Sequence[float] | None = None) -> None:
         object.__setattr__(self, "parts", tuple(parts))
-        _check_parts("Sum", self.parts)
+        _check_parts("Sum", self.parts, (Frozen,))
         if weights is not None:
             if not isinstance(weights, Sequence) or isinstance(weights, str) or len(weights) != len(self.parts):
                 raise SpecError(f"Sum was given weights={shown(weights)} for {len(self.parts)} parts; give one number each.")
@@ -280,6 +231,14 @@ class Sum:
                     raise SpecError("Sum was given a weight of 0, by which a part would be nothing; leave the part out.")
             weights = tuple(float(weight) for weight in weights)
         object.__setattr__(self, "weights", weights)
+        for k, part in enumerate(self.parts):
+            if isinstance(part, Frozen):
+                trained = [j for j, other in enumerate(self.parts) if other == part.part]
+                if len(trained) != 1 or self.parts.count(part) != 1 or weights is None or weights[trained[0]] != -weights[k]:
+                    raise SpecError(
+                        f"Sum was given {shown(part)}; it stands once beside the very part that it copies, with the opposite "
+                        "weight, as in Sum(net, Frozen(net), weights=(1, -1))."
+                    )
 
 
 _MODE = re.compile(r"\(([^()]*)\)|([^\s()]+)")
@@ -306,6 +265,8 @@ class Network:
         modes: the modes of dW in the fold's order, einops-like; parentheses split a mode: ``"(o1 o2) (i1 i2)"``.
         sizes: sizes of bonds, and of split modes where the even split is not wanted.
         nodes: each keyword names a node; its value is its indices, or a `Node` where more is to be said.
+        crop: take sizes whose product is above a mode's: dW is cut from the network's tensor. So
+            ``Network("(o1 o2) i", {"o1": 7, "o2": 8}, ..., crop=True)`` does for 50 outputs. No node may be called crop.
 
     An index on two nodes is a bond, on more (or on several nodes and open) a hyperindex.
 
@@ -317,8 +278,13 @@ class Network:
     modes: str
     nodes: tuple[tuple[str, Node], ...]
     sizes: tuple[tuple[str, int], ...]
+    crop: bool = False
 
-    def __init__(self, modes: str, sizes: Mapping[str, int] | None = None, **nodes: str | Node) -> None:
+    def __init__(
+        self, modes: str, sizes: Mapping[str, int] | None = None, *, crop: bool | str | Node = False, **nodes: str | Node
+    ) -> None:
+        # Typed as nodes are too, so that type checkers take Network(modes, sizes, **nodes).
+        check_flag("Network", "crop", crop)
         if len(nodes) > MAX_NODES:
             raise SpecError(f"Network was given {len(nodes)} nodes; at most {MAX_NODES} are taken.")
         if not isinstance(sizes or {}, Mapping) or not all(isinstance(k, str) for k in sizes or {}):
@@ -327,6 +293,7 @@ class Network:
         object.__setattr__(self, "modes", modes)
         object.__setattr__(self, "nodes", made)
         object.__setattr__(self, "sizes", tuple(sorted((sizes or {}).items())))
+        object.__setattr__(self, "crop", crop)
         _check_network(self)
 
     @property
@@ -349,7 +316,7 @@ def _check_network(network: Network) -> None:
                 "put it on a node or leave it out."
             )
     for name, node in network.nodes:
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise SpecError(f"Network was given a node named {shown(name)}; a name is a letter, then letters, digits, '_'.")
         for index in node.index_names:
             if index not in open_indices and places[index] < 2:
@@ -380,10 +347,16 @@ Part = Dense | Base | CP | Tucker | TensorTrain | Kronecker | Hadamard | Sum | N
 PARTS = (Dense, Base, CP, Tucker, TensorTrain, Kronecker, Hadamard, Sum, Network)
 
 
+def inner_parts(part: Part) -> tuple[Part, ...]:
+    """The parts that a product or a sum is made of, also where it has frozen copies of them; none of any other part."""
+    own = part.parts if isinstance(part, Kronecker | Hadamard | Sum) else ()
+    return tuple(p.part if isinstance(p, Frozen) else p for p in own)
+
+
 def reference_rank(part: Part) -> int | None:
     """The rank that `alpha` is divided by: the largest rank declared in the part, None where none is."""
     if isinstance(part, Kronecker | Hadamard | Sum):
-        return max((r for r in map(reference_rank, part.parts) if r is not None), default=None)
+        return max((r for r in map(reference_rank, inner_parts(part)) if r is not None), default=None)
     if isinstance(part, Dense | Base | Network):
         return None
     return max(part.rank) if isinstance(part.rank, tuple) else part.rank

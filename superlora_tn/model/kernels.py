@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from superlora_tn.declare.fold import PhysicalFold
-from superlora_tn.declare.parts import Hadamard, Kronecker, Part
+from superlora_tn.declare.parts import Kronecker, Part, inner_parts
 from superlora_tn.declare.rows import Span
 from superlora_tn.model.targets import bind, places
 from superlora_tn.network.spec import AdapterSpec
@@ -58,4 +58,4 @@ def _open(spec: AdapterSpec) -> PhysicalFold | None:
 
 def _splits(part: Part) -> bool:
     """Whether a part has Kronecker products in it."""
-    return isinstance(part, Kronecker) or (isinstance(part, Hadamard) and any(map(_splits, part.parts)))
+    return isinstance(part, Kronecker) or any(map(_splits, inner_parts(part)))

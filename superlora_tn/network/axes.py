@@ -7,26 +7,71 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+from superlora_tn.declare.bounds import CROPPED_SPARE, CROPPED_TIMES
 from superlora_tn.declare.fold import factorise
 from superlora_tn.declare.parts import TOKEN, SpecError
+
+
+def sides_above(size: int, count: int) -> list[int]:
+    """So many sides, as even as can be and the smaller first, whose product is at least the size: 50 gives 7 and 8."""
+    sides = []
+    for left in range(count, 1, -1):
+        side = round(size ** (1 / left))
+        side -= side**left > size
+        sides.append(max(side, 1))
+        size = -(-size // sides[-1])
+    return [*sides, size]
 
 
 @dataclass(frozen=True)
 class Axis:
     """A run of digits of a root index: value = (root value // stride) % size.
 
-    Of its fastest positions, `whole` are not taken apart by a Kronecker product.
+    Of its fastest positions, `whole` are not taken apart by a Kronecker product. `padded` is the size of a root that is larger
+    than its mode, of which the surplus is cropped; 0 where it is not.
     """
 
     root: str
     stride: int
     size: int
     whole: int = field(default=1, compare=False)
+    padded: int = field(default=0, compare=False)
+    is_digit: bool = field(default=False, compare=False)
 
     def split(self, sizes: Sequence[int]) -> tuple[Axis, ...]:
         """Cut into finer axes, slowest first."""
         strides = [self.stride * math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
-        return tuple(Axis(self.root, stride, size) for stride, size in zip(strides, sizes, strict=True))
+        return tuple(
+            Axis(self.root, stride, size, padded=self.padded, is_digit=True)
+            for stride, size in zip(strides, sizes, strict=True)
+        )
+
+    def grown(self, size: int) -> Axis:
+        """The axis in a larger one, of which the surplus is cropped.
+
+        Raises:
+            SpecError: it is only some digits of its mode, or so much larger that most of it would be cropped.
+        """
+        if size == self.size:
+            return self
+        if self.stride > 1 or self.is_digit:
+            raise SpecError(
+                f"crop=True takes {self.size} positions of the mode '{self.root}' as {size}, but they are only some of its "
+                "digits; crop the outermost split, and divide within it."
+            )
+        if size > CROPPED_TIMES * self.size + CROPPED_SPARE:
+            raise SpecError(
+                f"crop=True takes the mode '{self.root}' of size {self.size:,} from one of {size:,}, most of which would be "
+                "cut; choose smaller sizes."
+            )
+        return replace(self, size=size, padded=size)
+
+    def cropped(self, count: int, factor: int) -> tuple[Axis, ...]:
+        """Cut in so many sides as even as can be, or in the first and what it takes, whether they divide the size or not."""
+        first = [] if factor == -1 else [min(factor, self.size // self.whole)]
+        sizes = sides_above(-(-(self.size // self.whole) // math.prod(first)), count - len(first))
+        *slow, last = self.grown(math.prod(first + sizes) * self.whole).split([*first, *sizes[:-1], sizes[-1] * self.whole])
+        return (*slow, replace(last, whole=self.whole))
 
     def factors(self, count: int, factor: int) -> tuple[Axis, ...]:
         """Cut in so many by PEFT's rule, slowest first; what is to stay together stays with the last."""

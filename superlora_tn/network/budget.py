@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from superlora_tn.declare.bounds import MAX_RANK
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.maps import Compose, Fastfood, Projection, Shuffle
-from superlora_tn.declare.parts import CP, Hadamard, Kronecker, Part, SpecError, Sum
+from superlora_tn.declare.parts import CP, Part, SpecError, inner_parts
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 
@@ -287,6 +287,6 @@ def _count_of(priced: Priced | None) -> int:
 
 
 def _turns_dense(part: Part) -> bool:
-    if isinstance(part, Kronecker | Hadamard | Sum):
-        return any(map(_turns_dense, part.parts))
+    if own := inner_parts(part):
+        return any(map(_turns_dense, own))
     return isinstance(part, CP) and part.dense_if_large

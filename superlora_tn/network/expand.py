@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import singledispatch
 
 from superlora_tn.declare.bounds import KEPT_NODES, MAX_GRAPH_NODES
 from superlora_tn.declare.cache import kept
 from superlora_tn.declare.fold import KERNEL, FlatGroup, Group, Mode, factorise
-from superlora_tn.declare.node_maps import NodeMap
 from superlora_tn.declare.parts import (
     BASED,
     CP,
@@ -24,6 +23,7 @@ from superlora_tn.declare.parts import (
     TOKEN,
     Base,
     Dense,
+    Frozen,
     Hadamard,
     Kronecker,
     Network,
@@ -34,30 +34,9 @@ from superlora_tn.declare.parts import (
     Tucker,
 )
 from superlora_tn.network.axes import Axis as Axis
-from superlora_tn.network.axes import refine
+from superlora_tn.network.axes import refine, sides_above
 from superlora_tn.network.graph import Graph, GraphNode, Term
-from superlora_tn.network.terms import Branch, terms_of
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A node while lowering: axes instead of indices.
-
-    `zero` marks the part's own choice of the node that starts at 0; `branch` says in which parts of sums it stands.
-    """
-
-    name: str
-    axes: tuple[Axis, ...]
-    init: str = "auto"
-    trainable: bool = True
-    zero: bool = False
-    map: NodeMap | None = None
-    branch: Branch = ()
-
-    @property
-    def at_zero(self) -> bool:
-        """Whether a stored tensor of zeros makes the node zero."""
-        return self.map is None or self.map.from_zero
+from superlora_tn.network.terms import Draft, start_at_zero, terms_of
 
 
 @kept(4096, KEPT_NODES, lambda graph, *_, **__: len(graph.nodes))
@@ -76,9 +55,9 @@ def lower(part: Part, modes: tuple[Mode, ...], batch: int = 1) -> Graph:
     drafts = expand(part, axes)
     named = list(modes)
     summed, flat = any(d.branch for d in drafts), any(mode.role == "flat" for mode in modes)
-    if summed and flat:
-        raise SpecError("a Sum belongs to a physical fold; for a sum of flat folds adapt the weights by several declarations.")
-    drafts = drafts if summed else _start_at_zero(drafts)
+    drafts = drafts if summed else start_at_zero(drafts)
+    if flat and any(a.padded for d in drafts for a in d.axes):
+        raise SpecError("crop=True belongs to a physical fold; a flat fold pads and crops its whole vector already.")
     if any(d.map is not None for d in drafts):
         if flat:
             raise SpecError("a node with a map belongs to a physical fold; a flat fold cuts through its axes.")
@@ -86,7 +65,6 @@ def lower(part: Part, modes: tuple[Mode, ...], batch: int = 1) -> Graph:
             if d.map is not None:
                 d.map.stored(tuple(a.size for a in d.axes))
     if batch > 1:
-        assert not summed
         drafts = [replace(d, axes=(Axis(GROUP, 1, batch), *d.axes)) for d in drafts]
         named.insert(0, Mode(GROUP, batch, "member"))
     if len(drafts) > MAX_GRAPH_NODES:
@@ -94,7 +72,19 @@ def lower(part: Part, modes: tuple[Mode, ...], batch: int = 1) -> Graph:
             f"the network has {len(drafts):,} nodes over {len(modes)} modes; at most {MAX_GRAPH_NODES:,} are taken. "
             "Declare fewer parts, or a fold of a lower order."
         )
-    return _lower_terms(drafts, named) if summed else _graph(drafts, named)
+    if summed:
+        return _lower_terms(drafts, named)
+    graph = _graph(drafts, named)
+    return (
+        graph
+        if [mode for mode, _ in graph.modes] == named
+        else _whole(graph.nodes, named, [Term(1.0, tuple(range(len(drafts))), graph)])
+    )
+
+
+def _whole(nodes: tuple[GraphNode, ...], named: Sequence[Mode], terms: Sequence[Term]) -> Graph:
+    """A sum, or one network that is cropped."""
+    return Graph(nodes, (), tuple((mode, ()) for mode in named), tuple(terms))
 
 
 def _lower_terms(drafts: list[Draft], named: list[Mode]) -> Graph:
@@ -103,22 +93,25 @@ def _lower_terms(drafts: list[Draft], named: list[Mode]) -> Graph:
     found = terms_of([d.branch for d in drafts])
     for _, numbers in found:
         own = [replace(placed[k], branch=()) for k in numbers]
-        started = _start_at_zero(own)
+        started = start_at_zero(own)
         for k, draft in zip(numbers, started, strict=True):
             placed[k] = replace(draft, branch=drafts[k].branch)
     for weight, numbers in found:
         own = [replace(placed[k], branch=()) for k in numbers]
-        if sum(d.init == "zeros" and d.at_zero for d in own) > 1:
-            names = " and ".join(d.name for d in own if d.init == "zeros")
+        departed = any(d.departs for d in own)
+        if sum(d.init == "zeros" and d.at_zero for d in own) + departed > 1:
+            names = " and ".join(
+                [d.name for d in own if d.init == "zeros"] + ["a sum with a frozen copy"] * any(d.departs for d in own)
+            )
             raise SpecError(f"{names} of one term start at zero, or it never trains; declare which one does, by init='zeros'.")
         graph = _graph(own, named)
         nodes |= dict(zip(numbers, graph.nodes, strict=True))
         terms.append(Term(weight, tuple(numbers), graph))
-    if len(terms) == 1 and terms[0].weight == 1:
+    if len(terms) == 1 and terms[0].weight == 1 and [mode for mode, _ in terms[0].graph.modes] == named:
         return terms[0].graph
-    whole = tuple(nodes[k] for k in range(len(drafts)))
+    whole = tuple(replace(nodes[k], trainable=d.trainable) for k, d in enumerate(drafts))
     _check_names([n.name for n in whole])
-    return Graph(whole, (), tuple((mode, ()) for mode in named), tuple(terms))
+    return _whole(whole, named, terms)
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -127,12 +120,36 @@ def _check_names(names: Sequence[str]) -> None:
         raise SpecError(f"two nodes are named '{twice}'; give each node a name of its own.")
 
 
+def _grown(drafts: Sequence[Draft], modes: Sequence[Mode]) -> list[Mode]:
+    """The modes, as large as those that a network's nodes have before they are cropped."""
+    padded: dict[str, set[int]] = {}
+    for axis in (a for d in drafts for a in d.axes):
+        padded.setdefault(axis.root, set()).add(axis.padded)
+    for mode in modes:
+        if len(several := padded.get(mode.name, set())) > 1:
+            raise SpecError(
+                f"parts of one product crop the mode '{mode.name}' of size {mode.size} from sizes that differ "
+                f"({', '.join(str(s or mode.size) for s in sorted(several))}); give them the same split, or none crop=True."
+            )
+    return [replace(m, size=max(padded.get(m.name, {0})) or m.size) for m in modes]
+
+
 def _graph(drafts: list[Draft], named: list[Mode]) -> Graph:
     """One network."""
     _check_names([d.name for d in drafts])
+    named = _grown(drafts, named)
     fine = refine([a for d in drafts for a in d.axes] + [Axis(m.name, 1, m.size) for m in named])
     nodes = tuple(
-        GraphNode(d.name, tuple(a.size for a in d.axes), tuple(fine[a] for a in d.axes), d.init, d.trainable, d.map)
+        # A copy is planned like what it copies, so that the two cancel to the last bit.
+        GraphNode(
+            d.name,
+            tuple(a.size for a in d.axes),
+            tuple(fine[a] for a in d.axes),
+            d.init,
+            d.trainable or d.copies is not None,
+            d.map,
+            d.copies,
+        )
         for d in drafts
     )
     sizes = {name: a.size for a, names_ in fine.items() if len(names_) == 1 for name in names_}
@@ -144,6 +161,8 @@ def _graph(drafts: list[Draft], named: list[Mode]) -> Graph:
     )
     for node in nodes:
         if node.init in BASED:
+            if any(a.padded for d in drafts for a in d.axes):
+                raise SpecError(f"the node '{node.name}' holds a weight's '{node.init}', of which nothing can be cropped.")
             _check_based(graph, node)
     return graph
 
@@ -170,27 +189,6 @@ def _check_based(graph: Graph, node: GraphNode) -> None:
 def lower_group(part: Part, group: Group) -> Graph:
     """The graph of one group of a fold."""
     return lower(part, group.modes, group.groups if isinstance(group, FlatGroup) else 1)
-
-
-def _start_at_zero(drafts: list[Draft]) -> list[Draft]:
-    """Keep exactly one node at zero: the one declared so, else the part's own choice."""
-    if not any(d.trainable for d in drafts):
-        raise SpecError("the network has no trainable node; let at least one be trainable.")
-    able = [d for d in drafts if d.at_zero]
-    declared = [d.name for d in able if d.init == "zeros"]
-    still = next((d.name for d in able if d.init == "zeros" and not d.trainable), None)
-    if still is not None:
-        raise SpecError(f"the frozen node '{still}' is zero, so dW would stay zero; give it another init, or train it.")
-    if len(declared) > 1:
-        raise SpecError(f"{' and '.join(declared)} start at zero; exactly one node may, or none ever trains.")
-    vanishing = [d.name for d in drafts if d.map is not None and d.map.vanishes and d.init == "auto"]
-    if vanishing and declared:
-        raise SpecError(f"{' and '.join(vanishing + declared)} start at zero; exactly one node may, or none ever trains.")
-    able = [d for d in able if d.trainable]
-    if vanishing or not able:
-        return drafts  # or functions that are never zero, as rotations: for a join that starts elsewhere
-    chosen = declared[0] if declared else next((d for d in able if d.zero), able[0]).name
-    return [replace(d, init="zeros") if d.name == chosen else d for d in drafts]
 
 
 @singledispatch
@@ -296,7 +294,8 @@ def _(part: TensorTrain, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft
 @expand.register
 def _(part: Kronecker, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
     # A kernel stays whole, with the last part, which holds the fastest channels.
-    splits = {a: a.factors(len(part.parts), part.factor) for a in axes if a.root not in KERNEL}
+    count, factor = len(part.parts), part.factor
+    splits = {a: a.cropped(count, factor) if part.crop else a.factors(count, factor) for a in axes if a.root not in KERNEL}
     drafts = []
     for k, inner in enumerate(part.parts):
         last = k == len(part.parts) - 1
@@ -318,8 +317,12 @@ def _(part: Hadamard, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
 def _(part: Sum, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
     drafts = []
     for k, (inner, weight) in enumerate(zip(part.parts, part.weights or (1.0,) * len(part.parts), strict=True)):
-        own = expand(inner, axes, f"{prefix}t{k + 1}_")
-        drafts += [replace(d, branch=((prefix, k, weight), *d.branch)) for d in own]
+        own = expand(inner.part if isinstance(inner, Frozen) else inner, axes, f"{prefix}t{k + 1}_")
+        if isinstance(inner, Frozen):
+            source, length = f"{prefix}t{part.parts.index(inner.part) + 1}_", len(f"{prefix}t{k + 1}_")
+            own = [replace(d, trainable=False, zero=False, copies=f"{source}{d.name[length:]}") for d in own]
+        departs = (prefix,) if isinstance(inner, Frozen) or Frozen(inner) in part.parts else ()
+        drafts += [replace(d, branch=((prefix, k, weight), *d.branch), departs=departs + d.departs) for d in own]
     return drafts
 
 
@@ -334,7 +337,8 @@ def _(part: Network, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
     known = dict(part.sizes)
     places: dict[str, Axis] = {}
     for group, axis in zip(groups, axes, strict=True):
-        places |= dict(zip(group, axis.split(_split_sizes(part, group, axis, known)), strict=True))
+        sizes = _split_sizes(part, group, axis, known)
+        places |= dict(zip(group, axis.grown(math.prod(sizes)).split(sizes), strict=True))
     bonds = {i: Axis(_own_name(f"{prefix}{i}", known), 1, size) for i, size in part.sizes if i not in places}
     _check_collisions(bonds, axes)
     first = next((name for name, node in part.nodes if node.trainable and (node.map is None or node.map.from_zero)), None)
@@ -366,11 +370,14 @@ def _split_sizes(part: Network, group: tuple[str, ...], axis: Axis, known: Mappi
     """Sizes of a mode's indices: those declared, and the most even split of what is left."""
     given = math.prod(known.get(i, 1) for i in group)
     free = [i for i in group if i not in known]
+    if part.crop and (free or given >= axis.size):
+        rest = dict(zip(free, sides_above(-(-axis.size // given), len(free)), strict=True)) if free else {}
+        return tuple({**known, **rest}[i] for i in group)
     if axis.size % given or (not free and given != axis.size):
         declared = ", ".join(f"{i}={known[i]}" for i in group if i in known)
         raise SpecError(
             f"Network '{part.modes}' splits the mode '{axis.root}' of size {axis.size} as ({' '.join(group)}) with {declared}, "
-            f"which does not multiply to {axis.size}; choose sizes that do."
+            f"which does not multiply to {axis.size}; choose sizes that do, or larger ones and crop=True."
         )
     rest = dict(zip(free, factorise(axis.size // given, len(free)), strict=True)) if free else {}
     found = {**known, **rest}

@@ -21,7 +21,8 @@ from superlora_tn.declare.node_maps import NodeMap
 class GraphNode:
     """One tensor: its shape, and the indices of each axis (none for a size of 1, several for a split mode).
 
-    With a `map` another tensor is stored, of the shape `stored`, of which the node is a function.
+    With a `map` another tensor is stored, of the shape `stored`, of which the node is a function. A node that `copies` another
+    one starts at that one's first values.
     """
 
     name: str
@@ -30,6 +31,7 @@ class GraphNode:
     init: str
     trainable: bool
     map: NodeMap | None = None
+    copies: str | None = None
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -56,7 +58,7 @@ class Term:
     Attributes:
         weight: what it is multiplied by.
         nodes: numbers of its nodes in the whole.
-        graph: the network, its nodes in that order.
+        graph: the network, its nodes in that order; its modes may be larger than the whole's, which then are cropped from them.
     """
 
     weight: float

@@ -24,14 +24,13 @@ from superlora_tn.declare.maps import PROJECTIONS, Projection
 from superlora_tn.declare.parts import (
     BASED,
     PARTS,
-    Hadamard,
     Kronecker,
     Network,
     Part,
     SpecError,
-    Sum,
     check_flag,
     check_number,
+    inner_parts,
     reference_rank,
     shown,
 )
@@ -208,8 +207,8 @@ class AdapterSpec:
 
 
 def _is_mapped(part: Part) -> bool:
-    if isinstance(part, Kronecker | Hadamard | Sum):
-        return any(map(_is_mapped, part.parts))
+    if own := inner_parts(part):
+        return any(map(_is_mapped, own))
     return isinstance(part, Network) and any(node.map is not None for _, node in part.nodes)
 
 

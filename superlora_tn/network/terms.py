@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
 from superlora_tn.declare.bounds import MAX_TERMS
+from superlora_tn.declare.node_maps import NodeMap
 from superlora_tn.declare.parts import SpecError
+from superlora_tn.network.axes import Axis
 
 # Which sum (by the prefix of its nodes), which of its parts, and that part's weight: from the outermost sum inwards.
 Branch = tuple[tuple[str, int, float], ...]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A node while lowering: axes instead of indices.
+
+    `zero` marks the part's own choice of the node that starts at 0; `branch` says in which parts of sums it stands, and
+    `departs` which of these sums a frozen copy cancels at the start. A node that `copies` another starts at its first values.
+    """
+
+    name: str
+    axes: tuple[Axis, ...]
+    init: str = "auto"
+    trainable: bool = True
+    zero: bool = False
+    map: NodeMap | None = None
+    branch: Branch = ()
+    copies: str | None = None
+    departs: tuple[str, ...] = ()
+
+    @property
+    def at_zero(self) -> bool:
+        """Whether a stored tensor of zeros makes the node zero."""
+        return self.map is None or self.map.from_zero
 
 
 def terms_of(branches: Sequence[Branch]) -> list[tuple[float, list[int]]]:
@@ -43,3 +70,33 @@ def _terms(nodes: list[tuple[int, Branch]]) -> list[tuple[float, list[int]]]:
         (prod(weight for weight, _ in chosen), [*fixed, *(number for _, own in chosen for number in own)])
         for chosen in product(*choices)
     ]
+
+
+def start_at_zero(drafts: list[Draft]) -> list[Draft]:
+    """Keep exactly one node of a network at zero: the one declared so, else the part's own choice.
+
+    None of a term that a sum cancels at the start.
+    """
+    if not any(d.trainable or d.copies for d in drafts):
+        raise SpecError("the network has no trainable node; let at least one be trainable.")
+    able = [d for d in drafts if d.at_zero]
+    declared = [d.name for d in able if d.init == "zeros"]
+    still = next((d.name for d in able if d.init == "zeros" and not d.trainable), None)
+    if still is not None:
+        raise SpecError(f"the frozen node '{still}' is zero, so dW would stay zero; give it another init, or train it.")
+    if len(declared) > 1:
+        raise SpecError(f"{' and '.join(declared)} start at zero; exactly one node may, or none ever trains.")
+    vanishing = [d.name for d in drafts if d.map is not None and d.map.vanishes and d.init == "auto"]
+    if vanishing and declared:
+        raise SpecError(f"{' and '.join(vanishing + declared)} start at zero; exactly one node may, or none ever trains.")
+    cancelled = {name for d in drafts for name in d.departs}
+    if cancelled:
+        if declared or vanishing or len(cancelled) > 1:
+            names = " and ".join([*declared, *vanishing, *["a sum with a frozen copy"] * len(cancelled)])
+            raise SpecError(f"{names} start at zero; exactly one may, or none ever trains.")
+        return drafts
+    able = [d for d in able if d.trainable]
+    if vanishing or not able:
+        return drafts  # or functions that are never zero, as rotations: for a join that starts elsewhere
+    chosen = declared[0] if declared else next((d for d in able if d.zero), able[0]).name
+    return [replace(d, init="zeros") if d.name == chosen else d for d in drafts]

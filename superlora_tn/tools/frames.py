@@ -212,16 +212,20 @@ def frame(group: Group, spec: AdapterSpec, graph: Graph) -> Frame:
 
 @frame.register
 def _physical(group: PhysicalGroup, spec: AdapterSpec, graph: Graph) -> Frame:
-    spec.check_added("fits and conversions are")
-    if graph.terms:
-        raise SpecError(
-            f"fits and conversions are of one network, and this is a sum of {len(graph.terms)}; fit one part, then "
-            "another to what it leaves."
-        )
+    _check_one(spec, graph)
     return PhysicalFrame(group, spec, graph)
 
 
 @frame.register
 def _flat(group: FlatGroup, spec: AdapterSpec, graph: Graph) -> Frame:
-    spec.check_added("fits and conversions are")
+    _check_one(spec, graph)
     return FlatFrame(group, spec, graph)
+
+
+def _check_one(spec: AdapterSpec, graph: Graph) -> None:
+    spec.check_added("fits and conversions are")
+    if graph.terms:
+        raise SpecError(
+            f"fits and conversions are of one network that is not cropped, and this is '{graph.equation()}'; fit one part, "
+            "then another to what it leaves."
+        )

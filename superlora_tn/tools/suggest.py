@@ -164,7 +164,7 @@ def cost(spec: AdapterSpec, shapes: Mapping[str, Shape], tokens: int, device: De
                 peak = max(peak, chosen.chosen.peak, ITEM * built)
             continue
         # A flat fold's vector is built once a step, and each of its weights multiplied.
-        single = [choose(graph, shapes[name], tokens, device) for name in group.members]
+        single = [choose(own.graph, shapes[name], tokens, device) for own in graph.networks for name in group.members]
         seconds += single[0].delta.price + sum(one.delta_price - one.delta.price for one in single)
         peak = max(peak, single[0].delta.peak, ITEM * sum(shapes[name][0] * shapes[name][1] for name in group.members))
     return Cost(seconds, state, peak)

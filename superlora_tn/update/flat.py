@@ -19,6 +19,7 @@ from superlora_tn.contraction.backend import compiled
 from superlora_tn.contraction.plan import make_plan
 from superlora_tn.declare.fold import FlatGroup
 from superlora_tn.declare.parts import SpecError
+from superlora_tn.network.graph import Term
 from superlora_tn.update.base import Adapter, Member, Run
 from superlora_tn.update.eager import is_differentiated, is_eager
 from superlora_tn.update.fixed_maps import fixed_map, widened
@@ -26,20 +27,34 @@ from superlora_tn.update.passes import lasting
 
 
 @dataclass(frozen=True)
+class _Rows:
+    """Rows (values of the slowest index) of one term of the network, in which a slab lies.
+
+    Attributes:
+        weight: the term's.
+        nodes: numbers of its nodes, each with the index expression that cuts it.
+        run: contracts the cut nodes.
+        skip: elements before those that are meant.
+    """
+
+    weight: float
+    nodes: tuple[tuple[int, tuple[int | slice, ...]], ...]
+    run: Run
+    skip: int
+
+
+@dataclass(frozen=True)
 class _Slab:
-    """Elements of a run of groups: whole ones, or rows (values of the slowest index) of one.
+    """Elements of a run of groups: whole ones, or a part of one.
 
     Attributes:
         groups: first and last (not included).
-        select: for each node the index expression that cuts it.
-        run: contracts the cut nodes.
-        skip, count: which elements of the rows are meant.
+        terms: the rows of each term of the network.
+        count: how many elements of one group are meant.
     """
 
     groups: tuple[int, int]
-    select: tuple[tuple[int | slice, ...], ...]
-    run: Run
-    skip: int
+    terms: tuple[_Rows, ...]
     count: int
 
 
@@ -101,7 +116,13 @@ class FlatAdapter(Adapter):
 
     def _slab(self, first: int, last: int, begin: int, stop: int) -> _Slab:
         """Elements `begin .. stop` of the groups `first .. last`."""
-        flat, graph, groups = self.graph.open("flat"), self.graph, last - first
+        terms = self.graph.networks
+        return _Slab((first, last), tuple(self._rows_of(term, first, last, begin, stop) for term in terms), stop - begin)
+
+    def _rows_of(self, term: Term, first: int, last: int, begin: int, stop: int) -> _Rows:
+        """Those of one term."""
+        graph, groups = term.graph, last - first
+        flat = graph.open("flat")
         row = math.prod(graph.size[i] for i in flat[1:])
         low, high = begin // row, -(-stop // row)
         # A projection mixes all elements of a group, so it needs them all.
@@ -114,22 +135,38 @@ class FlatAdapter(Adapter):
         run = compiled(
             make_plan(graph, "delta", 1, self.profile, self.settings.optimize, fixed=groups == 1), self.settings.backend
         )
-        select: list[tuple[int | slice, ...]] = [self.graph.rows_of(node, low, high) for node in self.graph.nodes]
+        select: list[tuple[int | slice, ...]] = [term.graph.rows_of(node, low, high) for node in term.graph.nodes]
         if self.group.groups > 1:
             select = [(first if groups == 1 else slice(first, last), *rows[1:]) for rows in select]
-        return _Slab((first, last), tuple(select), run, begin - low * row, stop - begin)
+        return _Rows(term.weight, tuple(zip(term.nodes, select, strict=True)), run, begin - low * row)
+
+    def _contracted(self, slab: _Slab, nodes: Sequence[Tensor], scale: float, wide: bool) -> Tensor:
+        """The slab's elements of the network, a row a group; of one group from the first that is meant."""
+        first, last = slab.groups
+        found: Tensor | None = None
+        for own in slab.terms:
+            cut = [nodes[k][select] for k, select in own.nodes]
+            if wide:
+                cut = [tensor.to(widened(tensor.dtype)) for tensor in cut]
+            rows = own.run(*cut, alpha=scale * own.weight).reshape(last - first, -1)
+            if last - first == 1 and not wide:
+                rows = rows[:, own.skip : own.skip + slab.count]
+            found = rows if found is None else found + rows
+        assert found is not None
+        return found
 
     def _elements(self, slab: _Slab, nodes: Sequence[Tensor], scale: float) -> Tensor:
         """The elements of a slab, scale included, as a vector."""
         (first, last), inner = slab.groups, self.group.inner
-        cut = [tensor[select] for tensor, select in zip(nodes, slab.select, strict=True)]
         if self.map is None:
-            rows = slab.run(*cut, alpha=scale).reshape(last - first, -1)
+            rows = self._contracted(slab, nodes, scale, wide=False)
+            if last - first == 1:
+                return rows[0]
         else:  # dW is rounded to the nodes' dtype once, at the end; a map may be nonlinear, so the scale acts behind it
-            wide = slab.run(*(tensor.to(widened(tensor.dtype)) for tensor in cut), alpha=1.0).reshape(last - first, -1)
-            rows = self.map(wide[:, :inner], scale, nodes[0].dtype)
-        if last - first == 1:
-            return rows[0, slab.skip : slab.skip + slab.count]
+            wide = self._contracted(slab, nodes, 1.0, wide=True)
+            rows = cast(Tensor, self.map(wide[:, :inner], scale, nodes[0].dtype))
+            if last - first == 1:
+                return rows[0, slab.terms[0].skip : slab.terms[0].skip + slab.count]
         lengths = [self.group.start(g + 1) - self.group.start(g) for g in range(first, last)]
         longer, length = lengths.count(self.group.length), self.group.length
         if longer == len(lengths):

@@ -31,7 +31,12 @@ def first_values(graph: Graph, fan_in: int, generator: torch.Generator | None = 
     deviations = [_deviation(home, fan_in) for home, _ in graph.homes]
     # A tensor that is made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
-        return [_fill(node, own, generator) for node, own in zip(graph.nodes, deviations, strict=True)]
+        values = {
+            node.name: _fill(node, own, generator)
+            for node, own in zip(graph.nodes, deviations, strict=True)
+            if node.copies is None
+        }
+        return [values[node.name] if node.copies is None else values[node.copies].clone() for node in graph.nodes]
 
 
 def _deviation(graph: Graph, fan_in: int) -> float:

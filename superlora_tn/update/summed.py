@@ -1,13 +1,18 @@
-"""The adapter of a sum of networks: each term runs at its own plan, on nodes that the sum holds."""
+"""The adapter of a sum of networks: each term runs at its own plan, on nodes that the sum holds.
+
+A term whose modes are larger than the weight's is cropped: x is padded by zeros, and the surplus of outputs and of dW is cut.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from superlora_tn.contraction.backend import compiled
 from superlora_tn.contraction.plan import make_plan
@@ -19,12 +24,47 @@ from superlora_tn.update.base import NOMINAL_TOKENS, Adapter, Member, Side
 from superlora_tn.update.physical import PhysicalAdapter
 
 
+class _Crop:
+    """The sizes of a side's modes, and those of the larger ones that they lie in."""
+
+    def __init__(self, own: Sequence[Mode], padded: Sequence[Mode], role: str) -> None:
+        self.own = [mode.size for mode in own if mode.role == role]
+        self.padded = [mode.size for mode in padded if mode.role == role]
+
+    @property
+    def whole(self) -> int:
+        """Numbers of the larger side."""
+        return math.prod(self.padded)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """The last axis, of the weight's side, with zeros where the larger one has more."""
+        if self.own == self.padded:
+            return x
+        sides = [n for own, padded in zip(reversed(self.own), reversed(self.padded), strict=True) for n in (0, padded - own)]
+        return functional.pad(x.reshape(*x.shape[:-1], *self.own), sides).flatten(-len(self.own))
+
+    def cut(self, x: Tensor) -> Tensor:
+        """The last axis, of the larger side, without its surplus."""
+        if self.own == self.padded:
+            return x
+        found = x.reshape(*x.shape[:-1], *self.padded)
+        for k, size in enumerate(self.own):
+            found = found.narrow(k - len(self.own), 0, size)
+        return found.flatten(-len(self.own))
+
+
 class TermAdapter(PhysicalAdapter):
     """One term, whose nodes are those of the sum: it holds no parameter of its own."""
 
     def __init__(self, whole: SumAdapter, term: Term) -> None:
+        own, larger = [mode for mode, _ in whole.graph.modes], [mode for mode, _ in term.graph.modes]
+        self.out, self.inward = (_Crop(own, larger, role) for role in ("out", "in"))
+        self.is_cropped = own != larger
+        group = whole.group
+        if self.is_cropped:
+            group = replace(group, modes=tuple(larger), shape=(self.out.whole, self.inward.whole))
         # Dropout is the sum's: all terms see the same x.
-        super().__init__(replace(whole.spec, dropout=0.0), whole.group, term.graph, whole.settings, whole.passes)
+        super().__init__(replace(whole.spec, dropout=0.0), group, term.graph, whole.settings, whole.passes)
         self._term, self._whole = term, (whole,)  # in a tuple, or the sum would be a module in its own parts
 
     def _own(self) -> list[Tensor]:
@@ -33,7 +73,7 @@ class TermAdapter(PhysicalAdapter):
 
     def is_thin(self) -> bool:
         """Whether x goes through two thin matrices, at any number of tokens, for no more than the network costs."""
-        if self._halves is None or any(stage.rest is None for _, stage in self._runs):
+        if self.is_cropped or self._halves is None or any(stage.rest is None for _, stage in self._runs):
             return False
         shape = self.group.shape
         plan = make_plan(self.graph, "apply", NOMINAL_TOKENS, self.profile, self.settings.optimize)
@@ -44,6 +84,19 @@ class TermAdapter(PhysicalAdapter):
         nodes = self._nodes(member, self.tensors())
         (outer, run), (inner, other) = self._half_runs
         return run(*(nodes[k] for k in outer), alpha=self.scale), other(*(nodes[k] for k in inner))
+
+    def cut(self, delta: Tensor) -> Tensor:
+        """dW (..., out, in) without the surplus."""
+        return self.out.cut(self.inward.cut(delta).mT).mT if self.is_cropped else delta
+
+    def update(
+        self, member: Member, x: Tensor, out: Tensor | None, base: Tensor | None = None, training: bool = True
+    ) -> Tensor:
+        """See `Adapter.update`."""
+        if not self.is_cropped:
+            return super().update(member, x, out, base, training)
+        found = self.out.cut(super().update(member, self.inward.pad(x if out is None else x.to(out.dtype)), None))
+        return found if out is None else out + found
 
     def follow(self) -> None:
         """Take over the sum's strength."""
@@ -58,6 +111,7 @@ class SumAdapter(Adapter):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._parts = tuple(TermAdapter(self, term) for term in self.graph.terms)
+        self._is_cropped = any(part.is_cropped for part in self._parts)
 
     def prepare(self) -> None:
         """See `Adapter.prepare`."""
@@ -90,11 +144,12 @@ class SumAdapter(Adapter):
 
     def delta_of(self, member: Member) -> Tensor:
         """See `Adapter.delta`."""
-        return _added([own.delta() for own in self._each(member)])
+        found = [part.cut(own.delta()) for part, own in zip(self._parts, self._each(member), strict=True)]
+        return _added(found).contiguous() if self._is_cropped else _added(found)
 
     def current(self, member: Member) -> Tensor:
         """See `Adapter.current`."""
-        return _added([own.current() for own in self._each(member)])
+        return _added([part.cut(own.current()) for part, own in zip(self._parts, self._each(member), strict=True)])
 
     def stack_up(self) -> None:
         """See `Adapter.stack_up`."""
@@ -103,6 +158,8 @@ class SumAdapter(Adapter):
 
     def together(self, members: Sequence[Member]) -> Tensor | None:
         """See `Adapter.together`."""
+        if self._is_cropped:
+            return None
         each = zip(*(self._each(member) for member in members), strict=True)
         found = [own[0].adapter.together(own) for own in each]
         whole = [one for one in found if one is not None]
@@ -114,7 +171,9 @@ class SumAdapter(Adapter):
         whole = [one for one in found if one is not None]
         if len(whole) < len(found):
             return None
-        return torch.cat([outer for outer, _ in whole], 1), torch.cat([inner for _, inner in whole])
+        outers = [part.out.cut(outer.mT).mT for part, (outer, _) in zip(self._parts, whole, strict=True)]
+        inners = [part.inward.cut(inner) for part, (_, inner) in zip(self._parts, whole, strict=True)]
+        return torch.cat(outers, 1), torch.cat(inners)
 
     def look_up(self, side: Side) -> None:
         """See `Adapter.look_up`."""
@@ -123,6 +182,8 @@ class SumAdapter(Adapter):
 
     def lookup(self, member: Member, numbers: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
         """See `Adapter.lookup`."""
+        if self._is_cropped:
+            return super().lookup(member, numbers, side, dtype)
         return _added([own.lookup(numbers, side, dtype) for own in self._each(member)])
 
     @property

@@ -17,6 +17,7 @@ def source(value: Any) -> str:
         words = [source(part) for part in value.parts]
         if isinstance(value, Kronecker) and value.factor != -1:
             words.append(f"factor={value.factor}")
+        words += ["crop=True"] if isinstance(value, Kronecker) and value.crop else []
         if isinstance(value, Sum) and value.weights is not None:
             words.append(f"weights={value.weights}")
         return f"sl.{type(value).__name__}({', '.join(words)})"
@@ -38,6 +39,7 @@ def _network(network: Network) -> str:
     words += [f"{name}={_node(node)}" for name, node in network.nodes if name not in unusual]
     if unusual:  # `lambda` is a fair name of a node, but no keyword argument
         words.append(f"**{{{', '.join(f'{n!r}: {_node(node)}' for n, node in network.nodes if n in unusual)}}}")
+    words += ["crop=True"] if network.crop else []
     return f"sl.Network({', '.join(words)})"
 
 

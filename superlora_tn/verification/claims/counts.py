@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from superlora_tn.declare.fold import FlatFold, Shape
-from superlora_tn.declare.parts import CP, Base, Dense, Hadamard, Kronecker, Network, Part, Sum, TensorTrain
+from superlora_tn.declare.parts import CP, Base, Dense, Frozen, Hadamard, Kronecker, Network, Part, Sum, TensorTrain
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.verification.references.textbook import layer_and_type
 
@@ -42,7 +42,7 @@ def part_count(part: Part, sizes: Mapping[str, int]) -> int:
         rank = min(part.rank, math.prod(each) // max(each)) if part.over == "cap" else part.rank
         return rank * sum(each) if len(each) > 1 else each[0]
     if isinstance(part, Hadamard | Sum):
-        return sum(part_count(p, sizes) for p in part.parts)
+        return sum(part_count(p, sizes) for p in part.parts if not isinstance(p, Frozen))
     if isinstance(part, Kronecker):
         splits = {m: split(s, len(part.parts), part.factor) for m, s in sizes.items()}
         return sum(part_count(p, {m: s[k] for m, s in splits.items()}) for k, p in enumerate(part.parts))

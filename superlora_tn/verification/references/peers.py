@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from superlora_tn.declare.fold import FlatFold, factorise
-from superlora_tn.declare.parts import Dense, Hadamard, Kronecker, Network, Part, Sum
+from superlora_tn.declare.parts import Dense, Hadamard, Kronecker, Network, Part, Sum, inner_parts
 from superlora_tn.model.attach import attach
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.verification.cases import DTYPES, Case, NotApplicable, Sized, as_array, linear, linear_model, ratio
@@ -73,12 +73,12 @@ def has_tensorly(spec: AdapterSpec) -> bool:
 
     def known(part: Part, order: int) -> bool:
         if isinstance(part, Kronecker | Hadamard | Sum):
-            return (not isinstance(part, Kronecker) or order == 2) and all(known(p, order) for p in part.parts)
+            return (not isinstance(part, Kronecker) or order == 2) and all(known(p, order) for p in inner_parts(part))
         return not isinstance(part, Network)
 
     def any_factored(part: Part) -> bool:
         if isinstance(part, Hadamard | Sum):
-            return any(map(any_factored, part.parts))
+            return any(map(any_factored, inner_parts(part)))
         return not isinstance(part, Dense)
 
     order = len(spec.fold.modes.split()) if not isinstance(spec.fold, FlatFold) else spec.fold.order

@@ -19,7 +19,19 @@ import numpy as np
 
 from superlora_tn.declare.fold import FlatFold, PhysicalFold, Shape
 from superlora_tn.declare.maps import Compose, Fastfood, Shuffle
-from superlora_tn.declare.parts import CP, Base, Dense, Hadamard, Kronecker, Network, Part, Sum, TensorTrain, Tucker
+from superlora_tn.declare.parts import (
+    CP,
+    Base,
+    Dense,
+    Hadamard,
+    Kronecker,
+    Network,
+    Part,
+    Sum,
+    TensorTrain,
+    Tucker,
+    inner_parts,
+)
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.fixed_maps import gaussians, permutation, signs
 
@@ -109,7 +121,7 @@ def tensor(
     if isinstance(part, Network):
         return network(part, {name: own(name) for name, _ in part.nodes})
     mark = "k" if isinstance(part, Kronecker) else "t" if isinstance(part, Sum) else "h"
-    inner = [tensor(p, modes, values, formulas, f"{prefix}{mark}{k + 1}_", absolute) for k, p in enumerate(part.parts)]
+    inner = [tensor(p, modes, values, formulas, f"{prefix}{mark}{k + 1}_", absolute) for k, p in enumerate(inner_parts(part))]
     if isinstance(part, Sum):
         weights = part.weights or (1.0,) * len(inner)
         return cast(Array, sum((abs(weight) if absolute else weight) * one for weight, one in zip(weights, inner, strict=True)))
@@ -164,7 +176,7 @@ def scaling(spec: AdapterSpec) -> float:
 def _ranks(part: Part) -> list[int]:
     """All ranks that a part declares."""
     if isinstance(part, Kronecker | Hadamard | Sum):
-        return [rank for inner in part.parts for rank in _ranks(inner)]
+        return [rank for inner in inner_parts(part) for rank in _ranks(inner)]
     if isinstance(part, Dense | Base | Network):
         return []
     return list(part.rank) if isinstance(part.rank, tuple) else [part.rank]
