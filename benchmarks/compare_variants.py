@@ -43,6 +43,7 @@ OTHERS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "krona": ({}, {"factor": 4}, {"factor": 2}),
     "lonkr": ({}, {"splits": 2}),
     "tt_lora": ({}, {"splits": 2}),
+    "goft": ({}, {"factors": 2}),
 }
 Shapes = dict[str, tuple[int, int]]
 Data = dict[str, Any]

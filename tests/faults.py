@@ -251,6 +251,11 @@ TABLE: Table = {
         ),
     },
     "backends/superlora_tn_backends/tensorly_torch.py": {
+        "x-comes-back-without-the-scale": (
+            "whole = torch.add(base, tensors[1], alpha=ctx.alpha)",
+            "whole = torch.add(base, tensors[1])",
+            "test_node_maps.py::test_x_comes_back_through_w_and_a_matrix_at_once",
+        ),
         "complex-through-the-fused-lines": (
             "return is_eager() and COMPLEX.isdisjoint([t.dtype for t in tensors])",
             "return is_eager()",
@@ -633,6 +638,30 @@ TABLE: Table = {
             "left = [*(i for k, i in enumerate(left) if k not in pairs[-1]), repeated[0]]",
             "left = [repeated[0], *(i for k, i in enumerate(left) if k not in pairs[-1])]",
             "test_tenalg.py::test_each_form_is_planned_and_equals_torch",
+        ),
+    },
+    "superlora_tn/network/applied.py": {
+        "blocks-share-a-phase": (
+            'self._new(f"{node.name}_phase{k}", 2)',
+            'self._new(f"{node.name}_phase{k}", 2)[:0]',
+            "test_node_maps.py::test_x_meets_the_node_on_both_routes",
+        ),
+    },
+    "superlora_tn/update/node_maps.py": {
+        "maps-at-each-call": (
+            "return make() if made is None else cast(list[Tensor], made)",
+            "return make()",
+            "test_node_maps.py::test_what_is_stored_is_mapped_once_a_pass",
+        ),
+        "wavelets-turned": (
+            "(mean, down), (along, both) = top.chunk(2, -1), bottom.chunk(2, -1)",
+            "(mean, along), (down, both) = top.chunk(2, -1), bottom.chunk(2, -1)",
+            "test_mapped_variants.py::test_waveft_is_pefts",
+        ),
+        "spread-without-its-lengths": (
+            "(stored * often.rsqrt())[places]",
+            "stored[places]",
+            "test_mapped_variants.py::test_uni_lora_is_pefts_times_g",
         ),
     },
     "superlora_tn/verification/cases.py": {

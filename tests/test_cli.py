@@ -59,7 +59,8 @@ def test_plan_takes_any_network_in_index_notation(capsys):
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_every_variant_plans_and_draws(name, tmp_path, capsys):
     known = inspect.signature(VARIANTS[name]).parameters
-    rank = ["--rank", "2"] if "rank" in known else ["--set", "size=8"] if "size" in known else []
+    rank = ["--rank", "2"] if "rank" in known else ["--set", "size=4"] if "size" in known else []
+    rank += ["--set", "length=16"] if "length" in known else []  # divides 32 and 48, as 4 x 4 does
     sizes = ["--shape", "32x48", "--weights", "2"]
     assert main(["plan", name, *rank, *sizes, "--draw", str(tmp_path / "tree.png")]) == 0
     assert main(["draw", name, *rank, *sizes, "--out", str(tmp_path / "net.png")]) == 0

@@ -331,7 +331,7 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
         sl.AdapterSpec(sl.Network("o i", w=sl.Node("o i", map=sl.Cayley()))).count([(8, 8)])
     with pytest.raises(sl.SpecError, match="an odd count cannot start at zero"):
         sl.Householder(3, less_one=True)
-    with pytest.raises(sl.SpecError, match="nothing to train"):
+    with pytest.raises(sl.SpecError, match="nothing of its own to train"):
         sl.Node("o i", map=sl.Identity())
     two = sl.Network("o i", {"r": 8}, a=sl.Node("o r", map=sl.Householder(2, less_one=True)), b=sl.Node("r i", "zeros"))
     with pytest.raises(sl.SpecError, match="exactly one node may"):
@@ -350,3 +350,33 @@ def test_a_node_without_a_map_is_written_as_before() -> None:
     assert all("map" not in node for _, node in sl.lotr(2).to_dict()["network"].get("nodes", []))
     plain = sl.AdapterSpec(sl.Network("o i", {"r": 2}, b="o r", a="r i"))
     assert all("map" not in node for _, node in plain.to_dict()["network"]["nodes"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "route"), [(sl.AdapterSpec(sl.Dense(), alpha=3.0), "apply"), (sl.fourier_ft(9, alpha=3.0), "delta")], ids=str
+)
+def test_x_comes_back_through_w_and_a_matrix_at_once(spec: sl.AdapterSpec, route: str) -> None:
+    """Where the network is one matrix: its scale counts in x's gradient, and in that of what it is made of."""
+    layer = nn.Linear(6, 5)
+    tuned = sl.attach(nn.Sequential(layer), spec, ["0"], route=route)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.normal_()
+    x = torch.randn(4, 6, requires_grad=True)
+    weight = (layer.weight + tuned.delta("0")).detach().double().requires_grad_()
+    given = torch.randn(4, 5)
+    layer(x).backward(given)
+    # float32, products of 6 numbers of order 1
+    torch.testing.assert_close(x.grad.double(), given.double() @ weight, rtol=1e-5, atol=1e-5)
+    (stored,) = tuned.parameters()
+    nearby = torch.randn_like(stored)
+    change = (given.double() * (x.detach().double() @ moved(tuned, stored, nearby).double().t())).sum()
+    torch.testing.assert_close((stored.grad * nearby).sum().double(), change, rtol=1e-4, atol=1e-4)
+
+
+def moved(tuned: sl.Tuned, stored: nn.Parameter, by: Tensor) -> Tensor:
+    """What dW, which is linear in what is stored, gains by a step."""
+    before = tuned.delta("0").detach()
+    with torch.no_grad():
+        stored += by
+    return tuned.delta("0").detach() - before

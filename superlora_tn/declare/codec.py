@@ -24,6 +24,9 @@ LATER = {
     "Kronecker": frozenset({"crop"}),
     "Network": frozenset({"crop"}),
     "Householder": frozenset({"less_one"}),
+    "Cayley": frozenset({"less_one", "scaled"}),
+    "Softmax": frozenset({"top"}),
+    "Normalised": frozenset({"least"}),
     "Fastfood": frozenset({"order", "scaling"}),
     **dict.fromkeys(("CP", "Tucker", "TensorTrain"), frozenset({"over"})),
 }

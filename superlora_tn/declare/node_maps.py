@@ -5,7 +5,8 @@ A map makes the last one or two axes of its node; the axes before them are a bat
 - `axes`, how many it makes; `stored(shape)`, the shape of what is stored for a node of a shape;
 - `from_zero`, whether the node is zero where what is stored is, and trains from there;
 - `init`, how what is stored starts unless the node says so, and `vanishes`, whether the node is zero then;
-- `bond`, of a square node, of how many columns it is a product of two thin matrices (None: not thinner than itself).
+- `bond`, of a square node, of how many columns it is a product of two thin matrices (None: not thinner than itself);
+- `of`, the node of whose stored tensor it is a function (None: of its own).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from superlora_tn.declare.checks import SpecError, check_count, check_flag, shown
+from superlora_tn.declare.checks import SpecError, check_count, check_flag, check_number, shown
 
 MAX_STORED = 2**31
 
@@ -27,6 +28,7 @@ def _check_seed(owner: str, seed: object) -> None:
 class _Map:
     vanishes: ClassVar[bool] = False
     bond: ClassVar[int | None] = None
+    of: ClassVar[str | None] = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,90 @@ class Fourier(_Placed):
     Raises:
         SpecError: no whole number, or more coefficients than the matrix has elements.
     """
+
+
+class Haar(_Placed):
+    """A matrix from trained coefficients of its Haar wavelets, one level, at fixed random places.
+
+    WaveFT (Bilican et al. 2025) with PEFT's default wavelet. The quarters of the matrix of coefficients are means, differences
+    between rows, between columns, and of both, of squares of 2 x 2 elements, over 2. Stored: (..., count).
+
+    Args:
+        count: how many coefficients.
+        seed: fixes their places, as PEFT's `random_loc_seed` (777 there).
+
+    Raises:
+        SpecError: no whole number, more coefficients than the matrix has elements, or an odd side.
+    """
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what is stored for a node of this shape: (..., count)."""
+        if shape[-2] % 2 or shape[-1] % 2:
+            raise SpecError(f"Haar was given a matrix {shape[-2]} x {shape[-1]}; both sides have to be even.")
+        return super().stored(shape)
+
+
+@dataclass(frozen=True)
+class Spread(_Map):
+    """Each number of the node is one of `count` trained numbers, drawn for it at random (Uni-LoRA, Li et al. 2025).
+
+    A trained number is divided by the root of how often it was drawn, so that the projection keeps lengths. Stored: (count,).
+
+    Args:
+        count: how many trained numbers.
+        seed: fixes which number goes where.
+        of: another node with a `Spread` of as many numbers, whose numbers serve here too; nothing is stored.
+
+    Raises:
+        SpecError: no whole number.
+    """
+
+    count: int
+    seed: int = 0
+    of: str | None = None  # type: ignore[misc]
+    axes: ClassVar[int] = 0
+    from_zero: ClassVar[bool] = True
+    init: ClassVar[str] = "auto"
+
+    def __post_init__(self) -> None:
+        check_count("Spread", "count", self.count, MAX_STORED)
+        _check_seed("Spread", self.seed)
+        _check_of("Spread", self.of)
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what is stored for a node of any shape."""
+        return (self.count,) if self.of is None else (0,)
+
+
+@dataclass(frozen=True)
+class Same(_Map):
+    """The tensor of another node of the network, axis by axis, so that one tensor serves in two places; nothing is stored.
+
+    Args:
+        of: the node's name; it has no map.
+
+    Raises:
+        SpecError: no name.
+    """
+
+    of: str = ""  # type: ignore[misc]
+    axes: ClassVar[int] = 0
+    from_zero: ClassVar[bool] = False
+    init: ClassVar[str] = "zeros"
+
+    def __post_init__(self) -> None:
+        _check_of("Same", self.of)
+        if not self.of:
+            raise SpecError("Same was given no node; give the name of the node whose tensor it is.")
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what is stored: nothing."""
+        return (0,)
+
+
+def _check_of(owner: str, of: object) -> None:
+    if of is not None and not isinstance(of, str):
+        raise SpecError(f"{owner} was given of={shown(of)}; give the name of another node.")
 
 
 @dataclass(frozen=True)
@@ -134,11 +220,36 @@ class _Rotation(_Map):
         return (*shape[:-2], rows * (rows - 1) // 2)
 
 
+@dataclass(frozen=True)
 class Cayley(_Rotation):
     """The rotation ``(1 - S) (1 + S)^-1`` of a skew matrix S, Cayley's transform (OFT, Qiu et al. 2023).
 
     S holds the stored numbers above its diagonal row by row. Stored: (..., n (n - 1) / 2); zeros give the identity.
+
+    Args:
+        less_one: the rotation less the identity, for a network that is added, or multiplies as 1 + N; zeros give zero.
+        scaled: its rows and then its columns are scaled by trained numbers, of which 2 n more are stored, less 1 (PSOFT).
+
+    Raises:
+        SpecError: not True or False, or a matrix that is not square.
     """
+
+    less_one: bool = False
+    scaled: bool = False
+
+    def __post_init__(self) -> None:
+        check_flag("Cayley", "less_one", self.less_one)
+        check_flag("Cayley", "scaled", self.scaled)
+
+    @property
+    def vanishes(self) -> bool:  # type: ignore[override]
+        """At zeros."""
+        return self.less_one
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what is stored for a node of this shape."""
+        *batch, count = super().stored(shape)
+        return (*batch, count + 2 * shape[-1] if self.scaled else count)
 
 
 class Exponential(_Rotation):
@@ -221,13 +332,68 @@ class _Rowwise(_Map):
         return shape
 
 
+@dataclass(frozen=True)
 class Softmax(_Rowwise):
-    """The softmax of the stored numbers over the last axis: weights that are positive and add up to 1."""
+    """The softmax of the stored numbers over the last axis: weights that are positive and add up to 1.
+
+    Args:
+        top: the softmax of so many of the largest, the others are zero (VB-LoRA, Li et al. 2024); None takes all.
+
+    Raises:
+        SpecError: no whole number, or more than there are.
+    """
+
+    top: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.top is not None:
+            check_count("Softmax", "top", self.top, MAX_STORED)
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what is stored for a node of this shape: the same."""
+        if self.top is not None and self.top > shape[-1]:
+            raise SpecError(f"Softmax was given top={self.top} of {shape[-1]} numbers; choose at most those.")
+        return shape
 
 
+@dataclass(frozen=True)
 class Normalised(_Rowwise):
-    """The stored numbers over their length along the last axis: vectors of length 1."""
+    """The stored numbers over their length along the last axis: vectors of length 1.
+
+    Args:
+        least: shorter vectors are divided by this length, so that a node of zeros is zero and trains (DeLoRA: 1e-4).
+
+    Raises:
+        SpecError: a negative number.
+    """
+
+    least: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("Normalised", "least", self.least)
+        if self.least < 0:
+            raise SpecError(f"Normalised was given least={shown(self.least)}; a length is at least 0.")
+
+    @property
+    def from_zero(self) -> bool:  # type: ignore[override]
+        """See the module."""
+        return self.least > 0
 
 
-NodeMap = Selected | Fourier | Circulant | Cayley | Exponential | Householder | Identity | Softmax | Normalised
-NODE_MAPS = (Selected, Fourier, Circulant, Cayley, Exponential, Householder, Identity, Softmax, Normalised)
+NodeMap = (
+    Selected | Fourier | Haar | Spread | Same | Circulant | Cayley | Exponential | Householder | Identity | Softmax | Normalised
+)
+NODE_MAPS = (
+    Selected,
+    Fourier,
+    Haar,
+    Spread,
+    Same,
+    Circulant,
+    Cayley,
+    Exponential,
+    Householder,
+    Identity,
+    Softmax,
+    Normalised,
+)

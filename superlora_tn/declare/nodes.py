@@ -10,7 +10,7 @@ from superlora_tn.declare.bounds import MAX_AXES
 from superlora_tn.declare.checks import SpecError, check_flag, shown
 from superlora_tn.declare.node_maps import NODE_MAPS, Identity, NodeMap
 
-BASED = ("base", "left", "right", "singular")
+BASED = ("base", "left", "right", "singular", "columns")
 INITS = ("auto", "zeros", "ones", "eye", "normal", "uniform", "orthogonal", *BASED)
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
@@ -24,7 +24,7 @@ class Node:
         init: ``"auto"`` (the library scales it, see `initialise`), ``"zeros"``, ``"ones"``, ``"eye"``,
             ``"normal"``, ``"uniform"`` or ``"orthogonal"``; of a frozen node also ``"base"``, the weight W as it is when the
             adapter is attached (a copy, saved with it), or from its SVD the first ``"left"`` or ``"right"`` singular vectors
-            or ``"singular"`` values, as many as the node's bonds have.
+            or ``"singular"`` values, as many as the node's bonds have, or the norms of its ``"columns"``, one an input.
         trainable: False freezes the node: it counts no parameter and gets no gradient.
         map: what is stored is another tensor, of which the node is this function, such as `Fourier` or `Cayley`; `init` is
             then that of the stored tensor. None stores the node itself.
@@ -76,8 +76,10 @@ class Node:
             )
         if self.init == "zeros" and not self.map.from_zero and self.map.init != "zeros":
             raise SpecError(f"node '{self.indices}' starts {self.map} at zeros, where it may never train; choose another.")
-        if isinstance(self.map, Identity) and (self.trainable or len(self.index_names) > 2):
-            raise SpecError(f"node '{self.indices}' is the identity: two indices, and nothing to train; say trainable=False.")
+        if isinstance(self.map, Identity) and len(self.index_names) > 2:
+            raise SpecError(f"node '{self.indices}' is the identity; give it two indices.")
+        if self.trainable and (isinstance(self.map, Identity) or self.map.of is not None):
+            raise SpecError(f"node '{self.indices}' with map={self.map} has nothing of its own to train; say trainable=False.")
         if self.init in (*BASED, "eye"):
             raise SpecError(f"node '{self.indices}' has a map, whose stored tensor is not '{self.init}'; choose another init.")
 

@@ -38,7 +38,7 @@ class Applied:
 def applied(graph: Graph) -> Applied:
     """The graph that x goes through; the same one where no map tells of another."""
     work = _Work(graph, dict(graph.sizes))
-    for k, node in enumerate(graph.nodes):
+    for k, node in enumerate(() if graph.terms else graph.nodes):
         for part, made in enumerate(found := work.parts(node)):
             work.nodes.append(made)
             work.sources.append((k, None if made is node else part))

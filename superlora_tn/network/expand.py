@@ -16,6 +16,7 @@ from functools import singledispatch
 from superlora_tn.declare.bounds import KEPT_NODES, MAX_GRAPH_NODES
 from superlora_tn.declare.cache import kept
 from superlora_tn.declare.fold import KERNEL, FlatGroup, Group, Mode, factorise
+from superlora_tn.declare.node_maps import Same, Spread
 from superlora_tn.declare.parts import (
     BASED,
     CP,
@@ -35,6 +36,7 @@ from superlora_tn.declare.parts import (
 )
 from superlora_tn.network.axes import Axis as Axis
 from superlora_tn.network.axes import refine, sides_above
+from superlora_tn.network.based import check_based
 from superlora_tn.network.graph import Graph, GraphNode, Term
 from superlora_tn.network.terms import Draft, start_at_zero, terms_of
 
@@ -61,9 +63,7 @@ def lower(part: Part, modes: tuple[Mode, ...], batch: int = 1) -> Graph:
     if any(d.map is not None for d in drafts):
         if flat:
             raise SpecError("a node with a map belongs to a physical fold; a flat fold cuts through its axes.")
-        for d in drafts:
-            if d.map is not None:
-                d.map.stored(tuple(a.size for a in d.axes))
+        _check_maps(drafts)
     if batch > 1:
         drafts = [replace(d, axes=(Axis(GROUP, 1, batch), *d.axes)) for d in drafts]
         named.insert(0, Mode(GROUP, batch, "member"))
@@ -163,27 +163,32 @@ def _graph(drafts: list[Draft], named: list[Mode]) -> Graph:
         if node.init in BASED:
             if any(a.padded for d in drafts for a in d.axes):
                 raise SpecError(f"the node '{node.name}' holds a weight's '{node.init}', of which nothing can be cropped.")
-            _check_based(graph, node)
+            check_based(graph, node)
     return graph
 
 
-def _check_based(graph: Graph, node: GraphNode) -> None:
-    """Raise unless a node has the indices that what it holds of the base has."""
-    if graph.is_flat:
-        raise SpecError(f"the node '{node.name}' holds a weight's '{node.init}', and a flat fold knows no weights apart.")
-    own, out, inward, member = (set(i) for i in (node.indices, graph.open("out"), graph.open("in"), graph.open("member")))
-    wanted = {"base": out | inward, "left": out, "right": inward, "singular": set[str]()}[node.init] | member
-    bond = own - out - inward - member
-    if not wanted <= own or own - wanted != bond or (node.init == "base" and bond):
-        raise SpecError(
-            f"the node '{node.name}' holds each weight's '{node.init}', so its indices are {' '.join(sorted(wanted)) or 'none'}"
-            f"{'' if node.init == 'base' else ' and bonds'}; it was given {' '.join(node.indices)}."
-        )
-    sides = [math.prod(graph.size[i] for i in side) for side in (out, inward)]
-    if math.prod(graph.size[i] for i in bond) > min(sides):
-        raise SpecError(
-            f"the node '{node.name}' has more bonds than the {min(sides)} singular vectors of a weight; choose fewer."
-        )
+def _check_maps(drafts: list[Draft]) -> None:
+    """Raise unless the maps fit their nodes, and the nodes that they share."""
+    named = {d.name: d for d in drafts}
+    for d in drafts:
+        if d.map is None:
+            continue
+        sizes = tuple(a.size for a in d.axes)
+        d.map.stored(sizes)
+        if d.map.of is None:
+            continue
+        other = named.get(d.map.of)
+        if isinstance(d.map, Spread):
+            fits = (
+                other is not None and isinstance(other.map, Spread) and (other.map.of, other.map.count) == (None, d.map.count)
+            )
+        else:
+            fits = other is not None and other.map is None and tuple(a.size for a in other.axes) == sizes
+        if not fits or (other is not None and other.branch != d.branch):
+            raise SpecError(
+                f"the node '{d.name}' of shape {sizes} is made of '{d.map.of}', which is no such node; name one "
+                + ("with a Spread of as many numbers." if isinstance(d.map, Spread) else "of its shape that has no map.")
+            )
 
 
 def lower_group(part: Part, group: Group) -> Graph:
@@ -343,10 +348,14 @@ def _(part: Network, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
     _check_collisions(bonds, axes)
     first = next((name for name, node in part.nodes if node.trainable and (node.map is None or node.map.from_zero)), None)
     at = {**bonds, **places}
-    return [
-        Draft(f"{prefix}{name}", tuple(at[i] for i in node.index_names), node.init, node.trainable, name == first, node.map)
-        for name, node in part.nodes
-    ]
+    drafts = []
+    for name, node in part.nodes:
+        own = node.map
+        if isinstance(own, Same | Spread) and own.of is not None:
+            own = replace(own, of=f"{prefix}{own.of}")
+        axes_ = tuple(at[i] for i in node.index_names)
+        drafts.append(Draft(f"{prefix}{name}", axes_, node.init, node.trainable, name == first, own))
+    return drafts
 
 
 def _own_name(bond: str, known: Mapping[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""What an adapter takes from the base's weights: W itself, its singular vectors and values, or the norms of its rows."""
+"""What an adapter takes from the base's weights: W, its singular vectors and values, the norms of its rows or columns."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def base_values(
     for name, positions in members.items() if numbers else ():
         weight = read(name).detach()
         select = graph.select(positions)
-        parts = _singular(weight) if any(graph.nodes[k].init != "base" for k in numbers) else ()
+        parts = _singular(weight) if any(graph.nodes[k].init in ("left", "singular", "right") for k in numbers) else ()
         for k in numbers:
             yield k, select[k], _value(*graph.homes[k], weight, parts)
 
@@ -51,6 +51,8 @@ def _value(graph: Graph, node: GraphNode, weight: Tensor, parts: tuple[Tensor, .
     bond = tuple(i for i in own if i not in {*out, *inward})
     if node.init == "base":
         found, order = weight, out + inward
+    elif node.init == "columns":
+        found, order = row_norms(weight.mT), inward
     else:
         size = math.prod(graph.size[i] for i in bond)
         found, order = {

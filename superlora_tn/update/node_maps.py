@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
@@ -15,12 +16,14 @@ from superlora_tn.declare.node_maps import (
     Circulant,
     Exponential,
     Fourier,
+    Haar,
     Householder,
     Identity,
     NodeMap,
     Normalised,
     Selected,
     Softmax,
+    Spread,
 )
 from superlora_tn.network.applied import applied
 from superlora_tn.network.graph import Graph
@@ -34,6 +37,8 @@ class NodeMaps:
         self._nodes = [(node.map, node.shape) for node in graph.nodes]
         self._tables = [None if made is None else table(made, shape) for made, shape in self._nodes]
         self._sources = applied(graph).sources
+        names = [node.name for node in graph.nodes]
+        self._from = [k if n.map is None or n.map.of is None else names.index(n.map.of) for k, n in enumerate(graph.nodes)]
 
     def __call__(self, stored: Sequence[Tensor], passes: Passes, x: bool = False) -> list[Tensor]:
         """The nodes' tensors, in the dtypes of what is stored, made once a pass for all members and calls.
@@ -45,7 +50,8 @@ class NodeMaps:
         """
 
         def make() -> list[Tensor]:
-            return self._applied(stored) if x else [self._node(k, own, value) for k, own in enumerate(stored)]
+            own = [stored[k] for k in self._from]
+            return self._applied(own) if x else [self._node(k, one, value) for k, one in enumerate(own)]
 
         made = passes.kept((id(self), x), stored, make)
         return make() if made is None else cast(list[Tensor], made)
@@ -90,7 +96,10 @@ def _widely(
 def table(made: NodeMap, shape: tuple[int, ...]) -> Tensor | None:
     """The fixed numbers of a map for a node of this shape, on the CPU; None where it has none."""
     with torch.inference_mode(False), torch.device("cpu"):
-        if isinstance(made, Selected | Fourier):
+        if isinstance(made, Spread):
+            generator = torch.Generator().manual_seed(made.seed)
+            return torch.randint(made.count, (math.prod(shape),), generator=generator)
+        if isinstance(made, Selected | Fourier | Haar):
             generator = torch.Generator().manual_seed(made.seed)
             places: Tensor = torch.randperm(shape[-2] * shape[-1], generator=generator)[: made.count].clone()
             return places
@@ -116,18 +125,32 @@ def value(made: NodeMap, stored: Tensor, shape: tuple[int, ...], places: Tensor 
     if isinstance(made, Circulant):
         assert places is not None
         return stored[..., places].transpose(-3, -2).reshape(shape) / shape[-1]
+    if isinstance(made, Spread):
+        assert places is not None
+        often = torch.bincount(places, minlength=made.count).clamp_min(1).to(stored.dtype)
+        return (stored * often.rsqrt())[places].reshape(shape)
+    scales = None
+    if isinstance(made, Cayley) and made.scaled:
+        sides = [stored.shape[-1] - 2 * shape[-1], shape[-1], shape[-1]]
+        stored, *scales = torch.split(stored, sides, -1)
     if places is not None:
         flat = stored.new_zeros(*shape[:-2], shape[-2] * shape[-1])
         stored = flat.index_copy(-1, places, stored).reshape(shape)
     result = stored
     if isinstance(made, Fourier):
         result = torch.fft.ifft2(stored).real
+    elif isinstance(made, Haar):
+        result = _haar(stored)
     elif isinstance(made, Exponential):
         result = torch.linalg.matrix_exp(stored - stored.mT)
     elif isinstance(made, Cayley):
         one = torch.eye(shape[-1], dtype=stored.dtype, device=stored.device)
         # (1 - S) (1 + S)^-1 is 2 (1 + S)^-1 - 1, whose gradient is two products.
         result = 2 * torch.linalg.inv(one + (stored - stored.mT)) - one
+        if scales is not None:
+            rows, columns = (1 + scale for scale in scales)
+            result = rows[..., None] * result * columns[..., None, :]
+        result = result - one if made.less_one else result
     elif isinstance(made, Householder):
         left, right = thin(made, stored, shape, None).unbind()
         result = left @ right.mT
@@ -136,10 +159,24 @@ def value(made: NodeMap, stored: Tensor, shape: tuple[int, ...], places: Tensor 
     elif isinstance(made, Identity):
         result = torch.eye(shape[-1], dtype=stored.dtype, device=stored.device)
     elif isinstance(made, Softmax):
+        if made.top is not None:
+            largest = stored.topk(made.top, -1).indices
+            stored = torch.full_like(stored, -torch.inf).scatter(-1, largest, stored.gather(-1, largest))
         result = stored.softmax(-1)
     elif isinstance(made, Normalised):
-        result = functional.normalize(stored, dim=-1)
+        result = functional.normalize(stored, dim=-1, eps=made.least or 1e-12)
     return result
+
+
+def _haar(spectrum: Tensor) -> Tensor:
+    """The matrix (..., rows, columns) of one level of Haar coefficients, whose quarters are as in `Haar`."""
+    top, bottom = spectrum.chunk(2, -2)
+    (mean, down), (along, both) = top.chunk(2, -1), bottom.chunk(2, -1)
+    rows = [
+        torch.stack([one + two, one - two], -1).flatten(-2)
+        for one, two in ((mean + down, along + both), (mean - down, along - both))
+    ]
+    return torch.stack(rows, -2).flatten(-3, -2) / 2
 
 
 def thin(made: NodeMap, stored: Tensor, shape: tuple[int, ...], places: Tensor | None) -> Tensor:
