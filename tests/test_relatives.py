@@ -109,6 +109,23 @@ FORMULAS: Mapping[str, tuple[sl.AdapterSpec, Callable[[Values, int], Array], int
         lambda v, m: np.block([[v["B"][a, b] @ v["A"][a, b] for b in range(2)] for a in range(2)]),
         M * R * 2 * (OUT + IN),
     ),
+    "gralora with its hybrid part": (
+        relatives.gralora(R, 2, 5),
+        lambda v, m: (
+            np.block([[v["t1_B"][a, b] @ v["t1_A"][a, b] for b in range(2)] for a in range(2)]) + v["t2_H"] @ v["t2_G"]
+        ),
+        M * (R * 2 + 5) * (OUT + IN),
+    ),
+    "kradapter": (
+        relatives.kradapter(5),  # 12 outputs in 3 x 5
+        lambda v, m: np.stack([np.kron(v["V"][:, i], v["U"][:, i]) for i in range(IN)], 1)[:OUT],
+        M * IN * (5 + 3),
+    ),
+    "miss with a cropped repetition": (
+        relatives.miss(5),
+        lambda v, m: (np.tile(v["D"], (1, 4)) * np.repeat(v["repeat"], 5))[:, :IN],
+        M * 5 * OUT,
+    ),
     "miss": (relatives.miss(4), lambda v, m: np.tile(v["D"], (1, IN // 4)) * np.repeat(v["repeat"], 4), M * 4 * OUT),
     "randlora": (
         relatives.randlora(R, 2),

@@ -15,6 +15,7 @@ from superlora_tn.declare.parts import (
     Network,
     Node,
     SpecError,
+    Sum,
     TensorTrain,
     Tucker,
     check_count,
@@ -187,21 +188,35 @@ def compacter(rank: int, terms: int = 4, alpha: float | None = None, dropout: fl
     return AdapterSpec(Network("m (n1 o) (n2 i)", sizes, **nodes), MEMBERS, alpha=alpha, dropout=dropout)
 
 
-def gralora(rank: int, blocks: int = 2, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
-    """GraLoRA: dW in blocks x blocks parts, each a LoRA of its own (Jung et al. 2025; PEFT's GraLoRA without its hybrid part).
+def gralora(rank: int, blocks: int = 2, hybrid: int = 0, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
+    """GraLoRA: dW in blocks x blocks parts, each a LoRA of its own (Jung et al. 2025; PEFT's GraLoRA).
 
-    ``dW[(a o) (b i)] = B[a b o r] A[a b r i]``, B zero; r is the rank of a part, PEFT's r / k. Count: r k (out + in) a weight.
+    ``dW[(a o) (b i)] = B[a b o r] A[a b r i]``, B zero; r is the rank of a part, PEFT's r / k. With `hybrid` (PEFT's
+    `hybrid_r`) ``+ H[o h] G[h i]``, H zero. Count: (r k + h) (out + in) a weight. PEFT scales by its alpha / (r k + h), which
+    is alpha here.
     """
     nodes: dict[str, str | Node] = {"B": Node("a b o r", init="zeros"), "A": "a b r i"}
-    return AdapterSpec(Network("(a o) (b i)", {"a": blocks, "b": blocks, "r": rank}, **nodes), alpha=alpha, dropout=dropout)
+    parts = Network("(a o) (b i)", {"a": blocks, "b": blocks, "r": rank}, **nodes)
+    beside = [Network("o i", {"h": hybrid}, H=Node("o h", init="zeros"), G="h i")] if hybrid != 0 else []
+    return AdapterSpec(Sum(parts, *beside) if beside else parts, alpha=alpha, dropout=dropout)
+
+
+def kradapter(size: int | None = None, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
+    """KRAdapter: the columns of dW are Kronecker products (Albert et al. 2025, arXiv 2508.00230, whose code is the reference).
+
+    ``dW[(v u) i] = V[v i] U[u i]``, cropped to out rows, U zero, u of this size; None splits out most evenly, as the paper
+    splits the longer side (the larger of the two first). Count: in (u + v), v u the least that is not below out.
+    """
+    network = Network("(v u) i", {} if size is None else {"u": size}, crop=True, V="v i", U=Node("u i", init="zeros"))
+    return AdapterSpec(network, alpha=alpha, dropout=dropout)
 
 
 def miss(rank: int, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
-    """MiSS: a thin matrix repeated over in: ``dW[o (k r)] = D[o r]``, D zero (Kang and Yin 2025; PEFT's MiSS where in is a
-    multiple of the rank). Count: r out a weight.
+    """MiSS: a thin matrix repeated over in: ``dW[o (k r)] = D[o r]``, D zero (Kang and Yin 2025; PEFT's MiSS), the last
+    repetition cropped where in is no multiple of the rank. Count: r out a weight.
     """
     nodes = {"D": Node("o r", init="zeros"), "repeat": Node("k", init="ones", trainable=False)}
-    return AdapterSpec(Network("o (k r)", {"r": rank}, **nodes), alpha=alpha, dropout=dropout)
+    return AdapterSpec(Network("o (k r)", {"r": rank}, crop=True, **nodes), alpha=alpha, dropout=dropout)
 
 
 def randlora(rank: int, bases: int = 4, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
@@ -266,6 +281,7 @@ RELATIVES = {
     "share_lora": share_lora,
     "compacter": compacter,
     "gralora": gralora,
+    "kradapter": kradapter,
     "miss": miss,
     "randlora": randlora,
     "abba": abba,
