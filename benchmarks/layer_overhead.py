@@ -19,10 +19,10 @@ SHAPES = ((768, 1576), (1024, 512), (2048, 256), (4096, 64), (4096, 1024))
 RANK = 8
 
 
-def ours(layer: nn.Module, spec: sl.AdapterSpec) -> nn.Module:
+def ours(layer: nn.Module, spec: sl.AdapterSpec, **options: Any) -> nn.Module:
     """The layer with one of our adapters."""
     model = nn.ModuleDict({"layer": layer})
-    tuned = sl.attach(model, spec, ["layer"])
+    tuned = sl.attach(model, spec, ["layer"], **options)
     randomise(tuned)
     return model["layer"]
 

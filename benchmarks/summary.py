@@ -10,6 +10,7 @@ HERE = Path(__file__).parent
 QUESTIONS = {
     "layer_overhead": "What does an adapter add to a linear layer's training step, as a fraction of the frozen layer's?",
     "layer_overhead_mkl": "The same with `--onednn off`, all products by MKL",
+    "variants_against": "What does each variant add to a linear layer of 768 x 768, beside PEFT's own layer of it?",
     "loha_designs": "Which way of contracting LoHa is cheapest? Overheads, and what the count alone sets",
     "convolution": "What does an adapter add to a convolution's training step, as a fraction of the frozen layer's?",
     "beyond_linear": "What do adapters on tables, blocks, experts and on one another cost, beside PEFT's?",
@@ -38,6 +39,11 @@ NOTES = {
 LoHa of ranks (8, 8) has 64 = r1 r2 rank-one terms, so its six products are thin only by 64 and need 8 times LoRA's
 FLOPs. With oneDNN for these it stays within 1.2 times PEFT's LoRA, but for 64 tokens at 4096: 1.7 here and 2.2 in
 the table of designs below. The aim was 1.3 at every shape.""",
+    "variants_against": """Overheads over the frozen layer's step, forward and backward with a gradient for x. One thread, on a
+machine that others used too, so differences below 0.1 are noise. `fourier_ft`, `shira` and `waveft` are attached with
+`at="weight"`, as their dW is built in any case; PEFT's SHiRA adds it to W likewise. OFT takes Cayley's exact transform on
+both sides (`use_cayley_neumann=False`; with PEFT's default, a series of five terms, PEFT took 0.23 and 0.26 in a run in which
+ours took 0.35 and 0.27), BOFT one factor (PEFT has no more without a GPU).""",
     "layer_overhead_mkl": """So LoHa takes 1.5 times PEFT's LoRA at the first three shapes and 2.2 times at the fourth; the
 others do not need oneDNN to stay below PEFT's LoRA.""",
     "loha_designs": """At 64 tokens and a width of 4096 the aim of 1.3 is below what the count allows: FLOPs at the frozen
