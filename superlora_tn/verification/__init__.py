@@ -78,7 +78,8 @@ def verify(
 
     Raises:
         VerifyError: Hypothesis is not installed.
-        SpecError: an unknown reference or preset, a declaration without sizes on the given weights, or examples below 1.
+        SpecError: an unknown reference or preset, a declaration without sizes on the given weights, or with a sum or a crop, or
+            examples below 1.
     """
     certificate: Certificate = _engine().verify_spec(spec, against, examples, seed, shapes)
     return certificate

@@ -14,7 +14,7 @@ from hypothesis.errors import Unsatisfiable
 
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.joins import Multiply
-from superlora_tn.declare.parts import SpecError, check_count
+from superlora_tn.declare.parts import Kronecker, Network, Part, SpecError, Sum, check_count, inner_parts
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.verification import checks, draws
 from superlora_tn.verification.cases import Case, NotApplicable
@@ -133,6 +133,12 @@ def examine(
     return Row(subject, check.claim, name, "held", trial.tried, trial.worst, required=required)
 
 
+def _is_summed(part: Part) -> bool:
+    """Whether a part holds a sum, or a split that may be cropped."""
+    cropped = isinstance(part, Kronecker | Network) and part.crop
+    return cropped or isinstance(part, Sum) or any(map(_is_summed, inner_parts(part)))
+
+
 def verify_spec(
     spec: AdapterSpec | str,
     against: Against | Sequence[Against] | None,
@@ -171,6 +177,11 @@ def _subject(spec: AdapterSpec | str, given_shapes: Sequence[draws.Shapes]) -> t
         return spec, preset(spec)
     if not isinstance(spec, AdapterSpec):
         raise SpecError(f"verify was given {spec!r}; give an AdapterSpec(...), or the name of a variant.")
+    if _is_summed(spec.network):
+        raise SpecError(
+            "verify's references are of one network that is not cropped, and this declaration has a Sum or crop=True; verify "
+            "its parts one by one."
+        )
     for shapes in given_shapes:
         if any(graph.is_mapped for _, graph in spec.lay_out(dict(shapes))):
             raise SpecError(
