@@ -303,10 +303,10 @@ def test_places_stay_as_adapters_were_saved_with() -> None:
     assert table(sl.Fourier(6, seed=777), (12, 8)).tolist() == PLACES
 
 
-def test_verify_refuses_in_words() -> None:
+def test_verify_takes_a_network_of_maps() -> None:
     pytest.importorskip("hypothesis")
-    with pytest.raises(sl.SpecError, match="without its maps"):
-        sl.verify(NEW["bank"], shapes=[(12, 8)])
+    certificate = sl.verify(NEW["bank"], examples=3, shapes=[(12, 8)])
+    assert certificate, str(certificate)
 
 
 @each_new

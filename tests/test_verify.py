@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 import superlora_tn as sl
 from superlora_tn.declare.parts import SpecError
+from superlora_tn.network.catalogue import VARIANTS
+from superlora_tn.update import base, based, node_maps
 from superlora_tn.update.physical import PhysicalAdapter
 from superlora_tn.verification import (
     Certificate,
@@ -38,6 +40,8 @@ from superlora_tn.verification.source import source
 
 FEW = 6
 PRESETS = ["lora", "loha", "lokr", "lotr", "lorta", "vera"]
+PAPERS = ["adalora", "fact_tt", "fact_tk", "tenslora"]
+MAPPED = [sl.c3a(2), sl.fourier_ft(5), sl.shira(3), sl.oft(2), sl.waveft(3)]
 PEERS = [name for name in ("peft", "lycoris") if peers.is_installed(name)]
 CUT = identities._cut
 NETWORK = sl.AdapterSpec(sl.Network("(o1 o2) (i1 i2)", {"r": 2}, w1="o1 i1", up="o2 r", down="r i2"), alpha=3)
@@ -75,7 +79,7 @@ def assert_reproduces(row: Row, scope: dict[str, Any] | None = None) -> None:
 # --- what holds -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "adalora", "fact_tt", "fact_tk", "tenslora"])
+@pytest.mark.parametrize("name", [*PRESETS, *PAPERS])
 def test_a_preset_holds_against_everything_that_has_it(name: str) -> None:
     certificate = verify(name, examples=FEW if name in PRESETS else 3)
     assert certificate, str(certificate)
@@ -85,6 +89,42 @@ def test_a_preset_holds_against_everything_that_has_it(name: str) -> None:
     assert not set(PEERS) & (named.get(name, set()) - tried)
     assert ("paper" in tried) == (name in {"lotr", "vera", "adalora", "fact_tt", "fact_tk", "tenslora"})
     assert all(row.tried >= 1 and row.worst <= 1 for row in certificate.rows if row.status == "held")
+
+
+@pytest.mark.parametrize("name", sorted({*VARIANTS, "dora"} - {*PRESETS, *PAPERS}))
+def test_no_variant_of_the_catalogue_is_without_proof(name: str) -> None:
+    """Whatever is entered there is drawn, run, saved and compared with its formula: settings come from the arguments' names."""
+    certificate = verify(name, "formula", examples=1)
+    assert certificate, str(certificate)
+    held = {(row.claim, row.reference) for row in certificate.rows if row.status == "held"}
+    assert {(claim, "formula") for claim in ("dW", "forward", "gradients", "count")} <= held
+    assert {("count = all that trains", "-"), ("files: bit for bit", "-"), ("routes agree", "-")} <= held
+    if name in ("dora", "boft", "goft", "hra", "oft"):
+        assert ("W' = the join's formula", "formula") in held
+    if name in ("delora", "hira", "lora_xs", "psoft", "svft"):
+        assert ("nodes of the base are its own", "-") in held
+
+
+@pytest.mark.parametrize("spec", MAPPED, ids=lambda spec: type(spec.network.nodes[0][1].map).__name__)
+def test_a_map_that_is_off_is_noticed(spec: sl.AdapterSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = node_maps.value
+    monkeypatch.setattr(node_maps, "value", lambda *a: right(*a) * (1 + 1e-6))
+    assert {("dW", "formula"), ("gradients", "formula")} <= failing(verify(spec, "formula", 4))
+
+
+def test_a_vector_of_the_base_that_is_another_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = based._singular
+    monkeypatch.setattr(based, "_singular", lambda weight: tuple(part.flip(0) for part in right(weight)))
+    assert ("nodes of the base are its own", "-") in failing(verify(sl.lora_xs(1), "-", 4, shapes=[(6, 8)]))
+
+
+def test_a_count_or_a_start_that_is_off_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = sl.AdapterSpec.count
+    monkeypatch.setattr(sl.AdapterSpec, "count", lambda self, shapes: right(self, shapes) + 1)
+    assert ("count = all that trains", "-") in failing(verify(sl.lora(1), "-", 2))
+    first = base.first_values
+    monkeypatch.setattr(base, "first_values", lambda *a: [value + 1e-3 for value in first(*a)])
+    assert ("W' = W at the start", "-") in failing(verify(sl.dora(sl.lora(1)), "-", 2, shapes=[(6, 8)]))
 
 
 def test_a_network_of_ones_own_holds_with_a_function_of_ones_own() -> None:

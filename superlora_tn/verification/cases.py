@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from superlora_tn.contraction.plan import Route
 from superlora_tn.declare.fold import FlatGroup, Group, Shape
+from superlora_tn.declare.joins import Multiply
+from superlora_tn.declare.parts import BASED, Hadamard, Kronecker, Network, Part, Sum, inner_parts
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Adapter, Settings
 from superlora_tn.update.make import make_adapter
+from superlora_tn.verification.references import mapped
 from superlora_tn.verification.references import textbook as references
 from superlora_tn.verification.references.textbook import Array, Values
 from superlora_tn.verification.source import source
@@ -30,8 +33,30 @@ class NotApplicable(Exception):
 
 
 def is_linear(spec: AdapterSpec) -> bool:
-    """Whether dW is linear in each node: all but a map with tanh."""
+    """Whether dW is linear in what is stored of each node: all but a map with tanh, rotations and the like, and sums."""
+    return is_affine(spec) and not _is_sum(spec.network)
+
+
+def is_affine(spec: AdapterSpec) -> bool:
+    """Whether dW is affine in what is stored of each node, as a sum is whose other terms stay."""
+    return has_linear_map(spec) and _has_linear_nodes(spec.network)
+
+
+def has_linear_map(spec: AdapterSpec) -> bool:
+    """Whether the fold's fixed map, where there is one, is linear."""
     return spec.projection is None or spec.projection.linear
+
+
+def _is_sum(part: Part) -> bool:
+    return isinstance(part, Sum) or (isinstance(part, Kronecker | Hadamard) and any(map(_is_sum, inner_parts(part))))
+
+
+def _has_linear_nodes(part: Part) -> bool:
+    if isinstance(part, Kronecker | Hadamard | Sum):
+        return all(map(_has_linear_nodes, inner_parts(part)))
+    return not isinstance(part, Network) or all(
+        node.map is None or (isinstance(node.map, mapped.LINEAR) and node.map.of is None) for _, node in part.nodes
+    )
 
 
 @dataclass(frozen=True)
@@ -60,6 +85,17 @@ class Case:
     def in_float64(self) -> Case:
         """The same case in double precision."""
         return replace(self, dtype="float64")
+
+    def of_network(self) -> Case:
+        """The network alone, over the sides that its join gives it, as an update that is added where it can be one.
+
+        A network that is R itself, and so cannot start at zero, keeps its join.
+        """
+        join = self.spec.join
+        if not isinstance(join, Multiply):
+            return replace(self, spec=replace(self.spec, join=None))
+        shapes = tuple((name, join.sides(shape)) for name, shape in self.shapes)
+        return replace(self, spec=replace(self.spec, join=None) if join.residual else self.spec, shapes=shapes)
 
     def activation(self, d_in: int) -> Array:
         """A seeded activation of shape (*batch, in), exact in the case's dtype."""
@@ -95,9 +131,9 @@ class Sized:
 
     @cached_property
     def values(self) -> dict[str, Array]:
-        """Seeded normal values of every node, zero and frozen ones too, exact in the case's dtype."""
+        """Seeded normal values of what is stored of every node, zero and frozen ones too, exact in the case's dtype."""
         generator = np.random.default_rng(self.case.seed)
-        drawn = {n.name: generator.standard_normal(n.shape) for n in self.graph.nodes}
+        drawn = {n.name: np.asarray(generator.standard_normal(n.stored)) for n in self.graph.nodes}
         return {name: v.astype(self.case.dtype).astype(np.float64) for name, v in drawn.items()}
 
     def fresh(self, route: Route | None = None) -> Adapter:
@@ -119,32 +155,59 @@ class Sized:
         adapter = self.adapter(values=values)
         return {t: as_array(adapter.delta(t)) for t in self.shapes}
 
+    def nodes(self, values: Values | None = None) -> dict[str, Array]:
+        """The nodes from what is stored of them, by the definitions of their maps."""
+        given = self.values if values is None else values
+        return {
+            n.name: given[n.name] if n.map is None else mapped.node(n.map, given[n.map.of or n.name], n.shape)
+            for n in self.graph.nodes
+        }
+
+    def sizes(self, values: Values | None = None, directions: Values | None = None) -> dict[str, Array]:
+        """What the nodes' rounding errors are relative to; of those with a direction, of the derivative along it."""
+        given, found = self.values if values is None else values, {}
+        for node in self.graph.nodes:
+            source = (node.map.of if node.map is not None else None) or node.name
+            own, along = given[source], (directions or {}).get(source)
+            if node.map is None:
+                found[node.name] = np.abs(own if along is None else along)
+            elif along is None:
+                found[node.name] = mapped.size(node.map, own, node.shape)
+            else:
+                found[node.name] = mapped.slope(node.map, own, along, node.shape)
+            if along is not None and any(n.map is not None and n.map.of == source for n in self.graph.nodes):
+                found[node.name] = found[node.name] + self.sizes(given)[node.name]  # of a product that holds it twice
+        return found
+
     def formula(self, values: Values | None = None) -> dict[str, Array]:
         """dW of each weight by the textbook."""
-        return references.delta(self.spec, self.shapes, self.values if values is None else values)
+        return references.delta(self.spec, self.shapes, self.nodes(values))
 
-    def magnitude(self, values: Values | None = None) -> dict[str, Array]:
+    def magnitude(self, values: Values | None = None, directions: Values | None = None) -> dict[str, Array]:
         """The same sums with each term at its absolute value: what rounding errors are relative to."""
-        given = self.values if values is None else values
-        return references.delta(self.spec, self.shapes, {n: np.abs(v) for n, v in given.items()}, absolute=True)
+        return references.delta(self.spec, self.shapes, self.sizes(values, directions), absolute=True)
 
     @cached_property
     def terms(self) -> int:
-        """Products that are summed into one element of dW: the sizes of all indices that are summed over."""
-        open_ = {i for _, indices in self.graph.modes for i in indices}
-        return math.prod(s for i, s in self.graph.sizes if i not in open_)
+        """Products that are summed into one element of dW: the sizes of all indices that are summed over, of all terms."""
+        found = 0
+        for term in self.graph.networks:
+            open_ = {i for _, indices in term.graph.modes for i in indices}
+            found += math.prod(s for i, s in term.graph.sizes if i not in open_)
+        return found
 
     @cached_property
     def roundings(self) -> int:
         """Roundings on the way to one element of dW, whatever the order of contraction.
 
         Contracting pair by pair sums at most `terms` numbers in all and multiplies once a node; the scale and the
-        casts of values are 4 more, and each of two Hadamard transforms of p numbers adds p at most. Twice, since the
-        other side rounds too.
+        casts of values are 4 more, and each of two Hadamard transforms of p numbers adds p at most; so does a map that makes
+        a matrix of p rows or columns, for its sums, its solver's and those of its derivative. Twice, since the other side
+        rounds too.
         """
-        transforms = 0
+        transforms = sum(4 * (sum(n.shape[-2:]) + 8) for n in self.graph.nodes if n.map is not None)
         if self.spec.projection is not None and isinstance(self.group, FlatGroup):
-            transforms = 4 * (max(self.group.inner, self.group.length) + 8)
+            transforms += 4 * (max(self.group.inner, self.group.length) + 8)
         return 2 * (self.terms + len(self.graph.nodes) + 4 + transforms)
 
     @property
@@ -157,10 +220,12 @@ class Sized:
         return (self.roundings + more) * self.unit * self.magnitude(values)[target]
 
 
-def fill(adapter: Adapter, values: Values) -> None:
-    """Write values into an adapter's nodes."""
+def fill(adapter: Adapter, values: Values, based: bool = True) -> None:
+    """Write values into what is stored of an adapter's nodes; without `based`, not into those that the base's weights fill."""
     with torch.no_grad():
-        for node, tensor in zip(adapter.graph.nodes, adapter.tensors(), strict=True):
+        for node, tensor in zip(adapter.graph.nodes, adapter.stored(), strict=True):
+            if node.init in BASED and not based:
+                continue
             tensor.copy_(torch.from_numpy(np.ascontiguousarray(values[node.name])).reshape(tensor.shape))
 
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from superlora_tn.declare.parts import SpecError
 from superlora_tn.network.spec import AdapterSpec
-from superlora_tn.verification.cases import DTYPES, Case, NotApplicable, Sized, as_array, is_linear, ratio
-from superlora_tn.verification.claims import joined, properties
+from superlora_tn.verification.cases import DTYPES, Case, NotApplicable, Sized, as_array, has_linear_map, is_linear, ratio
+from superlora_tn.verification.claims import joined, life, properties
 from superlora_tn.verification.references import papers, peers
 from superlora_tn.verification.references import textbook as references
 from superlora_tn.verification.references.textbook import Array
@@ -31,6 +31,7 @@ class Check:
         measure: its error in a case, in units of the bound.
         applies: whether it says anything about a declaration.
         source: the reference as a pasteable expression.
+        whole: whether it is about the whole declaration; the others are about its network, whatever becomes of its matrix.
     """
 
     claim: str
@@ -38,6 +39,7 @@ class Check:
     measure: Callable[[Case], float]
     applies: Callable[[AdapterSpec], bool] = lambda _: True
     source: str = ""
+    whole: bool = False
 
 
 def delta_check(reference: Callable[[Sized], Mapping[str, Array]]) -> Callable[[Case], float]:
@@ -69,19 +71,24 @@ def forward_formula(case: Case) -> float:
 
 
 def gradient_formula(case: Case) -> float:
-    """Gradients against the textbook's: dW is linear in a node, so its derivative along E is dW with E in its place."""
-    if not is_linear(case.spec):
+    """Gradients against the textbook's: dW is linear in a node, so its derivative along E is dW with E in its place.
+
+    Through a map that is not linear it is the imaginary part at a complex step, which truncates nothing.
+    """
+    if not has_linear_map(case.spec):
         raise NotApplicable
+    step = 1.0 if is_linear(case.spec) else 1e-30j
     worst = 0.0
     for sized in case.in_float64().groups():
         generator = np.random.default_rng(case.seed + 5)
         weights = properties.cotangents(sized)
         for name, grad in properties.node_gradients(sized).items():
             direction = properties.normal(generator, grad.shape)
-            slopes = sized.formula({**sized.values, name: direction})
-            size = sum(
-                float((m * np.abs(weights[t])).sum()) for t, m in sized.magnitude({**sized.values, name: direction}).items()
-            )
+            start = 0.0 if step == 1.0 else sized.values[name]
+            moved = sized.formula({**sized.values, name: start + step * direction})
+            slopes = {t: s.real if step == 1.0 else s.imag / abs(step) for t, s in moved.items()}
+            sizes = sized.magnitude(directions={name: direction})
+            size = sum(float((m * np.abs(weights[t])).sum()) for t, m in sizes.items())
             expected = sum(float((s * weights[t]).sum()) for t, s in slopes.items())
             allowed = (sized.roundings + 2 * (sum(w.size for w in weights.values()) + grad.size)) * sized.unit * size
             worst = max(worst, ratio(np.array((grad * direction).sum()), np.array(expected), allowed))
@@ -115,7 +122,14 @@ def property_checks() -> list[Check]:
 
 def join_check() -> Check:
     """The claim about updates that are not added."""
-    return Check("W' = the join's formula", "formula", joined.joins, source=repr("formula"))
+    return Check(
+        "W' = the join's formula", "formula", joined.joins, lambda spec: spec.join is not None, repr("formula"), whole=True
+    )
+
+
+def life_checks() -> list[Check]:
+    """The claims about the whole declaration on a model, however it joins."""
+    return [Check(name, NONE, measure, source=repr(NONE), whole=True) for name, measure in life.LIFE.items()]
 
 
 def reference_checks(name: str) -> list[Check]:

@@ -6,16 +6,21 @@ Imported only where Hypothesis is there (`engine`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from inspect import signature
+from typing import Any
 
 from hypothesis import strategies as st
 
 from superlora_tn.declare.fold import FlatFold, Fold, Shape
+from superlora_tn.declare.joins import Join, Multiply
 from superlora_tn.declare.maps import Fastfood, Projection, Shuffle
 from superlora_tn.declare.parts import Network, Part, SpecError
 from superlora_tn.network import variants
+from superlora_tn.network.catalogue import VARIANTS
+from superlora_tn.network.joined import dora
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.verification.cases import Case
 from superlora_tn.verification.references import papers
@@ -48,10 +53,12 @@ def candidates(d_out: int, d_in: int, grids: Sequence[tuple[int, int]] = GRIDS) 
 
 
 @lru_cache(maxsize=512)
-def layouts(network: Part, fold: Fold, projection: Projection | None) -> tuple[Shapes, ...]:
+def layouts(network: Part, fold: Fold, projection: Projection | None, join: Join | None = None) -> tuple[Shapes, ...]:
     """The sets of weights that a declaration fits, the smallest first; wider ones where its ranks need them."""
-    spec = AdapterSpec(network, fold, projection)
+    spec = AdapterSpec(network, fold, projection, join=join)
     d_out, d_in = declared(network, fold)
+    if isinstance(join, Multiply):  # over one side of the weight twice
+        d_out, d_in = (1, math.lcm(d_out, d_in)) if join.side == "right" else (math.lcm(d_out, d_in), 1)
     found: list[Shapes] = []
     for factor in (1, 4, 16, 64):
         grids = GRIDS if factor <= 4 else GRIDS[:1]
@@ -80,11 +87,16 @@ def fits(spec: AdapterSpec, shapes: Shapes) -> bool:
     return True
 
 
+def draw_layouts(spec: AdapterSpec) -> tuple[Shapes, ...]:
+    """The sets of weights of a declaration, whatever its scale."""
+    return layouts(spec.network, spec.fold, spec.projection, spec.join)
+
+
 @st.composite
 def cases(draw: st.DrawFn, specs: st.SearchStrategy[AdapterSpec], given: Sequence[Shapes] = ()) -> Case:
     """A case of a drawn spec on drawn weights, or on one of the given sets of weights."""
     spec = draw(specs)
-    pool = [shapes for shapes in given if fits(spec, shapes)] if given else layouts(spec.network, spec.fold, spec.projection)
+    pool = [shapes for shapes in given if fits(spec, shapes)] if given else draw_layouts(spec)
     shapes = draw(st.sampled_from(pool) if pool else st.nothing())
     seed, dtype = draw(st.integers(0, 2**16)), draw(st.sampled_from(("float64", "float32")))
     return Case(spec, shapes, seed, dtype, draw(st.sampled_from(BATCHES)))
@@ -95,6 +107,8 @@ def rescaled(draw: st.DrawFn, spec: AdapterSpec) -> AdapterSpec:
     """The spec as it is, or with another scale."""
     if not draw(st.booleans()):
         return spec
+    if isinstance(spec.join, Multiply) and not spec.join.residual:
+        return spec  # R itself has no scale
     return replace(spec, alpha=draw(st.sampled_from(ALPHAS)), rslora=draw(st.booleans()))
 
 
@@ -136,7 +150,17 @@ def tensloras(draw: st.DrawFn) -> AdapterSpec:
     return papers.tenslora(draw(counts(1, 3)), " ".join([*named, "out", "in"]), heads, draw(st.booleans()), draw(alphas))
 
 
-PRESETS: dict[str, st.SearchStrategy[AdapterSpec]] = {
+def settings_of(maker: Callable[..., Any]) -> st.SearchStrategy[AdapterSpec]:
+    """Small settings of a variant of the catalogue, by the names of its arguments; others stay at their defaults."""
+    drawn: dict[str, st.SearchStrategy[Any]] = {"rank": counts(1, 3), "splits": counts(2, 3)}
+    drawn |= {"size": st.sampled_from((2, 3, 4)), "count": st.sampled_from((1, 3, 6))}
+    drawn |= {"seed": st.sampled_from((0, 777)), "alpha": alphas, "rslora": rslora}
+    drawn |= {"factors": counts(1, 2), "vectors": st.just(3), "length": st.just(2)}
+    taken = {name: drawn[name] for name in signature(maker).parameters if name in drawn}
+    return st.builds(maker, **taken)
+
+
+WRITTEN: dict[str, st.SearchStrategy[AdapterSpec]] = {
     "dense": st.builds(variants.dense, alphas, rslora),
     "lora": st.builds(variants.lora, counts(1, 4), alphas, rslora),
     "loha": st.builds(variants.loha, counts(1, 4), alphas, rslora),
@@ -151,3 +175,5 @@ PRESETS: dict[str, st.SearchStrategy[AdapterSpec]] = {
     "fact_tk": st.builds(papers.fact_tk, counts(1, 3), counts(1, 2), alphas),
     "tenslora": tensloras(),
 }
+PRESETS = {name: WRITTEN[name] if name in WRITTEN else settings_of(maker) for name, maker in VARIANTS.items()}
+PRESETS["dora"] = st.builds(dora, st.one_of(PRESETS["lora"], PRESETS["lokr"], PRESETS["lotr"]), st.booleans())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import hypothesis
 import numpy as np
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
 from superlora_tn.declare.fold import Shape
-from superlora_tn.declare.joins import Multiply
 from superlora_tn.declare.parts import Kronecker, Network, Part, SpecError, Sum, check_count, inner_parts
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.verification import checks, draws
@@ -92,7 +92,7 @@ def _lessen(trial: Trial, check: Check) -> None:
     case = trial.last
     if case is None or case.other is not None:
         return
-    pool = draws.layouts(case.spec.network, case.spec.fold, case.spec.projection)
+    pool = draws.layouts(case.spec.network, case.spec.fold, case.spec.projection, case.spec.join)
     for shapes in pool[: pool.index(case.shapes)] if case.shapes in pool else ():
         smaller = replace(case, shapes=shapes)
         try:
@@ -148,18 +148,12 @@ def verify_spec(
 ) -> Certificate:
     """All properties and references of a declaration, or of a preset with drawn settings."""
     given_shapes, rows = draws.named(shapes), []
-    if isinstance(spec, AdapterSpec) and spec.join is not None:
-        join, fitting = spec.join, draws.cases(st.just(spec), given_shapes)
-        rows.append(examine(type(join).__name__, checks.join_check(), fitting, examples, seed, True))
-        # All else is about the network, whatever becomes of its matrix.
-        spec = replace(spec, join=None)
-        if isinstance(join, Multiply):
-            given_shapes = [tuple((name, join.sides(shape)) for name, shape in own) for own in given_shapes]
     subject, specs = _subject(spec, given_shapes)
     named = checks.as_list(against)
-    for check in [*checks.property_checks(), *checks.select(named)]:
-        required = against is not None and check.reference != checks.NONE
-        fitting = draws.cases(specs.filter(check.applies), given_shapes)
+    for check in [checks.join_check(), *checks.property_checks(), *checks.life_checks(), *checks.select(named)]:
+        required = against is not None and check.reference != checks.NONE and not check.whole
+        fitting = draws.cases(specs.filter(partial(_applies, check)), given_shapes)
+        fitting = fitting if check.whole else fitting.map(Case.of_network)
         row = examine(subject, check, fitting, examples, seed, required)
         # A reference that has no such method is no news, unless the caller asked for it.
         if row.status != "skipped" or required or row.detail != SILENT:
@@ -182,15 +176,15 @@ def _subject(spec: AdapterSpec | str, given_shapes: Sequence[draws.Shapes]) -> t
             "verify's references are of one network that is not cropped, and this declaration has a Sum or crop=True; verify "
             "its parts one by one."
         )
-    for shapes in given_shapes:
-        if any(graph.is_mapped for _, graph in spec.lay_out(dict(shapes))):
-            raise SpecError(
-                "verify draws the values of nodes, and a node of this network is a function of what is stored; verify the same "
-                "network without its maps."
-            )
-    if not given_shapes and not draws.layouts(spec.network, spec.fold, spec.projection):
+    for own in given_shapes:
+        spec.lay_out(dict(own))
+    if not given_shapes and not draws.layouts(spec.network, spec.fold, spec.projection, spec.join):
         raise SpecError(f"verify found no weights that {spec!r} fits; give shapes=[(out, in), ...].")
     return type(spec.network).__name__, draws.rescaled(spec)
+
+
+def _applies(check: Check, spec: AdapterSpec) -> bool:
+    return check.applies(spec if check.whole else replace(spec, join=None))
 
 
 def preset(name: str) -> st.SearchStrategy[AdapterSpec]:
@@ -246,7 +240,7 @@ def find(claim: str, against: Against) -> Check:
     """
     known = reduction_checks()
     if not isinstance(against, str) or against in (*checks.REFERENCES, checks.NONE):
-        known = [*checks.property_checks(), checks.join_check(), *checks.select([against])]
+        known = [*checks.property_checks(), checks.join_check(), *checks.life_checks(), *checks.select([against])]
     own = against if isinstance(against, str) else None
     for check in known:
         if check.claim == claim and own in (None, check.reference) and (own or check.reference != checks.NONE):

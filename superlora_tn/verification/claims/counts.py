@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from superlora_tn.declare.fold import FlatFold, Shape
 from superlora_tn.declare.parts import CP, Base, Dense, Frozen, Hadamard, Kronecker, Network, Part, Sum, TensorTrain
 from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.verification.references.mapped import stored_numbers
 from superlora_tn.verification.references.textbook import layer_and_type
 
 
@@ -68,7 +69,8 @@ def _network_count(part: Network, sizes: Mapping[str, int]) -> int:
         free = [i for i in group if i not in known]
         left = size // math.prod(known.get(i, 1) for i in group)
         known |= dict(zip(free, split(left, len(free)), strict=True)) if free else {}
-    return sum(math.prod(known[i] for i in node.index_names) for _, node in part.nodes if node.trainable)
+    shapes = [(node, tuple(known[i] for i in node.index_names)) for _, node in part.nodes if node.trainable]
+    return sum(math.prod(shape) if node.map is None else stored_numbers(node.map, shape) for node, shape in shapes)
 
 
 def split(size: int, count: int, factor: int = -1) -> tuple[int, ...]:

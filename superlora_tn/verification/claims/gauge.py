@@ -21,6 +21,8 @@ def gauge_freedom(case: Case) -> float:
     bonds = 0
     worst = 0.0
     for sized in case.in_float64().groups():
+        if sized.graph.is_mapped:
+            raise NotApplicable  # g acts on nodes, not on what is stored of them
         before = sized.delta(sized.values)
         for bond, places in _bonds(sized):
             moved, positive = _insert_gauge(sized, bond, places, sized.values)
@@ -79,6 +81,8 @@ def tangent_space(case: Case) -> float:
     if isinstance(case.spec.projection, Fastfood | Compose):
         raise NotApplicable
     for sized in case.in_float64().groups():
+        if sized.graph.is_mapped:
+            raise NotApplicable
         moved = dict(sized.values)
         for bond, places in _bonds(sized):
             moved, _ = _insert_gauge(sized, bond, places, moved)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -25,9 +24,8 @@ def joins(case: Case) -> float:
     join, shapes = case.spec.join, dict(case.shapes)
     if join is None:
         raise NotApplicable
-    sides = {n: join.sides(s) if isinstance(join, Multiply) else s for n, s in shapes.items()}
     try:
-        groups = replace(case, spec=replace(case.spec, join=None), shapes=tuple(sides.items())).groups()
+        groups = case.of_network().groups()
     except SpecError as error:  # sizes of a network that fit the weight, and not (out, out) or (in, in)
         raise NotApplicable from error
     worst, dtype = 0.0, DTYPES[case.dtype]
