@@ -88,6 +88,7 @@ from superlora_tn.network.relatives import (
     share_lora,
     svft,
     tenslora,
+    tera,
     tied_lora,
     tt_lora,
 )
@@ -223,6 +224,7 @@ __all__ = [
     "superlora",
     "svft",
     "tenslora",
+    "tera",
     "tied_lora",
     "tiny_lora",
     "tt_lora",

@@ -49,7 +49,7 @@ def test_every_variant_is_at_a_level_with_a_count_near_it(compare: Any) -> None:
 
 
 def test_rows_are_kept_and_the_base_is_left_as_it_was(compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    protocol, place = compare.Protocol(rates=(1e-2, 3e-2), tried=1, demo=SHORT), tmp_path / "rows.json"
+    protocol, place = compare.Protocol(rates=(1e-2, 3e-2), extensions=0, tried=1, demo=SHORT), tmp_path / "rows.json"
     states: list[dict[str, torch.Tensor]] = []
     genuine = compare.measure
 
@@ -100,4 +100,8 @@ def test_what_lies_within_chance_follows_the_rows(compare: Any) -> None:
     # The spread is 1 point in all: two standard deviations of a difference of means of 3 are 2 sqrt(2 / 3) = 1.6 points.
     assert "`a` has the highest mean, 90.0 %; 1 of the 2 others lie within 1.6 points" in first
     assert "`c` with 80.0 %" in first
-    assert rates.startswith("0 of 9 settings")
+    assert rates == "0 of 9 settings chose the smallest or the largest rate that was tried."
+    rows[0] |= {"rate": 2, "parameters": 1234}
+    *_, rates = compare.answers({"rows": [row("dense", None, 0.9), *rows]})
+    assert rates.startswith("1 of 9 settings")
+    assert rates.endswith("may lie outside: `a` (1,234).")

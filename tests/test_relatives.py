@@ -132,6 +132,15 @@ FORMULAS: Mapping[str, tuple[sl.AdapterSpec, Callable[[Values, int], Array], int
         lambda v, m: sum(v["B"][n] @ np.diag(v["lam"][m, n]) @ v["A"] @ np.diag(v["gam"][m, n]) for n in range(2)),
         M * 2 * (R + IN),
     ),
+    "tera": (
+        relatives.tera(R),
+        lambda v, m: reduce(
+            lambda whole, k: np.moveaxis(np.tensordot(v[f"U{k}"] * v[f"d{k}"][m], whole, axes=(1, k - 1)), 0, k - 1),
+            (1, 2, 3, 4),
+            v["G"],
+        ).reshape(OUT, IN),
+        2 * M * 2 * R,
+    ),
     "abba": (
         relatives.abba(2, R),
         lambda v, m: (v["h1_factor_out"] @ v["h1_factor_in"].T) * (v["h2_factor_out"] @ v["h2_factor_in"].T),

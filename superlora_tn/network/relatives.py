@@ -219,6 +219,23 @@ def miss(rank: int, alpha: float | None = None, dropout: float = 0.0) -> Adapter
     return AdapterSpec(Network("o (k r)", {"r": rank}, crop=True, **nodes), alpha=alpha, dropout=dropout)
 
 
+def tera(rank: int, splits: int = 2, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
+    """TeRA's form: a Tucker over out and in, each split into `splits` sides, of which only scales of its bonds train (Gu et al.
+    2025, arXiv 2509.03234).
+
+    ``dW[m (o1 .. ok) (i1 .. ik)] = G[r1 .. r2k] U1[o1 r1] d1[m r1] .. U2k[ik r2k] d2k[m r2k]``, G and the U frozen, random and
+    shared, the first d zero, the others ones. Count: 2 M k r.
+    """
+    check_count("tera", "splits", splits, 4)
+    sides = [f"{mode}{k + 1}" for mode in "oi" for k in range(splits)]
+    bonds = [f"r{k + 1}" for k in range(2 * splits)]
+    nodes = {"G": frozen(" ".join(bonds))}
+    for k, (side, bond) in enumerate(zip(sides, bonds, strict=True)):
+        nodes |= {f"U{k + 1}": frozen(f"{side} {bond}"), f"d{k + 1}": Node(f"m {bond}", init="ones" if k else "zeros")}
+    modes = f"m ({' '.join(sides[:splits])}) ({' '.join(sides[splits:])})"
+    return AdapterSpec(Network(modes, dict.fromkeys(bonds, rank), **nodes), MEMBERS, alpha=alpha, dropout=dropout)
+
+
 def randlora(rank: int, bases: int = 4, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """RandLoRA: a sum of scaled random bases, of full rank in all (Albert et al. 2025).
 
@@ -284,6 +301,7 @@ RELATIVES = {
     "kradapter": kradapter,
     "miss": miss,
     "randlora": randlora,
+    "tera": tera,
     "abba": abba,
     "hira": hira,
     "lora_xs": lora_xs,
