@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from pathlib import Path
 
@@ -98,11 +97,10 @@ def twice_answer(rows: list[Data]) -> str:
     """Whether twice the steps move a setting of the sample by more than one standard error."""
     lines, moved = [], 0
     for r in (r for r in rows if r["twice"]):
-        short = r["accuracies"][: len(r["twice"])]
-        change = statistics.fmean(r["twice"]) - statistics.fmean(short)
-        error = statistics.stdev(short) / math.sqrt(len(short)) if len(short) > 1 else 0.0
-        moved += abs(change) > error
-        lines.append(f"{r['variant']} {r['words']}".strip() + f" {100 * change:+.1f} (standard error {100 * error:.1f})")
+        change = difference(r["accuracies"][: len(r["twice"])], r["twice"])
+        error = change.error or 0.0
+        moved += abs(change.mean) > error
+        lines.append(f"{r['variant']} {r['words']}".strip() + f" {100 * change.mean:+.1f} (standard error {100 * error:.1f})")
     answer = "**no**" if moved == 0 else f"**yes**, {moved} of {len(lines)}"
     return f"Twice the steps move a setting by more than one standard error: {answer}: {'; '.join(lines)} points."
 
