@@ -291,8 +291,8 @@ Each setting takes the rate with the least loss on {apart} training scans kept a
 all 900, as in the demo. Test scans are used for the figures alone. With 897 of them, chance in which scans are tested alone
 makes about one point.
 
-{about["device"]}, {about["threads"]} thread{"s" * (about["threads"] != "1")}, torch {about["torch"]}, {about["date"]}; written by
-`python benchmarks/compare_variants.py`.
+{about["device"]}, {about["threads"]} thread{"s" * (about["threads"] != "1")}, torch {about["torch"]}, {about["date"]};
+written by `python benchmarks/compare_variants.py`.
 """
 
 
