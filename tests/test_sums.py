@@ -272,7 +272,6 @@ DIFFERENCE = sl.Sum(sl.CP(2), sl.Frozen(sl.CP(2)), weights=(1, -1))
         (lambda: sl.Kronecker(sl.CP(2), crop=1), "crop"),
         (lambda: sl.Network("o i", {"r": 2}, crop="o r", a="r i"), "crop"),
     ],
-    ids=str,
 )
 def test_what_is_no_sum_is_refused_when_it_is_declared(made: object, words: str) -> None:
     with pytest.raises(sl.SpecError, match=words):
