@@ -314,7 +314,7 @@ def test_an_adapter_that_moves_to_another_kind_of_device_is_planned_for_it(monke
         model.to("meta")
         assert adapter.profile == H200
         assert model(torch.empty(2, 3, WIDTH, device="meta")).shape == (2, 3, WIDTH)
-        plans = [run.plan for run in (adapter._all.run if spec == sl.lorta(2) else adapter._build,)]
+        plans = [run.plan for run in (adapter._all.terms[0].run if spec == sl.lorta(2) else adapter._build,)]
         assert all(plan.device == H200 for plan in plans)
         monkeypatch.undo()
         model.to_empty(device="cpu")
