@@ -200,6 +200,10 @@ class PhysicalAdapter(Adapter):
         """See `Adapter.halves`."""
         if self._halves is None or (self.settings.route is None and not self._halves.pays(self.group.shape, rows, blocks)):
             return None
+        return self.both_halves(member)
+
+    def both_halves(self, member: Member) -> tuple[Tensor, Tensor]:
+        """See `Adapter.halves`, whether they pay or not; only of a network that has a cut."""
         nodes = self._nodes(member, self.tensors())
         outer, inner = (
             run(*(nodes[k] for k in own), alpha=alpha)

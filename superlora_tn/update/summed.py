@@ -79,12 +79,6 @@ class TermAdapter(PhysicalAdapter):
         plan = make_plan(self.graph, "apply", NOMINAL_TOKENS, self.profile, self.settings.optimize)
         return 2 * self._halves.cost(shape, NOMINAL_TOKENS) <= plan.flops
 
-    def thin(self, member: Member) -> tuple[Tensor, Tensor]:
-        """The two matrices, outer (out, bond), scale included, and inner (bond, in)."""
-        nodes = self._nodes(member, self.tensors())
-        (outer, run), (inner, other) = self._half_runs
-        return run(*(nodes[k] for k in outer), alpha=self.scale), other(*(nodes[k] for k in inner))
-
     def cut(self, delta: Tensor) -> Tensor:
         """dW (..., out, in) without the surplus."""
         return self.out.cut(self.inward.cut(delta).mT).mT if self.is_cropped else delta
@@ -215,7 +209,7 @@ class SumAdapter(Adapter):
     def _through_thin(self, each: Sequence[Member], x: Tensor, out: Tensor | None, base: Tensor | None) -> Tensor:
         """x through the thin matrices of several terms, side by side as two."""
         dtype = x.dtype if out is None else out.dtype
-        pairs = [own.adapter.thin(own) for own in each if isinstance(own.adapter, TermAdapter) and own.adapter in self._thin]
+        pairs = [part.both_halves(own) for part, own in zip(self._parts, each, strict=True) if part in self._thin]
         outer, inner = torch.cat([o for o, _ in pairs], 1).to(dtype), torch.cat([i for _, i in pairs]).to(dtype)
         found: Tensor = self._through(x.to(dtype), outer, inner, out=out, base=base)
         return found if out is not None else found.reshape(*x.shape[:-1], self.group.shape[0])
