@@ -62,17 +62,18 @@ def run(words: str) -> str:
     return out.getvalue()
 
 
-def _again(block: re.Match[str]) -> str:
+def again(block: re.Match[str]) -> str:
+    """A block with what its command prints now; one with dots as it is."""
     if DOTS in block["printed"].splitlines(keepends=True):
         return block[0]
-    return block[0].replace(block["printed"], run(block["words"]))
+    return f"```\n$ superlora-tn {block['words']}\n{run(block['words'])}```"
 
 
 def rewrite(say: Callable[[str], object] = print) -> None:
     """Write each page again whose blocks are not what their commands print."""
     for page in PAGES:
         text = page.read_text()
-        if (new := BLOCK.sub(_again, text)) != text:
+        if (new := BLOCK.sub(again, text)) != text:
             page.write_text(new)
             say(f"written: {page.relative_to(ROOT)}")
 

@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from shown import PAGES, ROOT, Shown, run, shown
+from shown import BLOCK, PAGES, ROOT, Shown, again, run, shown
 
 from superlora_tn.cli import parser
 
@@ -56,6 +56,13 @@ def test_a_command_prints_what_is_shown(page, example):
 
 def test_the_pages_show_a_plan_a_list_and_a_certificate():
     assert {example.words.split()[0] for _, example in EXAMPLES} >= {"plan", "verify"}
+
+
+def test_a_page_is_written_once_around_what_a_command_prints():
+    head = "```\n$ superlora-tn plan lora --shape 8x8 --tokens 1\n"
+    printed = run("plan lora --shape 8x8 --tokens 1")
+    for before in ("", "else\n", printed):
+        assert BLOCK.sub(again, f"a\n{head}{before}```\nb\n") == f"a\n{head}{printed}```\nb\n"
 
 
 def test_what_is_shown_is_compared_to_the_last_figure():
