@@ -317,8 +317,8 @@ TABLE: Table = {
             "test_summed.py::test_values_and_gradients_are_those_of_the_dense_sum",
         ),
         "the-weight-forgotten": (
-            "self._whole[0].scale * self._term.weight",
-            "self._whole[0].scale",
+            "self.spec.scale * strength * self._term.weight",
+            "self.spec.scale * strength",
             "test_summed.py::test_values_and_gradients_are_those_of_the_dense_sum",
         ),
     },
@@ -327,6 +327,11 @@ TABLE: Table = {
             "[*fixed, *(number",
             "[*(number",
             "test_summed.py::test_products_of_sums_are_multiplied_out",
+        ),
+        "a-shared-factor-taken-for-zero": (
+            "[d for d in able if d.name not in taken] or able",
+            "able",
+            "test_summed.py::test_terms_choose_their_zero_around_the_declared_ones",
         ),
     },
     "superlora_tn/network/axes.py": {

@@ -42,7 +42,7 @@ HOUSE = {
         ["passes", "walsh", "magnitudes"],
         ["fixed_maps", "node_maps"],
         ["base"],
-        ["lookup", "joined"],
+        ["lookup", "joined", "plain"],
         ["physical", "flat"],
         ["together", "summed"],
         ["make"],

@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import superlora_tn as sl
+from superlora_tn.contraction.plan import crop_price, padded_shape
+from superlora_tn.contraction.profile import CPU
+from superlora_tn.tools.suggest import cost
 
 OUT, IN = 12, 8
 Part = Any
@@ -274,3 +277,52 @@ def test_thin_terms_run_as_one_and_others_by_themselves() -> None:
         own, oracle = (torch.autograd.grad(y.sum(), [x, *tuned.parameters()], retain_graph=True) for y in (found, wanted))
         for a, b in zip(own, oracle, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_terms_choose_their_zero_around_the_declared_ones() -> None:
+    """One term says where it starts; the next may not take the factor that both share, though a product would."""
+    said = sl.Network("o i", W=sl.Node("o i", init="zeros"))
+    for part in (sl.Hadamard(sl.Sum(said, sl.CP(2)), sl.CP(1)), sl.Hadamard(sl.Sum(sl.CP(2), said), sl.CP(1))):
+        model, tuned, _ = attached(sl.AdapterSpec(part), None, fill=False)
+        assert not tuned.delta("0").any()
+        zero = [name for name, p in nodes_of(tuned).items() if not p.any()]
+        assert len(zero) == 2
+        assert not any(name.startswith("node_h2") for name in zero)
+        model(torch.randn(7, IN, dtype=torch.float64)).pow(2).sum().backward()
+        assert all(nodes_of(tuned)[name].grad.any() for name in zero)
+    with pytest.raises(sl.SpecError, match="h1_t1_W and h2_W start at zero"):
+        sl.AdapterSpec(sl.Hadamard(sl.Sum(said, sl.CP(2)), said)).count([(OUT, IN)])
+
+
+def test_what_is_cropped_says_so_and_costs_its_padding() -> None:
+    cropped = sl.AdapterSpec(sl.Kronecker(sl.Dense(), sl.Dense(), crop=True))
+    group, graph = cropped.lay_out({"a": (50, 30)})[0]
+    assert graph.equation() == "out1 in1, out2 in2 -> out1 out2 in1 in2 (out 50 of 56)"
+    term, device = graph.terms[0], CPU
+    assert padded_shape(term) == (56, 30)
+    # Forward and backward: outputs are read, cut and added to others, 50 + 50 + 56 numbers a row; x stays as it is.
+    assert crop_price(term, (50, 30), 100, device) == pytest.approx(2 * (400 * 156 / device.bandwidth + device.latency))
+    whole = sl.AdapterSpec(sl.Kronecker(sl.Dense(), sl.Dense(), factor=-1)).lay_out({"a": (56, 30)})[0][1]
+    assert crop_price(whole.networks[0], (56, 30), 100, device) == 0
+    prices = [
+        cost(spec, {"a": shape}, 100).seconds
+        for spec, shape in ((cropped, (50, 30)), (sl.AdapterSpec(sl.Kronecker(sl.Dense(), sl.Dense())), (56, 30)))
+    ]
+    assert prices[0] == pytest.approx(prices[1] + crop_price(term, (50, 30), 100, device))
+    both = sl.AdapterSpec(sl.Sum(sl.CP(1), sl.Kronecker(sl.Dense(), sl.Dense(), crop=True), weights=(1, -2)))
+    words = both.lay_out({"a": (50, 31)})[0][1].equation()
+    assert words.endswith("- 2 x out1 in1, out2 in2 -> out1 out2 in1 in2 (out 50 of 56, in 31 of 35)")
+
+
+def test_a_strength_reaches_all_terms_once() -> None:
+    """It is set where it is set, and a call that is not told of it again has it."""
+    part = sl.Sum(sl.CP(2), sl.Kronecker(sl.Dense(), sl.Dense(), factor=2), weights=(1, -3))
+    model, tuned, weight = attached(sl.AdapterSpec(part, alpha=4.0), "apply")
+    delta = 2.0 * dense(part, nodes_of(tuned), (OUT, IN))  # alpha / rank
+    x = torch.randn(3, IN, dtype=torch.float64)
+    for strength in (1.0, -0.5, 0.0, 2.0):
+        tuned.strength = strength
+        for own in (model, copy.deepcopy(model)):
+            wanted = x @ (weight + strength * delta).T + model[0].bias
+            torch.testing.assert_close(own(x), wanted, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(tuned.delta("0"), strength * delta, rtol=1e-10, atol=1e-10)

@@ -7,6 +7,7 @@ and is what a backend compiles. Two routes read one graph: `apply` contracts the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ from superlora_tn.declare.bounds import KEPT_STEPS, PEAK_SPARE, PEAK_TIMES
 from superlora_tn.declare.cache import kept
 from superlora_tn.declare.parts import TOKEN
 from superlora_tn.network.applied import applied
-from superlora_tn.network.graph import Graph, GraphNode
+from superlora_tn.network.graph import Graph, GraphNode, Term
 
 Route = Literal["apply", "delta"]
 
@@ -252,6 +253,30 @@ def plan_equation(
             "raise the limit, plan for fewer tokens, or take the other route."
         )
     return plan
+
+
+def crop_price(term: Term, shape: tuple[int, int], tokens: int, device: Device = CPU) -> float:
+    """Seconds to pad x to the larger modes of a cropped network and to cut and add its outputs, forward plus backward.
+
+    Args:
+        term: of a sum; nothing is padded or cut of a mode that it does not crop.
+        shape: (out, in) of the weight.
+        tokens: rows of x.
+        device: the balance to price for.
+    """
+    cropped, seconds = {mode for mode, _ in term.crops}, 0.0
+    for role, own, passes in (("out", shape[0], 2), ("in", shape[1], 1)):
+        modes = [mode for mode, _ in term.graph.modes if mode.role == role]
+        if any(mode.name in cropped for mode in modes):
+            padded = math.prod(mode.size for mode in modes)
+            seconds += 2 * (ITEM * tokens * (passes * own + padded) / device.bandwidth + device.latency)
+    return seconds
+
+
+def padded_shape(term: Term) -> tuple[int, int]:
+    """(out, in) of a network of a sum, before it is cropped."""
+    out, inward = (math.prod(m.size for m, _ in term.graph.modes if m.role == role) for role in ("out", "in"))
+    return out, inward
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from superlora_tn.contraction.plan import choose, table
+from superlora_tn.contraction.plan import choose, crop_price, padded_shape, table
 from superlora_tn.declare.fold import FlatGroup, PhysicalFold, split_name
 from superlora_tn.files.record import Entry, names_of
 from superlora_tn.network.spec import AdapterSpec
@@ -47,12 +47,14 @@ def _describe(adapter: Adapter) -> tuple[str, str, str, str, str]:
     bonds = [s for one in networks for i, s in one.sizes if i not in {i for _, indices in one.modes for i in indices}]
     ranks = f"{bonds[0]}" + (f" x{len(bonds)}" if len(bonds) > 1 else "") if len(set(bonds)) == 1 else " ".join(map(str, bonds))
     shape = next(iter(adapter.group.members.values()))[1:] if isinstance(adapter.group, FlatGroup) else adapter.group.shape
-    choices = [choose(one, (shape[0], shape[1]), TOKENS, adapter.profile, adapter.settings.optimize) for one in networks]
+    terms, rest = adapter.graph.networks, (TOKENS, adapter.profile)
+    shapes = [padded_shape(term) if term.crops else (shape[0], shape[1]) for term in terms]
+    choices = [choose(t.graph, own, *rest, adapter.settings.optimize) for t, own in zip(terms, shapes, strict=True)]
     routes = [adapter.settings.route or choice.route for choice in choices]
     price = sum(
         choice.apply.price if route == "apply" and choice.apply else choice.delta_price
         for choice, route in zip(choices, routes, strict=True)
-    )
+    ) + sum(crop_price(term, (shape[0], shape[1]), *rest) for term in terms)
     return (
         f"{', '.join(kinds[:2])}{', ...' if len(kinds) > 2 else ''}",
         " ".join(f"{mode.name}={mode.size}" for mode, _ in adapter.graph.modes),

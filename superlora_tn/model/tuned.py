@@ -300,7 +300,7 @@ class Tuned(Placed):
     def _switch(self) -> None:
         for adapter in self._adapters():
             adapter.active = self._enabled and not (self.merged or self._disabled)
-            adapter.scale = adapter.spec.scale * self._strength
+            adapter.strengthen(self._strength)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

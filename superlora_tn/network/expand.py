@@ -38,7 +38,7 @@ from superlora_tn.network.axes import Axis as Axis
 from superlora_tn.network.axes import refine, sides_above
 from superlora_tn.network.based import check_based
 from superlora_tn.network.graph import Graph, GraphNode, Term
-from superlora_tn.network.terms import Draft, start_at_zero, terms_of
+from superlora_tn.network.terms import Draft, place_zeros, start_at_zero, terms_of
 
 
 @kept(4096, KEPT_NODES, lambda graph, *_, **__: len(graph.nodes))
@@ -78,8 +78,14 @@ def lower(part: Part, modes: tuple[Mode, ...], batch: int = 1) -> Graph:
     return (
         graph
         if [mode for mode, _ in graph.modes] == named
-        else _whole(graph.nodes, named, [Term(1.0, tuple(range(len(drafts))), graph)])
+        else _whole(graph.nodes, named, [_term(1.0, range(len(drafts)), graph, named)])
     )
+
+
+def _term(weight: float, numbers: Sequence[int], graph: Graph, named: Sequence[Mode]) -> Term:
+    """One network of a sum over these modes, some of which may be cropped from the network's."""
+    pairs = zip(named, (mode for mode, _ in graph.modes), strict=True)
+    return Term(weight, tuple(numbers), graph, tuple((own.name, own.size) for own, larger in pairs if own != larger))
 
 
 def _whole(nodes: tuple[GraphNode, ...], named: Sequence[Mode], terms: Sequence[Term]) -> Graph:
@@ -89,24 +95,13 @@ def _whole(nodes: tuple[GraphNode, ...], named: Sequence[Mode], terms: Sequence[
 
 def _lower_terms(drafts: list[Draft], named: list[Mode]) -> Graph:
     """A sum: each term is a graph of its own, and a node may stand in several."""
-    placed, nodes, terms = list(drafts), dict[int, GraphNode](), list[Term]()
+    nodes, terms = dict[int, GraphNode](), list[Term]()
     found = terms_of([d.branch for d in drafts])
-    for _, numbers in found:
-        own = [replace(placed[k], branch=()) for k in numbers]
-        started = start_at_zero(own)
-        for k, draft in zip(numbers, started, strict=True):
-            placed[k] = replace(draft, branch=drafts[k].branch)
+    placed = place_zeros(drafts, [numbers for _, numbers in found])
     for weight, numbers in found:
-        own = [replace(placed[k], branch=()) for k in numbers]
-        departed = any(d.departs for d in own)
-        if sum(d.init == "zeros" and d.at_zero for d in own) + departed > 1:
-            names = " and ".join(
-                [d.name for d in own if d.init == "zeros"] + ["a sum with a frozen copy"] * any(d.departs for d in own)
-            )
-            raise SpecError(f"{names} of one term start at zero, or it never trains; declare which one does, by init='zeros'.")
-        graph = _graph(own, named)
+        graph = _graph([placed[k] for k in numbers], named)
         nodes |= dict(zip(numbers, graph.nodes, strict=True))
-        terms.append(Term(weight, tuple(numbers), graph))
+        terms.append(_term(weight, numbers, graph, named))
     if len(terms) == 1 and terms[0].weight == 1 and [mode for mode, _ in terms[0].graph.modes] == named:
         return terms[0].graph
     whole = tuple(replace(nodes[k], trainable=d.trainable) for k, d in enumerate(drafts))

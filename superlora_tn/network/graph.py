@@ -59,16 +59,21 @@ class Term:
         weight: what it is multiplied by.
         nodes: numbers of its nodes in the whole.
         graph: the network, its nodes in that order; its modes may be larger than the whole's, which then are cropped from them.
+        crops: (mode, how many of its positions are kept) for each mode that is cropped.
     """
 
     weight: float
     nodes: tuple[int, ...]
     graph: Graph
+    crops: tuple[tuple[str, int], ...] = ()
 
     def equation(self, fixed: bool = False) -> str:
-        """The network in words with its sign and weight, e.g. ``- 2 x out r, r in -> out in``."""
+        """The network in words with its sign, weight and crops, e.g. ``- 2 x out1 out2 in -> out1 out2 in (out 50 of 56)``."""
         number = "" if abs(self.weight) == 1 else f"{abs(self.weight):g} x "
-        return f"{'+' if self.weight > 0 else '-'} {number}{self.graph.equation(fixed)}"
+        sizes = {mode.name: mode.size for mode, _ in self.graph.modes}
+        crops = ", ".join(f"{mode} {kept} of {sizes[mode]}" for mode, kept in self.crops)
+        words = f"{'+' if self.weight > 0 else '-'} {number}{self.graph.equation(fixed)}"
+        return f"{words} ({crops})" if crops else words
 
 
 @dataclass(frozen=True)

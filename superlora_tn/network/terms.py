@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -72,10 +72,44 @@ def _terms(nodes: list[tuple[int, Branch]]) -> list[tuple[float, list[int]]]:
     ]
 
 
-def start_at_zero(drafts: list[Draft]) -> list[Draft]:
+def starts(drafts: Sequence[Draft]) -> list[str]:
+    """What brings a network to zero at the start, in words: its nodes at zero by name, and sums with a frozen copy."""
+    departed = ["a sum with a frozen copy"] * any(d.departs for d in drafts)
+    return [d.name for d in drafts if d.init == "zeros" and d.at_zero] + departed
+
+
+def place_zeros(drafts: Sequence[Draft], terms: Sequence[Sequence[int]]) -> list[Draft]:
+    """`start_at_zero` for each term of a sum; those that say where they start come first, and the others choose around them.
+
+    Args:
+        drafts: the nodes of all terms.
+        terms: the numbers of each term's nodes.
+
+    Raises:
+        SpecError: a term would have two nodes at zero.
+    """
+    placed = list(drafts)
+    for numbers in sorted(terms, key=lambda numbers: not starts([drafts[k] for k in numbers])):
+        started = {k for other in terms if starts([placed[j] for j in other]) for k in other}
+        own = [replace(placed[k], branch=()) for k in numbers]
+        for k, draft in zip(numbers, start_at_zero(own, {drafts[j].name for j in started}), strict=True):
+            placed[k] = replace(draft, branch=drafts[k].branch)
+    for numbers in terms:
+        if len(names := starts([placed[k] for k in numbers])) > 1:
+            raise SpecError(
+                f"{' and '.join(names)} of one term start at zero, or it never trains; declare which one does, by init='zeros'."
+            )
+    return placed
+
+
+def start_at_zero(drafts: list[Draft], taken: Collection[str] = ()) -> list[Draft]:
     """Keep exactly one node of a network at zero: the one declared so, else the part's own choice.
 
     None of a term that a sum cancels at the start.
+
+    Args:
+        drafts: the nodes.
+        taken: names of nodes that are chosen only where no other can be, as terms that start at zero already hold them.
     """
     if not any(d.trainable or d.copies for d in drafts):
         raise SpecError("the network has no trainable node; let at least one be trainable.")
@@ -98,5 +132,6 @@ def start_at_zero(drafts: list[Draft]) -> list[Draft]:
     able = [d for d in able if d.trainable]
     if vanishing or not able:
         return drafts  # or functions that are never zero, as rotations: for a join that starts elsewhere
+    able = [d for d in able if d.name not in taken] or able
     chosen = declared[0] if declared else next((d for d in able if d.zero), able[0]).name
     return [replace(d, init="zeros") if d.name == chosen else d for d in drafts]

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from superlora_tn.contraction.backend import DEFAULT, compiled
-from superlora_tn.contraction.plan import Route, make_plan
+from superlora_tn.contraction.backend import DEFAULT
+from superlora_tn.contraction.plan import Route
 from superlora_tn.contraction.profile import CPU, DEVICES, Device
 from superlora_tn.contraction.search import Optimizer
-from superlora_tn.declare.fold import Group, Mode, PhysicalGroup, Shape
-from superlora_tn.declare.parts import Dense
-from superlora_tn.network.expand import lower
+from superlora_tn.declare.fold import Group, PhysicalGroup, Shape
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.network.sums import Block, blocks
@@ -90,6 +88,10 @@ class Adapter(Magnitudes, ABC):
         self._ends: tuple[Block, ...] = ()
         self._maps = NodeMaps(graph) if graph.is_mapped else None
         self.members = {name: Member(self, name) for name in group.members}
+
+    def strengthen(self, strength: float) -> None:
+        """Scale dW by the declaration's scale and this factor."""
+        self.scale = self.spec.scale * strength
 
     @abstractmethod
     def prepare(self) -> None:
@@ -337,12 +339,6 @@ class Adapter(Magnitudes, ABC):
     def drop(self, x: Tensor, training: bool) -> Tensor:
         """Dropout of the adapter's input, while training."""
         return functional.dropout(x, self.spec.dropout, training) if self.spec.dropout else x
-
-    def _dense(self, shape: Shape) -> Run:
-        """The delta route's last part: dW as the one node of a dense network, with x."""
-        modes = (Mode("out", shape[0], "out"), Mode("in", shape[1], "in"))
-        plan = make_plan(lower(Dense(), modes), "apply", TOKEN_STEPS[-1], self.profile, self.settings.optimize)
-        return compiled(plan, self.settings.backend)
 
 
 class Member:

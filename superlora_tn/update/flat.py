@@ -24,6 +24,7 @@ from superlora_tn.update.base import Adapter, Member, Run
 from superlora_tn.update.eager import is_differentiated, is_eager
 from superlora_tn.update.fixed_maps import fixed_map, widened
 from superlora_tn.update.passes import lasting
+from superlora_tn.update.plain import by_matrix
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class FlatAdapter(Adapter):
         for name, (start, d_out, d_in) in self.group.members.items():
             member = self.members[name]
             member.shape = (d_out, d_in)
-            member.place = _Place(self._cut(start, start + d_out * d_in), self._dense(member.shape))
+            member.place = _Place(self._cut(start, start + d_out * d_in), by_matrix(member.shape, self.profile, self.settings))
         (self._all,) = self._cut(0, self.group.total)
 
     @property

@@ -28,6 +28,7 @@ from superlora_tn.update.base import NOMINAL_TOKENS, TOKEN_STEPS, Adapter, Links
 from superlora_tn.update.eager import is_eager, is_recorded
 from superlora_tn.update.lookup import Lookup, lookup
 from superlora_tn.update.passes import lasting, state
+from superlora_tn.update.plain import by_matrix
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class PhysicalAdapter(Adapter):
         self._runs = _schedule(self.graph, self.group.shape, route, self._scheme, *settings, backend)
         self._roots = [(r, compiled(r.together, backend), compiled(r.single, backend)) for r in self._scheme.roots]
         self._inside = sorted({k for root in self._scheme.roots for k in root.leaves})
-        self._multiply = self._dense(self.group.shape)
+        self._multiply = by_matrix(self.group.shape, self.profile, self.settings)
         self._halves = None if route == "delta" else halves(self.graph, *settings)
         parts = () if self._halves is None else (self._halves.outer, self._halves.inner)
         self._half_runs = [(half.nodes, compiled(half.plan, backend)) for half in parts]

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from superlora_tn.contraction.backend import compiled
 from superlora_tn.contraction.plan import make_plan
 from superlora_tn.declare.fold import Mode, PhysicalGroup
-from superlora_tn.declare.parts import Network
-from superlora_tn.network.expand import lower
 from superlora_tn.network.graph import Term
 from superlora_tn.update.base import NOMINAL_TOKENS, Adapter, Member, Side
 from superlora_tn.update.physical import PhysicalAdapter
+from superlora_tn.update.plain import by_halves
 
 
 class _Crop:
@@ -66,6 +64,7 @@ class TermAdapter(PhysicalAdapter):
         # Dropout is the sum's: all terms see the same x.
         super().__init__(replace(whole.spec, dropout=0.0), group, term.graph, whole.settings, whole.passes)
         self._term, self._whole = term, (whole,)  # in a tuple, or the sum would be a module in its own parts
+        self.strengthen(1.0)
 
     def _own(self) -> list[Tensor]:
         nodes = self._whole[0].stored()
@@ -92,9 +91,9 @@ class TermAdapter(PhysicalAdapter):
         found = self.out.cut(super().update(member, self.inward.pad(x if out is None else x.to(out.dtype)), None))
         return found if out is None else out + found
 
-    def follow(self) -> None:
-        """Take over the sum's strength."""
-        self.scale = self._whole[0].scale * self._term.weight
+    def strengthen(self, strength: float) -> None:
+        """See `Adapter.strengthen`; a term has a weight."""
+        self.scale = self.spec.scale * strength * self._term.weight
 
 
 class SumAdapter(Adapter):
@@ -115,19 +114,20 @@ class SumAdapter(Adapter):
         thin = [part for part in self._parts if part.is_thin()]
         self._thin = tuple(thin) if len(thin) > 1 else ()
         if self._thin:
-            modes = (Mode("out", self.group.shape[0], "out"), Mode("in", self.group.shape[1], "in"))
             bond = sum(part._halves.bond for part in thin if part._halves is not None)
-            network = lower(Network("o i", {"r": bond}, B="o r", A="r i"), modes)
-            plan = make_plan(network, "apply", NOMINAL_TOKENS, self.profile, self.settings.optimize)
-            self._through = compiled(plan, self.settings.backend)
+            self._through = by_halves(self.group.shape, bond, self.profile, self.settings)
         for name, member in self.members.items():
             member.shape = self.group.shape
             member.place = tuple(part.members[name] for part in self._parts)
 
-    def _each(self, member: Member) -> Sequence[Member]:
-        """A member in each term, at the strength of now."""
+    def strengthen(self, strength: float) -> None:
+        """See `Adapter.strengthen`."""
+        super().strengthen(strength)
         for part in self._parts:
-            part.follow()
+            part.strengthen(strength)
+
+    def _each(self, member: Member) -> Sequence[Member]:
+        """A member in each term."""
         found: Sequence[Member] = member.place
         return found
 
