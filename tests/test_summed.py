@@ -296,7 +296,7 @@ def test_terms_choose_their_zero_around_the_declared_ones() -> None:
 
 def test_what_is_cropped_says_so_and_costs_its_padding() -> None:
     cropped = sl.AdapterSpec(sl.Kronecker(sl.Dense(), sl.Dense(), crop=True))
-    group, graph = cropped.lay_out({"a": (50, 30)})[0]
+    _, graph = cropped.lay_out({"a": (50, 30)})[0]
     assert graph.equation() == "out1 in1, out2 in2 -> out1 out2 in1 in2 (out 50 of 56)"
     term, device = graph.terms[0], CPU
     assert padded_shape(term) == (56, 30)
