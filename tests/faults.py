@@ -347,6 +347,11 @@ TABLE: Table = {
         ),
     },
     "superlora_tn/network/expand.py": {
+        "the-least-side-for-the-first": (
+            "key=lambda i: (i, -1) not in part.sizes)",
+            "key=lambda i: False)",
+            "test_sums.py::test_sizes_may_wait_for_the_weight",
+        ),
         "tucker-core-transposed": (
             "tuple(bonds.get(a, a) for a in axes), zero=True",
             "tuple(bonds.get(a, a) for a in axes[::-1]), zero=True",

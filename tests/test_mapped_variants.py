@@ -239,7 +239,24 @@ NAMED = {
     "tiny_lora": sl.tiny_lora(5, 2),
     "uni_lora": sl.uni_lora(9, 2),
     "vb_lora": sl.vb_lora(2, 6, 4),
+    "moka": sl.moka(3),
 }
+
+
+@pytest.mark.parametrize("size", [-1, 2])
+def test_moka_is_a_mixture_of_kronecker_products(size: int) -> None:
+    spec = sl.moka(3, size, alpha=2.0)
+    first = (3, 2) if size == -1 else (2, 2)  # of 12 x 8
+    assert spec.count([(OUT, IN)]) == 3 * (1 + first[0] * first[1] + OUT * IN // (first[0] * first[1]))
+    tuned = sl.attach(nn.Sequential(nn.Linear(IN, OUT)).double(), spec, targets=["0"], dtype=torch.float64)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.normal_()
+    v = {name: t.detach().numpy() for name, t in tensors(tuned).items()}
+    assert v["A"].shape == (3, *first)
+    gate = np.exp(v["g"]) / np.exp(v["g"]).sum()
+    expected = 2.0 * sum(g * np.kron(a, b) for g, a, b in zip(gate, v["A"], v["B"], strict=True))
+    np.testing.assert_allclose(tuned.delta("0").detach().numpy(), expected, rtol=1e-12, atol=1e-13)  # sums of 3 products
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -20,6 +20,7 @@ from test_zero_at_start import assert_learns
 
 import superlora_tn as sl
 from superlora_tn.declare.bounds import MAX_TERMS
+from superlora_tn.network.sums import summed
 from superlora_tn.update.make import make_adapter
 
 physical, flat = physical_cases(summed=True), flat_cases(summed=True)
@@ -271,6 +272,13 @@ DIFFERENCE = sl.Sum(sl.CP(2), sl.Frozen(sl.CP(2)), weights=(1, -1))
         (lambda: sl.AdapterSpec(sl.Frozen(sl.CP(2))), "give a part"),
         (lambda: sl.Kronecker(sl.CP(2), crop=1), "crop"),
         (lambda: sl.Network("o i", {"r": 2}, crop="o r", a="r i"), "crop"),
+        (lambda: sl.Network("o i", {"r": "s"}, a="o r", b="r i"), "'r' is as large as 's'"),
+        (lambda: sl.Network("o i", {"r": "s", "s": "r"}, a="o r", b="r s", c="s i"), "a bond whose size is a number"),
+        (lambda: sl.Network("(o p) i", {"o": "i"}, a="o p i"), "'o' is as large as 'i'"),
+        (lambda: sl.Network("o i", {"r": -1}, a="o r", b="r i"), "-1 for 'r', the least side"),
+        (lambda: sl.Network("o i", {"o": -1}, a="o i"), "-1 for 'o', the least side"),
+        (lambda: sl.Network("(o p) i", {"o": -1, "p": -1}, a="o p i"), "-1 for 'o', the least side"),
+        (lambda: sl.Network("o i", {"r": -2}, a="o r", b="r i"), "rank"),
     ],
 )
 def test_what_is_no_sum_is_refused_when_it_is_declared(made: object, words: str) -> None:
@@ -294,6 +302,31 @@ def test_what_is_no_sum_is_refused_when_it_is_declared(made: object, words: str)
 def test_what_does_not_fit_is_refused_in_words(part: sl.Sum, words: str) -> None:
     with pytest.raises(sl.SpecError, match=words):
         sl.AdapterSpec(part).count([(50, 30)])
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_sizes_may_wait_for_the_weight(crop: bool) -> None:
+    """The least side of a split where it is wanted, and bonds as large as a side: found for each weight."""
+    sizes = {"o2": -1, "r": "o1", "s": 2, "t": "s"}
+    part = sl.Network("(o1 o2) i", sizes, crop=crop, a="o1 o2 r s t", b="r s t i")
+    spec = sl.AdapterSpec(part)
+    assert sl.AdapterSpec.from_dict(spec.to_dict()) == spec
+    splits = {12: (4, 3), 16: (4, 4), 30: (6, 5), 50: (8, 7) if crop else (10, 5)}
+    for out, (o1, o2) in splits.items():
+        [(_, graph)] = spec.lay_out({"w": (out, 6)})
+        assert [n.shape for n in graph.nodes] == [(o1, o2, o1, 2, 2), (o1, 2, 2, 6)]
+        assert spec.count([(out, 6)]) == 4 * o1 * (o1 * o2 + 6)
+
+
+def test_networks_of_waiting_sizes_are_no_sum_of_one_form() -> None:
+    bonds, least = {"r": "o"}, {"o1": -1, "r": 2}
+    spec = sl.AdapterSpec(sl.Network("o i", bonds, a="o r", b="r i"))
+    with pytest.raises(sl.SpecError, match="bonds as large as modes"):
+        summed([spec, spec])
+    with pytest.raises(sl.SpecError, match="cropped"):
+        summed([sl.kradapter(), sl.kradapter()])
+    split = sl.AdapterSpec(sl.Network("(o1 o2) i", least, a="o1 o2 r", b="r i"))
+    assert summed([split, split]).network == sl.Network("(o1 o2) i", least | {"r": 4}, a="o1 o2 r", b="r i")
 
 
 def test_a_flat_fold_crops_by_itself() -> None:

@@ -129,7 +129,7 @@ def test_the_first_values_follow_the_generator_alone() -> None:
 
 # --- the first values hang on the seed alone ------------------------------------------------------------------------
 
-INITS = ("auto", "uniform", "normal", "orthogonal", "eye", "ones", "zeros")
+INITS = ("auto", "uniform", "normal", "orthogonal", "square", "eye", "ones", "zeros")
 
 
 @contextmanager
@@ -166,14 +166,24 @@ each_surrounding = pytest.mark.parametrize("surrounding", SURROUNDINGS)
 
 def values(seed: int | None = 9) -> dict[str, torch.Tensor]:
     """First values of a node of each kind."""
-    indices = dict(zip(INITS, ("o a", "a b", "b c", "c d", "d e", "e f", "f i"), strict=True))
-    sizes = dict.fromkeys("abcdef", 3)
+    indices = dict(zip(INITS, ("o a", "a b", "b c", "c d", "d e", "e f", "f g", "g i"), strict=True))
+    sizes = dict.fromkeys("abcdefg", 3)
     network = Network("o i", sizes, **{n: Node(i, init=n) for n, i in indices.items()})
     [(_, graph)] = AdapterSpec(network).lay_out({"w": (5, 7)})
     generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
     found = dict(zip((n.name for n in graph.nodes), first_values(graph, 7, generator), strict=True))
     assert set(found) == set(INITS)
     return found
+
+
+def test_a_square_node_starts_as_torchs_linear_layer_of_as_many_numbers() -> None:
+    gate = Network("(a b) (c d)", G=Node("a b c d", init="square"), H=Node("a", init="zeros"))
+    [(_, graph)] = AdapterSpec(gate).lay_out({"w": (36, 36)})
+    found = first_values(graph, 7, torch.Generator().manual_seed(0))[0]
+    layer = torch.nn.Linear(36, 36).weight
+    # 1296 uniform numbers: their largest is within 1 % of the bound but for chance of e^-12, the deviation within 5 %.
+    assert 0.99 / 6 < found.abs().max() <= 1 / 6
+    assert found.std() == pytest.approx(layer.std().item(), rel=0.1)
 
 
 @pytest.mark.parametrize("seed", [9, None])

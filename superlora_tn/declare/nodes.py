@@ -11,7 +11,7 @@ from superlora_tn.declare.checks import SpecError, check_flag, shown
 from superlora_tn.declare.node_maps import NODE_MAPS, Identity, NodeMap
 
 BASED = ("base", "left", "right", "singular", "columns")
-INITS = ("auto", "zeros", "ones", "eye", "normal", "uniform", "orthogonal", *BASED)
+INITS = ("auto", "zeros", "ones", "eye", "normal", "uniform", "orthogonal", "square", *BASED)
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
@@ -22,9 +22,11 @@ class Node:
     Args:
         indices: its index names, separated by spaces, in the order of the tensor's axes, e.g. ``"o r"``.
         init: ``"auto"`` (the library scales it, see `initialise`), ``"zeros"``, ``"ones"``, ``"eye"``,
-            ``"normal"``, ``"uniform"`` or ``"orthogonal"``; of a frozen node also ``"base"``, the weight W as it is when the
-            adapter is attached (a copy, saved with it), or from its SVD the first ``"left"`` or ``"right"`` singular vectors
-            or ``"singular"`` values, as many as the node's bonds have, or the norms of its ``"columns"``, one an input.
+            ``"normal"``, ``"uniform"``, ``"orthogonal"`` or ``"square"`` (as torch starts a linear layer n x n of as many
+            numbers, U(-1/sqrt(n), 1/sqrt(n)): for a gate that mixes some axes of x); of a frozen node also ``"base"``, the
+            weight W as it is when the adapter is attached (a copy, saved with it), or from its SVD the first ``"left"`` or
+            ``"right"`` singular vectors or ``"singular"`` values, as many as the node's bonds have, or the norms of its
+            ``"columns"``, one an input.
         trainable: False freezes the node: it counts no parameter and gets no gradient.
         map: what is stored is another tensor, of which the node is this function, such as `Fourier` or `Cayley`; `init` is
             then that of the stored tensor. None stores the node itself.

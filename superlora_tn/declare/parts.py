@@ -263,7 +263,9 @@ class Network:
 
     Args:
         modes: the modes of dW in the fold's order, einops-like; parentheses split a mode: ``"(o1 o2) (i1 i2)"``.
-        sizes: sizes of bonds, and of split modes where the even split is not wanted.
+        sizes: sizes of bonds, and of split modes where the even split is not wanted. The name of another index makes a bond
+            as large as that, which is known when the adapter is attached: ``{"x": "i1"}``; -1 gives one index of a split mode
+            the least side of its even split, which is otherwise the first's.
         nodes: each keyword names a node; its value is its indices, or a `Node` where more is to be said.
         crop: take sizes whose product is above a mode's: dW is cut from the network's tensor. So
             ``Network("(o1 o2) i", {"o1": 7, "o2": 8}, ..., crop=True)`` does for 50 outputs. No node may be called crop.
@@ -277,11 +279,11 @@ class Network:
 
     modes: str
     nodes: tuple[tuple[str, Node], ...]
-    sizes: tuple[tuple[str, int], ...]
+    sizes: tuple[tuple[str, int | str], ...]
     crop: bool = False
 
     def __init__(
-        self, modes: str, sizes: Mapping[str, int] | None = None, *, crop: bool | str | Node = False, **nodes: str | Node
+        self, modes: str, sizes: Mapping[str, int | str] | None = None, *, crop: bool | str | Node = False, **nodes: str | Node
     ) -> None:
         # Typed as nodes are too, so that type checkers take Network(modes, sizes, **nodes).
         check_flag("Network", "crop", crop)
@@ -300,6 +302,16 @@ class Network:
     def mode_groups(self) -> tuple[tuple[str, ...], ...]:
         """The open indices, one tuple a mode."""
         return parse_modes(self.modes)
+
+    @property
+    def known(self) -> dict[str, int]:
+        """The sizes that are said in numbers."""
+        return {index: size for index, size in self.sizes if isinstance(size, int) and size > 0}
+
+    @property
+    def alike(self) -> dict[str, str]:
+        """Bonds that are as large as another index, which they name."""
+        return {index: size for index, size in self.sizes if isinstance(size, str)}
 
 
 def _check_network(network: Network) -> None:
@@ -337,10 +349,29 @@ def _check_sizes(network: Network, open_indices: set[str], places: set[str]) -> 
         if index not in places:
             known = ", ".join(sorted(places))
             raise SpecError(f"Network sizes name the index '{index}', which is on no node; indices are {known}.")
-        check_rank(f"Network index '{index}'", size)
+        if isinstance(size, str):
+            if index in open_indices or size not in places or size in network.alike:
+                raise SpecError(
+                    f"Network sizes say that '{index}' is as large as '{size:.80}'; a bond may be as large as an index of a "
+                    "mode, or as a bond whose size is a number."
+                )
+        elif size == -1 and not isinstance(size, bool):
+            _check_least(network, index)
+        else:
+            check_rank(f"Network index '{index}'", size)
     unsized = sorted(places - open_indices - {index for index, _ in network.sizes})
     if unsized:
         raise SpecError(f"Network bond '{unsized[0]}' has no size; say sizes={{'{unsized[0]}': 8}}.")
+
+
+def _check_least(network: Network, index: str) -> None:
+    """Raise unless an index of size -1 is the only one of its mode, and not alone in it."""
+    group = next((group for group in network.mode_groups if index in group), ())
+    if len(group) < 2 or sum(size == -1 for other, size in network.sizes if other in group) > 1:
+        raise SpecError(
+            f"Network sizes say -1 for '{index}', the least side of a mode's even split; say so of one index of a mode that is "
+            "split, such as '(o1 o2)'."
+        )
 
 
 Part = Dense | Base | CP | Tucker | TensorTrain | Kronecker | Hadamard | Sum | Network

@@ -334,12 +334,13 @@ def _(part: Network, axes: tuple[Axis, ...], prefix: str = "") -> list[Draft]:
             f"Network '{part.modes}' has {len(groups)} modes, but the fold has {len(axes)} "
             f"({', '.join(f'{a.root}={a.size}' for a in axes)}); write one group of indices a mode."
         )
-    known = dict(part.sizes)
-    places: dict[str, Axis] = {}
+    known, places = part.known, dict[str, Axis]()
     for group, axis in zip(groups, axes, strict=True):
         sizes = _split_sizes(part, group, axis, known)
         places |= dict(zip(group, axis.grown(math.prod(sizes)).split(sizes), strict=True))
-    bonds = {i: Axis(_own_name(f"{prefix}{i}", known), 1, size) for i, size in part.sizes if i not in places}
+    sized = known | {index: axis.size for index, axis in places.items()}
+    sized |= {index: sized[other] for index, other in part.alike.items()}
+    bonds = {i: Axis(_own_name(f"{prefix}{i}", sized), 1, sized[i]) for i, _ in part.sizes if i not in places}
     _check_collisions(bonds, axes)
     first = next((name for name, node in part.nodes if node.trainable and (node.map is None or node.map.from_zero)), None)
     at = {**bonds, **places}
@@ -373,7 +374,8 @@ def _check_collisions(bonds: Mapping[str, Axis], axes: tuple[Axis, ...]) -> None
 def _split_sizes(part: Network, group: tuple[str, ...], axis: Axis, known: Mapping[str, int]) -> tuple[int, ...]:
     """Sizes of a mode's indices: those declared, and the most even split of what is left."""
     given = math.prod(known.get(i, 1) for i in group)
-    free = [i for i in group if i not in known]
+    # The sides of an even split ascend, so that the first is the least.
+    free = sorted((i for i in group if i not in known), key=lambda i: (i, -1) not in part.sizes)
     if part.crop and (free or given >= axis.size):
         rest = dict(zip(free, sides_above(-(-axis.size // given), len(free)), strict=True)) if free else {}
         return tuple({**known, **rest}[i] for i in group)

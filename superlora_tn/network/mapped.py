@@ -188,6 +188,22 @@ def vb_lora(
     return AdapterSpec(Network("m (u h) (t l)", sizes, **nodes), MEMBERS, alpha=alpha, dropout=dropout)
 
 
+def moka(terms: int = 4, size: int = -1, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
+    """MoKA: a mixture of Kronecker products, ``dW[(o1 o2) (i1 i2)] = g[n] A[n o1 i1] B[n o2 i2]`` (Sadeghi et al. 2025, arXiv
+    2508.03527).
+
+    g is a softmax of `terms` trained numbers, which its paper calls a gate; B zero. Here all products split alike.
+    Count: terms (o1 i1 + o2 i2 + 1) a weight.
+
+    Args:
+        terms: how many products.
+        size: of o1 and i1; -1 splits both most evenly.
+    """
+    nodes = {"g": Node("n", map=Softmax()), "A": Node("n o1 i1"), "B": Node("n o2 i2", "zeros")}
+    sizes = {"n": terms, "o1": size, "i1": size}
+    return AdapterSpec(Network("(o1 o2) (i1 i2)", sizes, **nodes), alpha=alpha, dropout=dropout)
+
+
 MAPPED = {
     "boft": boft,
     "c3a": c3a,
@@ -195,6 +211,7 @@ MAPPED = {
     "fourier_ft": fourier_ft,
     "goft": goft,
     "hra": hra,
+    "moka": moka,
     "oft": oft,
     "psoft": psoft,
     "shira": shira,

@@ -10,6 +10,7 @@ from superlora_tn.declare.fold import PhysicalFold
 from superlora_tn.declare.parts import (
     CP,
     Dense,
+    Frozen,
     Hadamard,
     Kronecker,
     Network,
@@ -201,14 +202,50 @@ def gralora(rank: int, blocks: int = 2, hybrid: int = 0, alpha: float | None = N
     return AdapterSpec(Sum(parts, *beside) if beside else parts, alpha=alpha, dropout=dropout)
 
 
-def kradapter(size: int | None = None, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
+def kradapter(size: int = -1, side: str = "out", alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
     """KRAdapter: the columns of dW are Kronecker products (Albert et al. 2025, arXiv 2508.00230, whose code is the reference).
 
-    ``dW[(v u) i] = V[v i] U[u i]``, cropped to out rows, U zero, u of this size; None splits out most evenly, as the paper
-    splits the longer side (the larger of the two first). Count: in (u + v), v u the least that is not below out.
+    ``dW[(v u) i] = V[v i] U[u i]``, cropped to out rows, U zero. Count: in (u + v), v u the least that is not below out.
+
+    Args:
+        size: of u, at most v; -1 splits most evenly. The reference takes the root of the shorter side, rounded down, which is
+            the same on a square weight.
+        side: ``"in"`` splits the inputs instead, ``dW[o (v u)] = V[o v] U[o u]``. The reference splits the longer side, and the
+            inputs of a square weight.
     """
-    network = Network("(v u) i", {} if size is None else {"u": size}, crop=True, V="v i", U=Node("u i", init="zeros"))
+    if side not in ("out", "in"):
+        raise SpecError(f"kradapter was given side={side!r}; choose 'out' or 'in', the one that is split.")
+    modes, nodes = ("(v u) i", ("v i", "u i")) if side == "out" else ("o (v u)", ("o v", "o u"))
+    network = Network(modes, {"u": size}, crop=True, V=nodes[0], U=Node(nodes[1], init="zeros"))
     return AdapterSpec(network, alpha=alpha, dropout=dropout)
+
+
+def quan_ta(splits: int | tuple[int, ...] = 3, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
+    """QuanTA: ``dW = T - T0``, T a circuit of gates, one on each pair of axes of x, T0 itself at the start (Chen et al. 2024,
+    arXiv 2406.00132, whose code is the reference).
+
+    With three axes ``T[(o1 o2 o3) (i1 i2 i3)] = G12[o1 o2 x1 x2] G13[x1 o3 i1 x3] G23[x2 x3 i2 i3]``: the fastest axes meet
+    first. Count: the sum over pairs of axes a, b of (a b)^2 on a square weight.
+
+    Args:
+        splits: how many axes in and out have, most evenly; or the sizes of the axes of both, of whose product the surplus is
+            cropped.
+    """
+    sides, count = (splits, len(splits)) if isinstance(splits, tuple) else (None, splits)
+    check_count("quan_ta", "splits", count, 6)
+    if count == 1:
+        raise SpecError("quan_ta was given one axis, and a gate meets two; give 2 at least.")
+    axes = range(1, count + 1)
+    sizes = dict[str, int | str]() if sides is None else {f"{mode}{a}": sides[a - 1] for mode in "oi" for a in axes}
+    now, nodes = {a: f"i{a}" for a in axes}, dict[str, Node]()
+    for a, b in ((a, b) for b in reversed(axes) for a in reversed(axes) if a < b):
+        after = {a: "o1" if b == 2 else f"x{a}_{b}", b: f"o{b}" if a == 1 else f"x{b}_{a}"}
+        nodes[f"G{a}{b}"] = Node(f"{after[a]} {after[b]} {now[a]} {now[b]}", init="square")
+        sizes |= {index: f"i{k}" for k, index in after.items() if index[0] == "x"}
+        now |= after
+    modes = " ".join(f"({' '.join(f'{mode}{a}' for a in axes)})" for mode in "oi")
+    gates = Network(modes, sizes, crop=sides is not None, **nodes)
+    return AdapterSpec(Sum(gates, Frozen(gates), weights=(1, -1)), alpha=alpha, dropout=dropout)
 
 
 def miss(rank: int, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
@@ -299,6 +336,7 @@ RELATIVES = {
     "compacter": compacter,
     "gralora": gralora,
     "kradapter": kradapter,
+    "quan_ta": quan_ta,
     "miss": miss,
     "randlora": randlora,
     "tera": tera,

@@ -72,15 +72,19 @@ def _ranks(ranks: Sequence[int | tuple[int, ...]]) -> int | tuple[int, ...] | No
 def _networks(parts: Sequence[Network]) -> Network:
     first = parts[0]
     opened = {i for group in first.mode_groups for i in group}
-    sizes: dict[str, int] = {}
+    if first.crop or first.alike:
+        raise SpecError(
+            "the adapters are networks that are cropped or have bonds as large as modes; no such network is their sum."
+        )
+    sizes = dict[str, int]()
     for part in parts:
-        own = dict(part.sizes)
+        own = part.known
         alike = (part.modes, part.nodes) == (first.modes, first.nodes)
-        if not alike or any(own.get(i) != dict(first.sizes).get(i) for i in opened):
+        if not alike or any(own.get(i) != first.known.get(i) for i in opened):
             raise SpecError("the adapters are networks of different nodes, so their sum is none of them.")
         for index, size in own.items():
             sizes[index] = size if index in opened else sizes.get(index, 0) + size
-    return Network(first.modes, sizes, **dict(first.nodes))
+    return Network(first.modes, sizes | {i: -1 for i, size in first.sizes if size == -1}, **dict(first.nodes))
 
 
 def blocks(graph: Graph, parts: Sequence[Shapes]) -> tuple[tuple[Block, ...], ...]:

@@ -162,7 +162,7 @@ def _draw_vertices(axes: Any, graph: Graph, vertices: Sequence[str], spots: np.n
             _box(axes, f"{name[1:]}={graph.size[name[1:]]}", (x, y), 9, PAPER, OPEN, "round,pad=0.2")
         else:
             node = next(n for n in graph.nodes if n.name == name)
-            colour = FROZEN if not node.trainable else ZERO if node.init == "zeros" else "#a8d5e2"
+            colour = FROZEN if not node.trainable or node.copies is not None else ZERO if node.init == "zeros" else "#a8d5e2"
             _box(axes, name, (x, y), 9, colour, INK, "round,pad=0.5,rounding_size=0.8")
 
 

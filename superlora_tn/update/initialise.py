@@ -64,5 +64,7 @@ def _fill(node: GraphNode, deviation: float, generator: torch.Generator | None) 
         return values.normal_(generator=generator).mul_(deviation)
     if init == "orthogonal":
         return torch.nn.init.orthogonal_(matrix, generator=generator).reshape(shape)
+    if init == "square":
+        deviation = 1 / math.sqrt(3 * math.sqrt(values.numel()))
     bound = math.sqrt(3) * deviation
     return values.uniform_(-bound, bound, generator=generator)

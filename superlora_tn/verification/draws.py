@@ -72,7 +72,7 @@ def declared(network: Part, fold: Fold) -> tuple[int, int]:
     """What out and in have to be multiples of: heads, and the declared sizes of a split mode."""
     if isinstance(fold, FlatFold):
         return 1, 1
-    known = dict(network.sizes) if isinstance(network, Network) else {}
+    known = network.known if isinstance(network, Network) else {}
     groups = network.mode_groups if isinstance(network, Network) else ()
     sizes = dict(zip(fold.modes.split(), (math.prod(known.get(i, 1) for i in g) for g in groups), strict=False))
     return sizes.get("out", 1) * (fold.heads or 1), sizes.get("in", 1)

@@ -64,11 +64,12 @@ def part_count(part: Part, sizes: Mapping[str, int]) -> int:
 
 
 def _network_count(part: Network, sizes: Mapping[str, int]) -> int:
-    known = dict(part.sizes)
+    known = {i: s for i, s in part.sizes if not isinstance(s, str) and s != -1}
     for group, size in zip(part.mode_groups, sizes.values(), strict=True):
-        free = [i for i in group if i not in known]
+        free = sorted((i for i in group if i not in known), key=lambda i: (i, -1) not in part.sizes)
         left = size // math.prod(known.get(i, 1) for i in group)
         known |= dict(zip(free, split(left, len(free)), strict=True)) if free else {}
+    known |= {i: known[s] for i, s in part.sizes if isinstance(s, str)}
     shapes = [(node, tuple(known[i] for i in node.index_names)) for _, node in part.nodes if node.trainable]
     return sum(math.prod(shape) if node.map is None else stored_numbers(node.map, shape) for node, shape in shapes)
 

@@ -177,7 +177,7 @@ def _shares(one: Carried, other: Carried) -> bool:
 
 def _rank(part: Part) -> int:
     if isinstance(part, Network):
-        return dict(part.sizes)["r"]
+        return part.known["r"]
     inner = part.parts[1] if isinstance(part, Kronecker | Hadamard) else part
     assert isinstance(inner, CP)
     return inner.rank
