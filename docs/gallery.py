@@ -26,7 +26,7 @@ layers, {len(SHAPES)} weights of 768 x 768, at rank {RANK}. A yellow node starts
 def declared(name: str) -> AdapterSpec:
     """A variant at the gallery's rank."""
     maker = VARIANTS[name]
-    spec = maker(RANK) if "rank" in inspect.signature(maker).parameters else maker()
+    spec = maker(rank=RANK) if "rank" in inspect.signature(maker).parameters else maker()
     assert isinstance(spec, AdapterSpec)
     return spec
 

@@ -26,6 +26,7 @@ from superlora_tn.contraction.profile import DEVICES
 from superlora_tn.files.command import add_commands
 from superlora_tn.finetune.command import add_command as add_finetune
 from superlora_tn.network.catalogue import VARIANTS
+from superlora_tn.network.joined import JOIN_NAMES
 
 __all__ = ["VARIANTS", "main", "parser"]
 
@@ -67,6 +68,8 @@ def _network_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", default="", metavar="MODES", help="any network: '(o1 o2) (i1 i2)' with --node and --size")
     parser.add_argument("--node", action="append", default=[], metavar="NAME=INDICES", help="a node, e.g. w1='o1 i1'")
     parser.add_argument("--size", action="append", default=[], metavar="INDEX=SIZE", help="a bond's size, e.g. r=8")
+    parser.add_argument("--spec", default="", metavar="FILE", help="any declaration: JSON of AdapterSpec.to_dict()")
+    parser.add_argument("--join", default="", metavar="NAME", help=f"how dW joins W: {', '.join(JOIN_NAMES)} (default: add)")
     parser.add_argument("--modes", default="", help=f"the fold's modes, for --network (default: {MODES})")
     parser.add_argument("--heads", type=count, metavar="N", help="how many, for --network with the mode 'head'")
 
@@ -137,7 +140,9 @@ def parser(program: str = "superlora-tn") -> argparse.ArgumentParser:
     taking.add_argument("base", metavar="BASE", help="the model before: a safetensors file, or a folder of them")
     taking.add_argument("tuned", metavar="TUNED", help="the same model after")
     taking.add_argument("--out", default="out/extracted", metavar="FOLDER", help="where the adapter goes")
-    taking.add_argument("--variant", default="lora", metavar="NAME", help=f"one of {', '.join(VARIANTS)}")
+    taking.add_argument("--variant", metavar="NAME", help=f"one of {', '.join(VARIANTS)} (default: lora)")
+    taking.add_argument("--spec", metavar="FILE", help="any declaration in its place: JSON of AdapterSpec.to_dict()")
+    taking.add_argument("--steps", type=count, default=200, metavar="N", help="of a fit at most, where there is no closed form")
     taking.add_argument("--rank", type=int, metavar="R", help=f"the variant's rank (default: {RANK}, where it has one)")
     taking.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting, e.g. factor=4")
     taking.add_argument("--budget", type=count, metavar="N", help="at most so many parameters, in place of a rank")

@@ -12,13 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from superlora_tn.contraction.plan import Plan, RouteChoice, choose, table
+from superlora_tn.contraction.plan import Plan, RouteChoice, choose_each, crop_price, table
 from superlora_tn.contraction.profile import DEVICES
-from superlora_tn.declare.fold import PhysicalFold, Shape
+from superlora_tn.declare.fold import PhysicalFold, PhysicalGroup, Shape
 from superlora_tn.declare.parts import Network, SpecError
 from superlora_tn.network.budget import Budget, fit
-from superlora_tn.network.catalogue import VARIANTS
-from superlora_tn.network.graph import Graph
+from superlora_tn.network.catalogue import VARIANTS, size_setting
+from superlora_tn.network.joined import joined
 from superlora_tn.network.spec import AdapterSpec
 
 RANK, MODES = 8, "out in"  # where none are given
@@ -29,12 +29,20 @@ class UsageError(ValueError):
 
 
 def make_spec(args: argparse.Namespace, shapes: Mapping[str, Shape]) -> AdapterSpec:
-    """The spec that ``VARIANT [--rank R] [--set name=value ...]`` or ``--network ... --node ... --size ...`` names.
+    """The spec that ``VARIANT [--rank R] [--set name=value ...]``, ``--network ... --node ...``, or ``--spec FILE`` says.
 
     Args:
         args: these words.
         shapes: (out, in) of the weights by name, which a budget is spent on.
     """
+    return joined(_added(args, shapes), args.join or "add")
+
+
+def _added(args: argparse.Namespace, shapes: Mapping[str, Shape]) -> AdapterSpec:
+    if args.spec:
+        _refuse(args, ("variant", "rank", "set"), "goes with a variant, not with --spec")
+        _refuse(args, ("network", "node", "size", "modes", "heads"), "goes with --network, not with --spec")
+        return read_spec(args.spec)
     if args.network:
         _refuse(args, ("variant", "rank", "set"), "goes with a variant, not with --network")
         sizes = {name: _whole(value) for name, value in _pairs(args.size).items()}
@@ -45,28 +53,51 @@ def make_spec(args: argparse.Namespace, shapes: Mapping[str, Shape]) -> AdapterS
     _refuse(args, ("node", "size", "modes", "heads"), "goes with --network")
     if args.variant not in VARIANTS:
         asked = f"there is no variant '{args.variant}'" if args.variant else "no variant was named"
-        raise UsageError(f"{asked}; choose one of {', '.join(VARIANTS)}, or give --network.")
+        raise UsageError(f"{asked}; choose one of {', '.join(VARIANTS)}, or give --network or --spec.")
     return _variant(args.variant, _pairs([*args.set, *([] if args.rank is None else [f"rank={args.rank}"])]), shapes)
+
+
+def read_spec(path: str) -> AdapterSpec:
+    """The declaration of a JSON file of ``AdapterSpec.to_dict()``.
+
+    Raises:
+        UsageError: the file is no JSON.
+        SpecError: its JSON declares no adapter.
+        OSError: the file cannot be read.
+    """
+    try:
+        return AdapterSpec.from_dict(json.loads(Path(path).read_text()))
+    except ValueError as error:
+        if isinstance(error, SpecError):
+            raise SpecError(f"{path}: {error}") from error
+        raise UsageError(f"{path} is no JSON ({error}); write it with json.dumps(spec.to_dict()).") from error
 
 
 def extract(args: argparse.Namespace) -> None:
     """Make an adapter of two checkpoints, save it, and print each kind's errors."""
     from superlora_tn.tools import extract as tools
 
-    if args.variant not in VARIANTS:
-        raise UsageError(f"there is no variant '{args.variant}'; choose one of {', '.join(VARIANTS)}.")
+    if args.spec:
+        _refuse(args, ("variant", "rank", "set", "budget"), "goes with a variant, not with --spec")
+    variant = args.variant or "lora"
+    if variant not in VARIANTS:
+        raise UsageError(f"there is no variant '{variant}'; choose one of {', '.join(VARIANTS)}, or give --spec.")
     given = _pairs(args.set)
-    if args.budget is not None and (args.rank is not None or {"rank", "budget"} & set(given)):
-        raise UsageError("--budget is in place of a rank; leave one of them out.")
-    if args.budget is not None and "rank" not in _settings(args.variant):
-        raise UsageError(f"{args.variant} has no rank that a budget could buy; choose another variant.")
+    bought = size_setting(variant)
+    if args.budget is not None and ((args.rank is not None and bought == "rank") or {bought, "budget"} & set(given)):
+        raise UsageError(f"--budget is in place of a {bought}; leave one of them out.")
+    if args.budget is not None and bought is None:
+        raise UsageError(f"{variant} has no rank or count that a budget could buy; choose another variant.")
 
     def declared(shapes: Mapping[str, Shape]) -> AdapterSpec:
+        if args.spec:
+            return read_spec(args.spec)
+        own = given | ({} if args.rank is None else {"rank": str(args.rank)})
         if args.budget is None:
-            return _variant(args.variant, given | ({} if args.rank is None else {"rank": str(args.rank)}), shapes)
-        return fit(lambda rank: _variant(args.variant, given | {"rank": str(rank)}, shapes), args.budget, shapes).spec
+            return _variant(variant, own, shapes)
+        return fit(lambda size: _variant(variant, own | {f"{bought}": str(size)}, shapes), args.budget, shapes).spec
 
-    found = tools.extract(args.base, args.tuned, declared, args.targets)
+    found = tools.extract(args.base, args.tuned, declared, args.targets, steps=args.steps)
     found.adapter.write(args.out)
     if args.json:
         facts = {"folder": args.out, "parameters": found.adapter.spec.count(found.adapter.shapes), "error": found.adapter.error}
@@ -148,9 +179,10 @@ def _targets(args: argparse.Namespace) -> tuple[dict[str, Shape], str]:
     return shapes, f"{len(shapes)} weights of {args.model}, {elements:,} numbers"
 
 
-def _first_graph(args: argparse.Namespace) -> tuple[Graph, Shape]:
-    shapes = _shapes(args)
-    return make_spec(args, shapes).lay_out(shapes)[0][1], next(iter(shapes.values()))
+def _named(args: argparse.Namespace) -> str:
+    """What was asked for, as a title."""
+    name = args.variant or args.network or Path(args.spec).stem
+    return f"{name}, {args.join}" if args.join and args.join != "add" else name
 
 
 def _show(data: Any) -> None:
@@ -164,19 +196,43 @@ def _say(words: str) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Print both routes of a variant or a network at given sizes."""
+    """Print both routes of a variant or a network at given sizes; of a sum those of each of its networks."""
     if args.device not in DEVICES:
         raise UsageError(f"there is no device profile '{args.device}'; choose one of {', '.join(DEVICES)}.")
-    graph, shape = _first_graph(args)
-    choice = choose(graph, shape, args.tokens, DEVICES[args.device], args.optimize, args.memory_limit)
+    shapes = _shapes(args)
+    spec = make_spec(args, shapes)
+    group, graph = spec.lay_out(shapes)[0]
+    shape = group.shape if isinstance(group, PhysicalGroup) else next(iter(shapes.values()))
+    device = DEVICES[args.device]
+    found = choose_each(graph, shape, args.tokens, device, args.optimize, args.memory_limit)
+    crops = [crop_price(term, shape, args.tokens, device) for term, _ in found]
     if args.json:
-        _show(_plan_data(choice))
+        terms = [
+            {"equation": t.equation(), "crop_seconds": c} | _plan_data(one) for (t, one), c in zip(found, crops, strict=True)
+        ]
+        _show(terms[0] | {"join": None if spec.join is None else str(spec.join), "terms": terms})
     else:
-        print(choice)
+        for k, (term, choice) in enumerate(found):
+            if graph.terms:
+                which = f"term {k + 1}/{len(found)}" if len(found) > 1 else "network"
+                print(f"{which:<10} {term.equation().removeprefix('+ ')}")
+            print(choice)
+        _sum_up(spec, [one for _, one in found], crops)
     if args.draw:
         from superlora_tn.tools import draw
 
-        _say(f"drawn: {draw.tree(choice.chosen, args.draw)}")
+        _say(f"drawn: {draw.tree([one.chosen for _, one in found], args.draw)}")
+
+
+def _sum_up(spec: AdapterSpec, found: Sequence[RouteChoice], crops: Sequence[float]) -> None:
+    """What is true of dW as a whole, below the plans of its networks."""
+    if any(crops):
+        print(f"crop       {1e3 * sum(crops):.3f} ms to pad x and to cut outputs, forward + backward")
+    if len(found) > 1 or any(crops):
+        whole = 1e3 * (sum(one.price for one in found) + sum(crops))
+        print(f"whole      {whole:.3f} ms for {found[0].tokens:,} tokens, each network by its cheaper route")
+    if spec.join is not None:
+        print(f"join       {spec.join}; its own work is not in these prices")
 
 
 def _plan_data(choice: RouteChoice) -> dict[str, Any]:
@@ -211,8 +267,7 @@ def bench(args: argparse.Namespace) -> None:
     found = []
     for k, (width, tokens, optimizer) in enumerate(cases):
         _say(f"{k + 1}/{len(cases)}: width {width}, {tokens} tokens, {optimizer}")
-        label = args.variant or args.network
-        found.append(measure_routes(label, specs[width], (width, width), tokens, profile, optimizer, args.backend))
+        found.append(measure_routes(_named(args), specs[width], (width, width), tokens, profile, optimizer, args.backend))
     agree = sum(m.agrees for m in found)
     if args.json:
         _show({"device": asdict(profile), "agree": agree, "rows": [m.row() for m in found]})
@@ -225,6 +280,8 @@ def bench(args: argparse.Namespace) -> None:
             rows.append((f"{m.shape[0]}", f"{m.tokens}", m.optimizer, *times, "right" if m.agrees else f"+{m.regret:.0%}"))
         print("\n".join(table(rows, "width tokens ms predicted apply delta")))
         print(f"{agree} of {len(found)} settings ranked as measured, on {profile.name}")
+        if any(spec.join is not None or spec.is_mapped for spec in specs.values()):
+            print("what maps of nodes and joins do beside the contraction is measured and not predicted")
     if args.draw:
         from superlora_tn.tools import draw
 
@@ -243,8 +300,10 @@ def draw(args: argparse.Namespace) -> None:
     """Draw the network of a variant."""
     from superlora_tn.tools import draw
 
-    graph, _ = _first_graph(args)
-    place = draw.network(graph, args.out, args.variant or args.network)
+    shapes = _shapes(args)
+    spec = make_spec(args, shapes)
+    graph = spec.lay_out(shapes)[0][1]
+    place = draw.network(graph, args.out, _named(args), spec.join)
     if args.json:
         _show({"drawn": str(place), "equation": graph.equation()})
     else:

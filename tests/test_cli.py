@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import superlora_tn as sl
 from superlora_tn import commands, make_plan, superlora
 from superlora_tn.cli import EXTRAS, REFUSALS, VARIANTS, main, parser
 
@@ -67,6 +68,36 @@ def test_every_variant_plans_and_draws(name, tmp_path, capsys):
     assert f"drawn: {tmp_path / 'net.png'}" in capsys.readouterr().out
     for picture in ("tree.png", "net.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sum_is_planned_term_by_term_and_what_is_cropped_or_joined_is_told(tmp_path, capsys):
+    low, crop = sl.Network("o i", {"r": 2}, B="o r", A="r i"), sl.Network("(a b) i", {"a": 8}, crop=True, C="a i", D="b i")
+    (tmp_path / "sum.json").write_text(json.dumps(sl.AdapterSpec(sl.Sum(low, crop)).to_dict()))
+    words = ["plan", "--spec", str(tmp_path / "sum.json"), "--join", "dora", "--shape", "30x12", "--tokens", "16"]
+    assert main([*words, "--draw", str(tmp_path / "tree.png")]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "term 1/2   out t1_r, t1_r in -> out in",
+        "(out 30 of 32)",
+        "crop       ",
+        "whole      ",
+        "join       rows scaled",
+    ):
+        assert part in text
+    assert main([*words, "--json"]) == 0
+    terms = strict(capsys.readouterr().out)["terms"]
+    assert [term["crop_seconds"] > 0 for term in terms] == [False, True]
+    # x through a LoRA: 2 tokens r (in + out) FLOPs; through the columns' products, dW of 32 rows is made first.
+    assert terms[0]["routes"]["apply"]["flops"] == 2 * 16 * 2 * (12 + 30)
+    assert terms[1]["routes"]["delta"]["steps"][0]["flops"] == 32 * 12
+
+
+def test_a_join_is_planned_over_the_side_that_it_multiplies(capsys):
+    for side, size in (("left", 20), ("right", 12)):
+        assert main(["plan", "lora", "--rank", "2", "--join", side, "--shape", "20x12", "--tokens", "16", "--json"]) == 0
+        planned = strict(capsys.readouterr().out)
+        assert planned["routes"]["apply"]["flops"] == 2 * 16 * 2 * (size + size)
+        assert planned["join"].startswith("W' = ")
 
 
 def test_a_picture_goes_exactly_where_it_was_asked_for(tmp_path, capsys):
@@ -281,6 +312,16 @@ def test_a_budget_in_place_of_a_rank_buys_the_largest_one(capsys):
         assert main([*arguments, *words, "--json"]) == 0
         graph = superlora(rank, order=3).lay_out({"a": (64, 64), "b": (64, 64)})[0][1]
         assert strict(capsys.readouterr().out)["routes"]["delta"]["flops"] == make_plan(graph, "delta").flops
+
+
+@pytest.mark.parametrize(
+    "words", [["lora", "--join", "dora"], ["oft", "--set", "size=4"], ["kradapter"], ["c3a", "--set", "size=4"]]
+)
+def test_bench_takes_joins_maps_and_crops(words, capsys):
+    assert main(["bench", *words, "--widths", "20", "--tokens", "8", "--optimizers", "dp", "--json"]) == 0
+    (row,) = strict(capsys.readouterr().out)["rows"]
+    assert set(row["measured"]) == {"apply", "delta"}
+    assert all(seconds > 0 for seconds in row["predicted"].values())
 
 
 def test_bench_measures_each_route_beside_its_prediction(tmp_path, capsys):

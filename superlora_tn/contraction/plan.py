@@ -303,6 +303,11 @@ class RouteChoice:
         return self.delta.price + 3 * product
 
     @property
+    def price(self) -> float:
+        """Seconds of the cheaper route, forward plus backward."""
+        return self.delta_price if self.apply is None or self.route == "delta" else self.apply.price
+
+    @property
     def chosen(self) -> Plan:
         """The plan of the cheaper route."""
         return self.apply if self.apply is not None and self.route == "apply" else self.delta
@@ -332,3 +337,20 @@ def choose(
     if graph.is_flat:
         return RouteChoice(None, delta, tokens, shape)
     return RouteChoice(make_plan(graph, "apply", tokens, device, optimize, memory_limit), delta, tokens, shape)
+
+
+def choose_each(
+    graph: Graph,
+    shape: tuple[int, int],
+    tokens: int,
+    device: Device = CPU,
+    optimize: Optimizer = "dp",
+    memory_limit: int | None = None,
+) -> tuple[tuple[Term, RouteChoice], ...]:
+    """Each network of a sum, or the one there is, with its own two routes; of a cropped one for its size before the crop."""
+
+    def planned(term: Term) -> RouteChoice:
+        own = padded_shape(term) if term.crops else shape
+        return choose(term.graph, own, tokens, device, optimize, memory_limit)
+
+    return tuple((term, planned(term)) for term in graph.networks)

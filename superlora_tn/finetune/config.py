@@ -16,7 +16,7 @@ from superlora_tn.declare.fold import PhysicalFold, Shape
 from superlora_tn.declare.parts import Network, SpecError
 from superlora_tn.files.writes import FORMATS
 from superlora_tn.network.budget import Budget, fit
-from superlora_tn.network.catalogue import VARIANTS
+from superlora_tn.network.catalogue import VARIANTS, size_setting
 from superlora_tn.network.spec import AdapterSpec
 
 TASKS = ("image-classification", "text-classification", "causal-lm", "diffusion")
@@ -100,7 +100,8 @@ class Config:
         if self.spec or self.network:
             return self._network()
         if self.budget and self.variant != "superlora":
-            return fit(lambda rank: self._variant({"rank": rank}), self.budget, shapes).spec
+            bought = size_setting(self.variant)
+            return fit(lambda size: self._variant({f"{bought}": size}), self.budget, shapes).spec
         made = VARIANTS[self.variant](**self._given({"budget": self.budget} if self.budget else {}))
         return made.choose(shapes).spec if isinstance(made, Budget) else made
 
@@ -232,14 +233,17 @@ def _check(config: Config, where: Callable[[str], str]) -> None:
         others = [other for other in ways if other != name]
         if name in ways and others:
             raise ConfigError(f"{where(name)}: {name} is in place of a variant; leave out {' and '.join(others)}.")
-    if config.budget and {"rank", "budget"} & set(config.settings):
-        raise ConfigError(f"{where('budget')}: budget is in place of a rank; leave one of them out.")
+    bought = size_setting(config.variant)
+    if config.budget and {bought, "budget"} & set(config.settings):
+        raise ConfigError(f"{where('budget')}: budget is in place of a {bought}; leave one of them out.")
     known = [name for name in inspect.signature(VARIANTS[config.variant]).parameters if name != "projection"]
     for name in config.settings:
         if name not in known:
             raise ConfigError(f"{where('settings')}: {config.variant} has no setting '{name}'; {near(name, known)}.")
-    if config.budget and "rank" not in known:
-        raise ConfigError(f"{where('budget')}: {config.variant} has no rank that a budget could buy; choose another variant.")
+    if config.budget and bought is None:
+        raise ConfigError(
+            f"{where('budget')}: {config.variant} has no rank or count that a budget could buy; choose another variant."
+        )
     for name in config.network:
         if name not in NOTATION:
             raise ConfigError(f"{where('network')}: a network has no '{name}'; {near(name, NOTATION)}.")

@@ -17,17 +17,23 @@ VARIANTS: dict[str, Callable[..., AdapterSpec | Budget]] = (
 )
 
 
+def size_setting(variant: str) -> str | None:
+    """The setting that a number of parameters buys: ``count`` where numbers themselves are counted, else ``rank``, or None."""
+    known = inspect.signature(VARIANTS[variant]).parameters
+    return next((name for name in ("count", "rank") if name in known), None)
+
+
 def bought(variant: str, budget: int, shapes: Shapes) -> Choice:
     """The setting of a variant with the most parameters that a budget allows; its other settings are the defaults.
 
     Raises:
         SpecError: there is none, see `fit`.
     """
-    maker = VARIANTS[variant]
+    maker, setting = VARIANTS[variant], size_setting(variant)
 
-    def ranked(rank: int) -> AdapterSpec:
-        made = maker(rank) if "rank" in inspect.signature(maker).parameters else maker()
+    def sized(size: int) -> AdapterSpec:
+        made = maker(**{} if setting is None else {setting: size})
         assert isinstance(made, AdapterSpec)  # a Budget is made of budget= alone
         return made
 
-    return fit(ranked, budget, shapes)
+    return fit(sized, budget, shapes)

@@ -101,6 +101,11 @@ class AdapterSpec:
             raise SpecError(f"alpha={self.alpha} would scale R itself, which starts at the identity; leave alpha=None.")
 
     @property
+    def is_mapped(self) -> bool:
+        """Whether a node of the network is a function of what is stored."""
+        return _is_mapped(self.network)
+
+    @property
     def scale(self) -> float:
         """The factor of dW: alpha / rank, or alpha / sqrt(rank) with rslora; 1 without alpha."""
         if self.alpha is None:
@@ -154,7 +159,7 @@ class AdapterSpec:
                 f"{what} for updates that are added, W + dW; this one joins otherwise ({self.join}). Bake it into the base "
                 "(tuned.bake()), or declare it with join=None."
             )
-        if _is_mapped(self.network):
+        if self.is_mapped:
             raise SpecError(
                 f"{what} for nodes that are stored themselves; a node of this network has a map. Bake it into the base "
                 "(tuned.bake()), or declare it without."

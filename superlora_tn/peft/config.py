@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
@@ -12,7 +12,8 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from superlora_tn.declare.parts import SpecError
-from superlora_tn.network import relatives, variants
+from superlora_tn.network.budget import Budget
+from superlora_tn.network.catalogue import VARIANTS
 from superlora_tn.network.spec import AdapterSpec
 
 NAME = "superlora"
@@ -117,33 +118,25 @@ def _unordered(names: Any) -> Any:
     return set(names) if isinstance(names, list | tuple) else names
 
 
-def _variants() -> dict[str, Callable[..., Any]]:
-    """The functions that make a spec, by name."""
-    return {
-        name: function
-        for module in (variants, relatives)
-        for name, function in vars(module).items()
-        if inspect.isfunction(function)
-        and function.__module__ == module.__name__
-        and inspect.signature(function).return_annotation == "AdapterSpec"
-        and not name.startswith("_")
-    }
-
-
 def _declared(spec: Any, settings: Mapping[str, Any] | None) -> AdapterSpec:
     """The declaration that a config's fields mean."""
     if isinstance(spec, str):
-        known = _variants()
-        if spec not in known:
+        if spec not in VARIANTS:
             raise SpecError(
-                f"SuperLoraConfig was given spec={spec!r}; give an AdapterSpec, its to_dict(), or one of {_list(known)}."
+                f"SuperLoraConfig was given spec={spec!r}; give an AdapterSpec, its to_dict(), or one of "
+                f"{', '.join(sorted(VARIANTS))}."
             )
-        wanted = inspect.signature(known[spec])
+        wanted = inspect.signature(VARIANTS[spec])
         try:
             wanted.bind(**(settings or {}))
         except TypeError as error:
             raise SpecError(f"SuperLoraConfig was given settings={settings!r} for {spec}{wanted}: {error}.") from error
-        made: AdapterSpec = known[spec](**(settings or {}))
+        made = VARIANTS[spec](**(settings or {}))
+        if isinstance(made, Budget):
+            raise SpecError(
+                f"SuperLoraConfig was given settings={settings!r}, a budget, which needs the weights' shapes; give the spec "
+                "that it buys: superlora_tn.superlora(...).choose(shapes).spec."
+            )
         return made
     if settings:
         raise SpecError(f"SuperLoraConfig was given settings={settings!r}, which go with the name of a variant alone.")
@@ -155,7 +148,3 @@ def _declared(spec: Any, settings: Mapping[str, Any] | None) -> AdapterSpec:
         f"SuperLoraConfig was given spec={spec!r}; give an AdapterSpec, its to_dict(), or the name of a variant such as 'lora' "
         "with settings={'rank': 8}."
     )
-
-
-def _list(known: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(known))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from superlora_tn.contraction.plan import Plan
+from superlora_tn.declare.joins import Join
 from superlora_tn.network.graph import Graph
 
 INK, PAPER, OPEN, ZERO, FROZEN = "#1f2933", "#ffffff", "#9aa5b1", "#f6c85f", "#c3cfd9"
@@ -58,13 +59,14 @@ def save(figure: Any, path: str | Path) -> Path:
     return place
 
 
-def network(graph: Graph, path: str | Path, title: str = "") -> Path:
+def network(graph: Graph, path: str | Path, title: str = "", join: Join | None = None) -> Path:
     """Draw a graph: a circle a node (yellow starts at zero, grey is frozen), a line an index, a dot a hyperindex.
 
     Args:
         graph: what to draw; the terms of a sum stand side by side.
         path: where the PNG goes.
         title: above the picture; the equation stands below it.
+        join: how dW joins the weight, said behind the title.
     """
     laid = [(term, *_laid_out(term.graph)) for term in graph.networks]
     # An inch a unit, or the labels of a large network would cover its lines.
@@ -78,6 +80,7 @@ def network(graph: Graph, path: str | Path, title: str = "") -> Path:
         words = term.equation() if k else term.equation().removeprefix("+ ")
         axes.set_xlabel(words, color=INK, fontsize=8, wrap=True)
         _bare(axes, spots)
+    title = title if join is None else f"{title}\n{join}"
     if len(laid) == 1:
         grid[0].set_title(title, color=INK)
     else:
@@ -177,33 +180,42 @@ def _bare(axes: Any, spots: np.ndarray) -> None:
         spine.set_visible(False)
 
 
-def tree(plan: Plan, path: str | Path, title: str = "") -> Path:
+def tree(plan: Plan | Sequence[Plan], path: str | Path, title: str = "") -> Path:
     """Draw a plan as its contraction tree: leaves are operands, each join a step, its colour the step's share of the price.
 
     Args:
-        plan: what to draw.
+        plan: what to draw; several, as of a sum, stand side by side.
         path: where the PNG goes.
         title: above the picture.
     """
+    plans = [plan] if isinstance(plan, Plan) else list(plan)
+    laid = [_tree_spots(one) for one in plans]
+    widths = [max(5.0, 1.7 * len(one.inputs)) for one in plans]
+    figure = _sheet(sum(widths), 1.6 + 0.9 * (max(depth for _, depth in laid) + 1))
+    (grid,) = figure.subplots(1, len(plans), squeeze=False, width_ratios=widths)
+    total = sum(step.price(one.device) for one in plans for step in one.steps) or 1.0
+    for axes, one, (spots, _) in zip(grid, plans, laid, strict=True):
+        _draw_tree(axes, one, spots, total)
+        axes.set_title(f"{one.route} route, {one.flops:,} FLOPs forward", color=INK, fontsize=10)
+    if title:
+        figure.suptitle(title, color=INK, fontsize=10)
+    return save(figure, path)
+
+
+def _draw_tree(axes: Any, plan: Plan, spots: Mapping[int, tuple[float, float]], total: float) -> None:
     from matplotlib import colormaps
 
     count = len(plan.inputs)
-    spots, depth = _tree_spots(plan)
-    figure, axes = blank(max(5.0, 1.7 * count), 1.6 + 0.9 * (depth + 1))
-    prices = [s.price(plan.device) for s in plan.steps]
-    total = sum(prices) or 1.0
     for k, step in enumerate(plan.steps):
         x, y = spots[count + k]
-        share = prices[k] / total
+        share = step.price(plan.device) / total
         for child in (step.large, step.small):
             axes.plot([spots[child][0], x], [spots[child][1], y], color=OPEN, linewidth=1.4, zorder=1)
         text = f"{' '.join(step.result) or '1'}\n{step.flops:,} FLOPs, {share:.0%}"
         _box(axes, text, (x, y), 8, colormaps["YlOrRd"](0.05 + 0.75 * share), INK, "round,pad=0.3")
     for k, (name, indices) in enumerate(zip(plan.names, plan.inputs, strict=True)):
         _box(axes, f"{name}\n{' '.join(indices) or '1'}", spots[k], 8, PAPER, INK, "round,pad=0.3")
-    axes.set_title(title or f"{plan.route} route, {plan.flops:,} FLOPs forward", color=INK, fontsize=10)
     _bare(axes, np.array(list(spots.values())))
-    return save(figure, path)
 
 
 def _tree_spots(plan: Plan) -> tuple[dict[int, tuple[float, float]], int]:

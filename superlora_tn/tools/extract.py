@@ -9,10 +9,10 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from superlora_tn.declare.fold import Shape
+from superlora_tn.declare.fold import PhysicalGroup, Shape
 from superlora_tn.files.base_model import BaseModel, base_model, within
 from superlora_tn.files.errors import CheckpointError
-from superlora_tn.files.own import Saved
+from superlora_tn.files.own import Saved, tensor_name
 from superlora_tn.files.read import read
 from superlora_tn.model.tuned import Tuned
 from superlora_tn.network.budget import Budget
@@ -20,6 +20,7 @@ from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.tools.convert import convert as convert_entries
 from superlora_tn.tools.decompose import Decomposition, Progress, fit_weights
 from superlora_tn.tools.fitting import Settings
+from superlora_tn.update.based import base_values
 
 Declared = AdapterSpec | Budget | Callable[[Mapping[str, Shape]], AdapterSpec]
 
@@ -124,13 +125,28 @@ def extract(
     if not shapes:
         of = f" of the targets {', '.join(targets)}" if targets else ""
         raise CheckpointError(f"no weight{of} differs between {base} and {tuned}, so there is nothing to make an adapter of.")
-    spec = to if isinstance(to, AdapterSpec | Budget) else to(shapes)
+    made = to if isinstance(to, AdapterSpec | Budget) else to(shapes)
+    spec = made.choose(shapes).spec if isinstance(made, Budget) else made
 
     def delta(name: str) -> Tensor:
         return second.weight(name).double() - first.weight(name).double()
 
-    found = fit_weights(shapes, delta, spec, Settings(steps, tolerance, restarts), seed, None, progress)
+    found = fit_weights(
+        shapes, delta, spec, Settings(steps, tolerance, restarts), seed, _of_base(first, spec, shapes), progress
+    )
     return Extracted(found, tuple(n for n in changed if n.removesuffix(".weight") not in shapes))
+
+
+def _of_base(base: BaseModel, spec: AdapterSpec, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """The nodes that hold the base's own values, by name."""
+    found = dict[str, Tensor]()
+    for k, (group, graph) in enumerate(spec.lay_out(shapes)):
+        members = group.members if isinstance(group, PhysicalGroup) else {}
+        for number, select, value in base_values(graph, members, lambda name: base.weight(name).double()):
+            node = graph.nodes[number]
+            name = tensor_name(k, node)
+            found.setdefault(name, torch.zeros(node.shape, dtype=torch.float64))[select] = value
+    return found
 
 
 def _check_alike(first: BaseModel, second: BaseModel, base: str, tuned: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import math
 import platform
@@ -13,13 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from superlora_tn.contraction.plan import Route, choose
+from superlora_tn.contraction.plan import Route, choose_each, crop_price
 from superlora_tn.contraction.profile import CPU, DEVICES, Device
 from superlora_tn.contraction.search import Optimizer, PlanError
-from superlora_tn.declare.fold import Shape
+from superlora_tn.declare.fold import PhysicalGroup, Shape
+from superlora_tn.model.attach import attach
 from superlora_tn.network.spec import AdapterSpec
-from superlora_tn.update.base import Adapter, Settings
-from superlora_tn.update.make import make_adapter
 
 
 def _wait(device: torch.device) -> None:
@@ -125,33 +125,35 @@ def measure_routes(
         repeats: runs, of which the fastest counts.
     """
     [(group, graph)] = spec.lay_out({"layer": shape})
-    choice = choose(graph, shape, tokens, profile, optimize)
-    if choice.apply is None:
+    if not isinstance(group, PhysicalGroup):
         raise PlanError(f"{label} has a flat fold and so one route alone; there is nothing to compare. Use a physical fold.")
-    predicted: dict[str, float] = {"apply": choice.apply.price, "delta": choice.delta_price}
-    weight = nn.Parameter(torch.randn(shape), requires_grad=False)
-    x, gradient = torch.randn(tokens, shape[1], requires_grad=True), torch.randn(tokens, shape[0])
+    predicted: dict[str, float] = {"apply": 0.0, "delta": 0.0}
+    for term, choice in choose_each(graph, group.shape, tokens, profile, optimize):
+        assert choice.apply is not None
+        cropped = crop_price(term, group.shape, tokens, profile)
+        predicted["apply"] += choice.apply.price + cropped
+        predicted["delta"] += choice.delta_price + cropped
+    layers: dict[str, nn.Module] = {"frozen": nn.Linear(shape[1], shape[0], bias=False).requires_grad_(False)}
     routes: tuple[Route, ...] = ("apply", "delta")
-    adapters: dict[str, Adapter | None] = {"frozen": None}
-    adapters |= {r: make_adapter(spec, group, graph, settings=Settings(backend, r, optimize)) for r in routes}
-    best = dict.fromkeys(adapters, math.inf)
+    for route in routes:
+        layers[route] = nn.Sequential(copy.deepcopy(layers["frozen"]))
+        attach(layers[route], spec, ["0"], route=route, backend=backend, optimize=optimize)
+    x, gradient = torch.randn(tokens, shape[1], requires_grad=True), torch.randn(tokens, shape[0])
+    best = dict.fromkeys(layers, math.inf)
     for k in range(repeats + 2):  # in turns, so that a slow moment of the machine hits all alike
-        for name, adapter in adapters.items():
+        for name, layer in layers.items():
             start = time.perf_counter()
-            _step(adapter, x, gradient, weight)
+            _step(layer, x, gradient)
             if k >= 2:
                 best[name] = min(best[name], time.perf_counter() - start)
     measured: dict[str, float] = {route: best[route] - best["frozen"] for route in routes}
     return Measurement(label, shape, tokens, str(optimize), predicted, measured)
 
 
-def _step(adapter: Adapter | None, x: Tensor, gradient: Tensor, weight: Tensor) -> None:
+def _step(layer: nn.Module, x: Tensor, gradient: Tensor) -> None:
     x.grad = None
-    out = nn.functional.linear(x, weight)
-    if adapter is not None:
-        adapter.zero_grad(set_to_none=True)
-        out = adapter(x, "layer", out, weight)
-    torch.autograd.backward(out, gradient)
+    layer.zero_grad(set_to_none=True)
+    torch.autograd.backward(layer(x), gradient)
 
 
 def machine(device: str = "cpu") -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from superlora_tn.contraction.plan import choose, crop_price, padded_shape, table
+from superlora_tn.contraction.plan import choose, choose_each, crop_price, table
 from superlora_tn.contraction.profile import CPU, ITEM, Device
 from superlora_tn.contraction.search import PlanError
 from superlora_tn.declare.fold import PhysicalGroup, Shape
@@ -157,12 +157,9 @@ def cost(spec: AdapterSpec, shapes: Mapping[str, Shape], tokens: int, device: De
         trained = graph.num_parameters
         state += ITEM * (4 * trained + graph.num_numbers - trained)
         if isinstance(group, PhysicalGroup):
-            for term in graph.networks:
-                shape = padded_shape(term) if term.crops else group.shape
-                chosen = choose(term.graph, shape, tokens, device)
-                price = chosen.delta_price if chosen.route == "delta" else chosen.chosen.price
-                seconds += len(group.members) * (price + crop_price(term, group.shape, tokens, device))
-                built = shape[0] * shape[1] if chosen.route == "delta" else 0
+            for term, chosen in choose_each(graph, group.shape, tokens, device):
+                seconds += len(group.members) * (chosen.price + crop_price(term, group.shape, tokens, device))
+                built = chosen.shape[0] * chosen.shape[1] if chosen.route == "delta" else 0
                 peak = max(peak, chosen.chosen.peak, ITEM * built)
             continue
         # A flat fold's vector is built once a step, and each of its weights multiplied.
