@@ -21,12 +21,13 @@ from superlora_tn import (
     VerifyError,
     commands,
 )
-from superlora_tn.commands import MODES, RANK, UsageError
+from superlora_tn.commands import MODES, RANK, UsageError, count
 from superlora_tn.contraction.profile import DEVICES
 from superlora_tn.files.command import add_commands
 from superlora_tn.finetune.command import add_command as add_finetune
 from superlora_tn.network.catalogue import VARIANTS
 from superlora_tn.network.joined import JOIN_NAMES
+from superlora_tn.weights_command import add_weights_commands
 
 __all__ = ["VARIANTS", "main", "parser"]
 
@@ -52,13 +53,6 @@ class _Help(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default in (None, False, "", []) or action.default == argparse.SUPPRESS or not action.option_strings
         return action.help if silent else f"{action.help} (default: %(default)s)"
-
-
-def count(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return int(text)
 
 
 def _network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,20 +130,10 @@ def parser(program: str = "superlora-tn") -> argparse.ArgumentParser:
         words = "the weights of a model instead: its folder with config.json, or its safetensors"
         made.add_argument("--model", metavar="PATH", help=words)
         made.add_argument("--targets", nargs="+", default=[], metavar="NAME", help="modules of it or their endings; none: all")
-    taking = add("extract", commands.extract, "make an adapter of the difference of two checkpoints of a model")
-    taking.add_argument("base", metavar="BASE", help="the model before: a safetensors file, or a folder of them")
-    taking.add_argument("tuned", metavar="TUNED", help="the same model after")
-    taking.add_argument("--out", default="out/extracted", metavar="FOLDER", help="where the adapter goes")
-    taking.add_argument("--variant", metavar="NAME", help=f"one of {', '.join(VARIANTS)} (default: lora)")
-    taking.add_argument("--spec", metavar="FILE", help="any declaration in its place: JSON of AdapterSpec.to_dict()")
-    taking.add_argument("--steps", type=count, default=200, metavar="N", help="of a fit at most, where there is no closed form")
-    taking.add_argument("--rank", type=int, metavar="R", help=f"the variant's rank (default: {RANK}, where it has one)")
-    taking.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting, e.g. factor=4")
-    taking.add_argument("--budget", type=count, metavar="N", help="at most so many parameters, in place of a rank")
-    taking.add_argument("--targets", nargs="+", default=[], metavar="NAME", help="modules or their endings; none takes all")
+    taking, probing = add_weights_commands(add)
     looking, making = add_commands(add)
     learning = add_finetune(add)
-    for made in (demo, again, listing, fitting, plan, bench, proof, drawing, taking, looking, making, learning):
+    for made in (demo, again, listing, fitting, plan, bench, proof, drawing, taking, probing, looking, making, learning):
         made.add_argument("--json", action="store_true", help="print the result as JSON alone")
     return top
 

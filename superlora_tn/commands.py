@@ -16,8 +16,8 @@ from superlora_tn.contraction.plan import Plan, RouteChoice, choose_each, crop_p
 from superlora_tn.contraction.profile import DEVICES
 from superlora_tn.declare.fold import PhysicalFold, PhysicalGroup, Shape
 from superlora_tn.declare.parts import Network, SpecError
-from superlora_tn.network.budget import Budget, fit
-from superlora_tn.network.catalogue import VARIANTS, size_setting
+from superlora_tn.network.budget import Budget
+from superlora_tn.network.catalogue import VARIANTS
 from superlora_tn.network.joined import joined
 from superlora_tn.network.spec import AdapterSpec
 
@@ -26,6 +26,13 @@ RANK, MODES = 8, "out in"  # where none are given
 
 class UsageError(ValueError):
     """What the user asked for makes no sense, or needs what is not there; the message says what does."""
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
 
 
 def make_spec(args: argparse.Namespace, shapes: Mapping[str, Shape]) -> AdapterSpec:
@@ -40,21 +47,21 @@ def make_spec(args: argparse.Namespace, shapes: Mapping[str, Shape]) -> AdapterS
 
 def _added(args: argparse.Namespace, shapes: Mapping[str, Shape]) -> AdapterSpec:
     if args.spec:
-        _refuse(args, ("variant", "rank", "set"), "goes with a variant, not with --spec")
-        _refuse(args, ("network", "node", "size", "modes", "heads"), "goes with --network, not with --spec")
+        refuse(args, ("variant", "rank", "set"), "goes with a variant, not with --spec")
+        refuse(args, ("network", "node", "size", "modes", "heads"), "goes with --network, not with --spec")
         return read_spec(args.spec)
     if args.network:
-        _refuse(args, ("variant", "rank", "set"), "goes with a variant, not with --network")
-        sizes = {name: _whole(value) for name, value in _pairs(args.size).items()}
-        nodes = _pairs(args.node)
+        refuse(args, ("variant", "rank", "set"), "goes with a variant, not with --network")
+        sizes = {name: _whole(value) for name, value in pairs(args.size).items()}
+        nodes = pairs(args.node)
         for taken in {"self", "modes", "sizes"} & set(nodes):
             raise UsageError(f"a node cannot be named '{taken}'; choose another name.")
         return AdapterSpec(Network(args.network, sizes, **nodes), PhysicalFold(args.modes or MODES, args.heads))
-    _refuse(args, ("node", "size", "modes", "heads"), "goes with --network")
+    refuse(args, ("node", "size", "modes", "heads"), "goes with --network")
     if args.variant not in VARIANTS:
         asked = f"there is no variant '{args.variant}'" if args.variant else "no variant was named"
         raise UsageError(f"{asked}; choose one of {', '.join(VARIANTS)}, or give --network or --spec.")
-    return _variant(args.variant, _pairs([*args.set, *([] if args.rank is None else [f"rank={args.rank}"])]), shapes)
+    return variant_spec(args.variant, pairs([*args.set, *([] if args.rank is None else [f"rank={args.rank}"])]), shapes)
 
 
 def read_spec(path: str) -> AdapterSpec:
@@ -73,46 +80,15 @@ def read_spec(path: str) -> AdapterSpec:
         raise UsageError(f"{path} is no JSON ({error}); write it with json.dumps(spec.to_dict()).") from error
 
 
-def extract(args: argparse.Namespace) -> None:
-    """Make an adapter of two checkpoints, save it, and print each kind's errors."""
-    from superlora_tn.tools import extract as tools
-
-    if args.spec:
-        _refuse(args, ("variant", "rank", "set", "budget"), "goes with a variant, not with --spec")
-    variant = args.variant or "lora"
-    if variant not in VARIANTS:
-        raise UsageError(f"there is no variant '{variant}'; choose one of {', '.join(VARIANTS)}, or give --spec.")
-    given = _pairs(args.set)
-    bought = size_setting(variant)
-    if args.budget is not None and ((args.rank is not None and bought == "rank") or {bought, "budget"} & set(given)):
-        raise UsageError(f"--budget is in place of a {bought}; leave one of them out.")
-    if args.budget is not None and bought is None:
-        raise UsageError(f"{variant} has no rank or count that a budget could buy; choose another variant.")
-
-    def declared(shapes: Mapping[str, Shape]) -> AdapterSpec:
-        if args.spec:
-            return read_spec(args.spec)
-        own = given | ({} if args.rank is None else {"rank": str(args.rank)})
-        if args.budget is None:
-            return _variant(variant, own, shapes)
-        return fit(lambda size: _variant(variant, own | {f"{bought}": str(size)}, shapes), args.budget, shapes).spec
-
-    found = tools.extract(args.base, args.tuned, declared, args.targets, steps=args.steps)
-    found.adapter.write(args.out)
-    if args.json:
-        facts = {"folder": args.out, "parameters": found.adapter.spec.count(found.adapter.shapes), "error": found.adapter.error}
-        print(json.dumps({**facts, "errors": found.adapter.errors, "left": found.left}, indent=1))
-    else:
-        print(f"{found}\nsaved: {args.out}")
-
-
-def _settings(variant: str) -> list[str]:
+def settings_of(variant: str) -> list[str]:
+    """The settings that words can give."""
     """Names of a variant's settings; a map has no words on the command line."""
     return [name for name in inspect.signature(VARIANTS[variant]).parameters if name != "projection"]
 
 
-def _variant(variant: str, given: Mapping[str, str], shapes: Mapping[str, Shape]) -> AdapterSpec:
-    known = _settings(variant)
+def variant_spec(variant: str, given: Mapping[str, str], shapes: Mapping[str, Shape]) -> AdapterSpec:
+    """A variant by its name with settings in words; a budget is spent on the shapes."""
+    known = settings_of(variant)
     for name in given:
         if name not in known:
             raise UsageError(f"{variant} has no setting '{name}'; it has {', '.join(known)}.")
@@ -121,14 +97,14 @@ def _variant(variant: str, given: Mapping[str, str], shapes: Mapping[str, Shape]
     return made.choose(shapes).spec if isinstance(made, Budget) else made
 
 
-def _refuse(args: argparse.Namespace, names: tuple[str, ...], reason: str) -> None:
+def refuse(args: argparse.Namespace, names: tuple[str, ...], reason: str) -> None:
     """Nothing that is given is ignored."""
     for name in names:
         if getattr(args, name) not in (None, "", []):
             raise UsageError(f"{'the variant' if name == 'variant' else f'--{name}'} {getattr(args, name)!r} {reason}.")
 
 
-def _pairs(texts: Sequence[str]) -> dict[str, str]:
+def pairs(texts: Sequence[str]) -> dict[str, str]:
     """name=value, each name once."""
     found: dict[str, str] = {}
     for text in texts:
@@ -185,12 +161,12 @@ def _named(args: argparse.Namespace) -> str:
     return f"{name}, {args.join}" if args.join and args.join != "add" else name
 
 
-def _show(data: Any) -> None:
+def show_json(data: Any) -> None:
     """JSON on stdout."""
     print(json.dumps(data, indent=1))
 
 
-def _say(words: str) -> None:
+def say(words: str) -> None:
     """Progress, and where files went: on stderr, so that stdout is the result alone."""
     print(words, file=sys.stderr, flush=True)
 
@@ -210,7 +186,7 @@ def plan(args: argparse.Namespace) -> None:
         terms = [
             {"equation": t.equation(), "crop_seconds": c} | _plan_data(one) for (t, one), c in zip(found, crops, strict=True)
         ]
-        _show(terms[0] | {"join": None if spec.join is None else str(spec.join), "terms": terms})
+        show_json(terms[0] | {"join": None if spec.join is None else str(spec.join), "terms": terms})
     else:
         for k, (term, choice) in enumerate(found):
             if graph.terms:
@@ -221,7 +197,7 @@ def plan(args: argparse.Namespace) -> None:
     if args.draw:
         from superlora_tn.tools import draw
 
-        _say(f"drawn: {draw.tree([one.chosen for _, one in found], args.draw)}")
+        say(f"drawn: {draw.tree([one.chosen for _, one in found], args.draw)}")
 
 
 def _sum_up(spec: AdapterSpec, found: Sequence[RouteChoice], crops: Sequence[float]) -> None:
@@ -261,16 +237,16 @@ def bench(args: argparse.Namespace) -> None:
     from superlora_tn.tools.measure import calibrate, measure_routes
 
     specs = {width: make_spec(args, {"layer": (width, width)}) for width in args.widths}
-    _say("measuring this machine")
+    say("measuring this machine")
     profile = calibrate()
     cases = [(w, t, o) for w in specs for t in args.tokens for o in args.optimizers]
     found = []
     for k, (width, tokens, optimizer) in enumerate(cases):
-        _say(f"{k + 1}/{len(cases)}: width {width}, {tokens} tokens, {optimizer}")
+        say(f"{k + 1}/{len(cases)}: width {width}, {tokens} tokens, {optimizer}")
         found.append(measure_routes(_named(args), specs[width], (width, width), tokens, profile, optimizer, args.backend))
     agree = sum(m.agrees for m in found)
     if args.json:
-        _show({"device": asdict(profile), "agree": agree, "rows": [m.row() for m in found]})
+        show_json({"device": asdict(profile), "agree": agree, "rows": [m.row() for m in found]})
     else:
         rows: list[tuple[str, ...]] = [
             ("width", "tokens", "optimizer", "apply ms", "predicted", "delta ms", "predicted", "ranked")
@@ -286,7 +262,7 @@ def bench(args: argparse.Namespace) -> None:
         from superlora_tn.tools import draw
 
         points = [(m.predicted[r], m.measured[r], r) for m in found for r in m.predicted]
-        _say(f"drawn: {draw.predictions(points, args.draw)}")
+        say(f"drawn: {draw.predictions(points, args.draw)}")
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -305,7 +281,7 @@ def draw(args: argparse.Namespace) -> None:
     graph = spec.lay_out(shapes)[0][1]
     place = draw.network(graph, args.out, _named(args), spec.join)
     if args.json:
-        _show({"drawn": str(place), "equation": graph.equation()})
+        show_json({"drawn": str(place), "equation": graph.equation()})
     else:
         print(f"drawn: {place}")
 
@@ -319,7 +295,7 @@ def list_variants(args: argparse.Namespace) -> None:
     for name, maker in VARIANTS.items():
         rank = min(args.rank, 4) if name in ("lorta", "superlora") else args.rank
         summary = (inspect.getdoc(maker) or "").split("\n")[0]
-        spec = _variant(name, {"rank": f"{rank}"} if "rank" in _settings(name) else {}, shapes)
+        spec = variant_spec(name, {"rank": f"{rank}"} if "rank" in settings_of(name) else {}, shapes)
         try:
             count, equation = spec.count(shapes), spec.lay_out(shapes)[0][1].equation(fixed=True)
         except SpecError as error:
@@ -329,7 +305,7 @@ def list_variants(args: argparse.Namespace) -> None:
         rows.append((name, equation, f"{count:,}", summary.split(":")[0]))
         data.append({"variant": name, "equation": equation, "parameters": count, "summary": summary})
     if args.json:
-        _show(data)
+        show_json(data)
         return
     print(f"{words}, rank {args.rank} (lorta and superlora: {min(args.rank, 4)})")
     print("\n".join(table(rows, "parameters")))
@@ -346,7 +322,7 @@ def suggest(args: argparse.Namespace) -> None:
     made = suggest(_targets(args)[0], args.budget, tokens=args.tokens, device=DEVICES[args.device])
     if args.json:
         rows = [{"variant": s.variant, "parameters": s.count, **asdict(s.cost), "spec": s.spec.to_dict()} for s in made.found]
-        _show({"budget": made.budget, "found": rows, "refused": dict(made.refused)})
+        show_json({"budget": made.budget, "found": rows, "refused": dict(made.refused)})
     else:
         print(made)
 

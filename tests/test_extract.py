@@ -90,6 +90,34 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_checkpoints_are_probed_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LoRA's energy is that of the first singular values; HiRA made the difference of the base's own W, so it holds it all."""
+    before, after = checkpoints(tmp_path, sl.hira(1))
+    words = ["probe", str(tmp_path / "base.safetensors"), str(tmp_path / "tuned.safetensors")]
+    names = ["--variants", "lora", "hira", "c3a", "--targets", "q_proj"]
+    assert main([*words, *names, "--budgets", "50", "100", "--json", "--plot", str(tmp_path / "probe.png")]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
+    changes = [after.get_submodule(n).weight - before.get_submodule(n).weight for n in shapes_of(before, "q_proj")]
+    values = [torch.linalg.svdvals(change.detach()) for change in changes]
+    energy = {(row["variant"], row["parameters"]): row["energy"] for row in data["points"]}
+    sides = sum(sum(shape) for shape in shapes_of(before, "q_proj").values())
+    for r in (1, 2):
+        wanted = sum(float(v[:r].square().sum()) for v in values) / sum(float(v.square().sum()) for v in values)
+        assert energy["lora", r * sides] == pytest.approx(wanted, rel=1e-9)
+    assert energy["hira", sides] == pytest.approx(1.0, abs=1e-12)
+    assert set(data["refused"]) == {"c3a"}
+    assert main([*words, *names, "--budgets", "50"]) == 0
+    told = capsys.readouterr().out
+    assert told.splitlines()[0].split() == ["variant", "parameters", "of", "dW", "energy"]
+    assert "c3a is left out: " in told
+
+
+def shapes_of(model: nn.Module, ending: str) -> dict[str, tuple[int, int]]:
+    named = {n: m for n, m in model.named_modules() if n.endswith(ending) and isinstance(m, nn.Linear)}
+    return {n: (m.out_features, m.in_features) for n, m in named.items()}
+
+
 def test_an_adapter_becomes_another(tmp_path: Path) -> None:
     model = seeded(0, Tiny).double()
     tuned = sl.attach(model, sl.lokr(1, decompose_both=True), TARGETS, seed=1, dtype=torch.float64)

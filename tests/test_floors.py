@@ -83,7 +83,7 @@ HOUSE = {
     ],
     "tools": [
         ["draw", "measure", "singular", "environment", "looks"],
-        ["geometry", "closed_forms", "problem"],
+        ["difference", "geometry", "closed_forms", "problem"],
         ["als", "frames"],
         ["newton", "starts"],
         ["fitting"],

@@ -6,21 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
-import torch
-from torch import Tensor
-
-from superlora_tn.declare.fold import PhysicalGroup, Shape
-from superlora_tn.files.base_model import BaseModel, base_model, within
+from superlora_tn.declare.fold import Shape
 from superlora_tn.files.errors import CheckpointError
-from superlora_tn.files.own import Saved, tensor_name
+from superlora_tn.files.own import Saved
 from superlora_tn.files.read import read
 from superlora_tn.model.tuned import Tuned
 from superlora_tn.network.budget import Budget
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.tools.convert import convert as convert_entries
 from superlora_tn.tools.decompose import Decomposition, Progress, fit_weights
+from superlora_tn.tools.difference import difference
 from superlora_tn.tools.fitting import Settings
-from superlora_tn.update.based import base_values
 
 Declared = AdapterSpec | Budget | Callable[[Mapping[str, Shape]], AdapterSpec]
 
@@ -118,42 +114,8 @@ def extract(
         CheckpointError: files that are damaged, or are no two checkpoints of one model; or nothing differs.
         SpecError: the declaration does not fit.
     """
-    first, second = base_model(base), base_model(tuned)
-    _check_alike(first, second, str(base), str(tuned))
-    changed = [name for name in first.sizes if not torch.equal(first.parameter(name), second.parameter(name))]
-    shapes = {n: s for n, s in first.shapes.items() if f"{n}.weight" in changed and within(n, targets)}
-    if not shapes:
-        of = f" of the targets {', '.join(targets)}" if targets else ""
-        raise CheckpointError(f"no weight{of} differs between {base} and {tuned}, so there is nothing to make an adapter of.")
-    made = to if isinstance(to, AdapterSpec | Budget) else to(shapes)
-    spec = made.choose(shapes).spec if isinstance(made, Budget) else made
-
-    def delta(name: str) -> Tensor:
-        return second.weight(name).double() - first.weight(name).double()
-
-    found = fit_weights(
-        shapes, delta, spec, Settings(steps, tolerance, restarts), seed, _of_base(first, spec, shapes), progress
-    )
-    return Extracted(found, tuple(n for n in changed if n.removesuffix(".weight") not in shapes))
-
-
-def _of_base(base: BaseModel, spec: AdapterSpec, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
-    """The nodes that hold the base's own values, by name."""
-    found = dict[str, Tensor]()
-    for k, (group, graph) in enumerate(spec.lay_out(shapes)):
-        members = group.members if isinstance(group, PhysicalGroup) else {}
-        for number, select, value in base_values(graph, members, lambda name: base.weight(name).double()):
-            node = graph.nodes[number]
-            name = tensor_name(k, node)
-            found.setdefault(name, torch.zeros(node.shape, dtype=torch.float64))[select] = value
-    return found
-
-
-def _check_alike(first: BaseModel, second: BaseModel, base: str, tuned: str) -> None:
-    for name, shape in first.sizes.items():
-        if second.sizes.get(name) != shape:
-            has = f"as {second.sizes[name]}" if name in second.sizes else "not at all"
-            raise CheckpointError(f"{base} has '{name}' of shape {shape}, {tuned} has it {has}; they are no two of one model.")
-    more = next((name for name in second.sizes if name not in first.sizes), None)
-    if more is not None:
-        raise CheckpointError(f"{tuned} has '{more}', which {base} lacks; they are no two of one model.")
+    found = difference(base, tuned, targets)
+    made = to if isinstance(to, AdapterSpec | Budget) else to(found.shapes)
+    spec = made.choose(found.shapes).spec if isinstance(made, Budget) else made
+    settings = Settings(steps, tolerance, restarts)
+    return Extracted(fit_weights(found.shapes, found.delta, spec, settings, seed, found.start(spec), progress), found.left)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from superlora_tn.contraction.plan import table
+from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import SpecError, check_count
 from superlora_tn.network.catalogue import VARIANTS, bought
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.tools import draw
-from superlora_tn.tools.decompose import FitError, decompose
+from superlora_tn.tools.decompose import FitError, decompose, fit_weights
+from superlora_tn.tools.difference import difference
+from superlora_tn.tools.fitting import Settings
 
 PROBED = ("lora", "lokr", "krona", "lotr", "lorta", "tt_lora", "miss", "gralora")
 PARTS = (256, 64, 16, 4)
@@ -44,17 +47,20 @@ class Probe:
     Attributes:
         numbers: entries of dW.
         points: by variant, and in each by number of parameters.
+        refused: why structures have no point, by variant.
     """
 
     numbers: int
     points: tuple[Held, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("variant", "parameters", "of dW", "energy")]
         for point in self.points:
             share = f"{point.parameters / self.numbers:.2%}"
             rows.append((point.variant, f"{point.parameters:,}", share, f"{point.energy:.4f}"))
-        return "\n".join(table(rows, "parameters energy"))
+        lines = table(rows, "parameters energy")
+        return "\n".join([*lines, *(f"{name} is left out: {words}" for name, words in self.refused.items())])
 
     def plot(self, path: str | PathLike[str]) -> Path:
         """Draw energy against parameters, with each structure's frontier, as a PNG (needs matplotlib).
@@ -97,16 +103,61 @@ def probe(
         FitError: a dW of zeros, or one that is no real matrix of finite numbers.
     """
     weights = {"weight": delta} if isinstance(delta, Tensor) else dict(delta)
-    numbers = sum(weight.numel() for weight in weights.values())
     if not any(bool(torch.count_nonzero(weight)) for weight in weights.values()):
         raise FitError("probe was given a dW of zeros, which has no energy to hold; give a trained update.")
+    shapes = {name: (weight.shape[0], weight.shape[-1]) for name, weight in weights.items()}
+
+    def held(spec: AdapterSpec) -> float:
+        return decompose(weights, spec, steps=steps, tolerance=tolerance, restarts=restarts, seed=seed).error
+
+    return _probed(shapes, budgets, variants, held)
+
+
+def probe_checkpoints(
+    base: str | PathLike[str],
+    tuned: str | PathLike[str],
+    targets: Sequence[str] = (),
+    budgets: Sequence[int] | None = None,
+    variants: Sequence[str] = PROBED,
+    *,
+    steps: int = 50,
+    tolerance: float = 1e-3,
+    restarts: int = 1,
+    seed: int = 0,
+) -> Probe:
+    """`probe` of the difference of two checkpoints, of which a weight is read when its turn comes; no model is built.
+
+    Nodes of the base's own values, as HiRA's, are taken from the base.
+
+    Args:
+        base, tuned: safetensors files, or folders of them, with the same parameters.
+        targets: names of modules or their endings; none takes all matrices and kernels that differ.
+        budgets, variants, steps, tolerance, restarts, seed: see `probe`.
+
+    Raises:
+        CheckpointError: see `extract`.
+        SpecError, FitError: see `probe`.
+    """
+    found = difference(base, tuned, targets)
+    settings = Settings(steps, tolerance, restarts)
+
+    def held(spec: AdapterSpec) -> float:
+        return fit_weights(found.shapes, found.delta, spec, settings, seed, found.start(spec)).error
+
+    return _probed(found.shapes, budgets, variants, held)
+
+
+def _probed(
+    shapes: Mapping[str, Shape], budgets: Sequence[int] | None, variants: Sequence[str], missed: Callable[[AdapterSpec], float]
+) -> Probe:
+    """A point for each structure and number of parameters; `missed` fits one and gives its relative error."""
+    numbers = sum(d_out * d_in for d_out, d_in in shapes.values())
     if unknown := [name for name in variants if name not in VARIANTS]:
         raise SpecError(f"probe was given the variant '{unknown[0]}'; choose of {', '.join(VARIANTS)}.")
     wanted = sorted({max(1, numbers // part) for part in PARTS} if budgets is None else set(budgets))
     for budget in wanted:
         check_count("probe", "budgets", budget, 1 << 62)
-    shapes = {name: (weight.shape[0], weight.shape[-1]) for name, weight in weights.items()}
-    found, refused = list[Held](), SpecError("probe was given no budget or no variant; give one of each at least.")
+    found, refused = list[Held](), dict[str, Exception]()
     for name in variants:
         counts = dict[int, AdapterSpec]()
         for budget in wanted:
@@ -114,10 +165,14 @@ def probe(
                 choice = bought(name, budget, shapes)
                 counts.setdefault(choice.count, choice.spec)
             except SpecError as error:
-                refused = error
+                refused[name] = error
         for count, spec in counts.items():
-            fit = decompose(weights, spec, steps=steps, tolerance=tolerance, restarts=restarts, seed=seed)
-            found.append(Held(name, spec, count, max(0.0, 1 - fit.error**2)))
+            try:
+                found.append(Held(name, spec, count, max(0.0, 1 - missed(spec) ** 2)))
+            except (SpecError, FitError) as error:
+                refused[name] = error
     if not found:
-        raise refused
-    return Probe(numbers, tuple(found))
+        none = SpecError("probe was given no budget or no variant; give one of each at least.")
+        raise next(reversed(refused.values()), none)
+    there = {point.variant for point in found}
+    return Probe(numbers, tuple(found), {name: str(error) for name, error in refused.items() if name not in there})
