@@ -112,8 +112,9 @@ def parser(program: str = "superlora-tn") -> argparse.ArgumentParser:
     bench.add_argument("--optimizers", nargs="+", default=["dp", "greedy"], metavar="NAME", help="dp, or opt_einsum's by name")
     bench.add_argument("--backend", default="tensorly_torch", metavar="NAME", help="which runs the plans")
     bench.add_argument("--draw", metavar="PNG", help="plot predicted against measured")
+    words = "sum or crop, of the language; or a declaration's JSON file, or an adapter's folder; none: all, with the reductions"
     proof = add("verify", commands.verify, "verify variants by property, and against formulas, TensorLy, PEFT and LyCORIS")
-    proof.add_argument("variants", nargs="*", metavar="VARIANT", help="none: all, the reductions, and where peers differ")
+    proof.add_argument("variants", nargs="*", metavar="VARIANT", help=words)
     proof.add_argument("--examples", type=int, default=25, metavar="N", help="cases drawn for each claim")
     proof.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws")
     drawing = add("draw", commands.draw, "draw the network of a variant or of any network")

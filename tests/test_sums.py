@@ -335,12 +335,6 @@ def test_a_flat_fold_crops_by_itself() -> None:
         spec.count([(50, 30)])
 
 
-@pytest.mark.parametrize("name", ["sum in a product", "departed", "cropped", "cropped in a sum"])
-def test_verify_has_no_reference_for_it_and_says_so(name: str) -> None:
-    with pytest.raises(sl.SpecError, match="one network that is not cropped"):
-        sl.verify(sl.AdapterSpec(NETWORKS[name]), examples=1)
-
-
 def test_what_is_cropped_is_not_fitted() -> None:
     with pytest.raises(sl.SpecError, match="one network that is not cropped"):
         sl.decompose({"w": torch.randn(7, 5)}, sl.AdapterSpec(sl.Kronecker(sl.CP(1), sl.CP(1), crop=True)))

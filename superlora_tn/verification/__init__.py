@@ -78,8 +78,7 @@ def verify(
 
     Raises:
         VerifyError: Hypothesis is not installed.
-        SpecError: an unknown reference or preset, a declaration without sizes on the given weights, or with a sum or a crop, or
-            examples below 1.
+        SpecError: an unknown reference or preset, a declaration without sizes on the given weights, or examples below 1.
     """
     certificate: Certificate = _engine().verify_spec(spec, against, examples, seed, shapes)
     return certificate
@@ -140,7 +139,8 @@ def run(names: Sequence[str] = (), examples: int = 25, as_json: bool = False, se
     """What ``superlora-tn verify`` does: verify presets, print the certificate, report progress on stderr.
 
     Args:
-        names: presets; none takes all of them, the reductions, and the peers' differences.
+        names: presets, JSON files of declarations (`AdapterSpec.to_dict`), or folders of saved adapters; none takes all
+            presets, the reductions, and the peers' differences.
         examples: cases for each claim.
         as_json: print the certificate as JSON.
         seed: of the draws.
@@ -150,7 +150,7 @@ def run(names: Sequence[str] = (), examples: int = 25, as_json: bool = False, se
 
     Raises:
         VerifyError: Hypothesis is not installed.
-        SpecError: an unknown preset, or examples below 1.
+        SpecError: an unknown preset, a file without a declaration, or examples below 1.
     """
     certificate: Certificate = _engine().run_all(names, examples, seed, lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(certificate.to_dict(), indent=1) if as_json else certificate)

@@ -200,15 +200,15 @@ class Sized:
     def roundings(self) -> int:
         """Roundings on the way to one element of dW, whatever the order of contraction.
 
-        Contracting pair by pair sums at most `terms` numbers in all and multiplies once a node; the scale and the
-        casts of values are 4 more, and each of two Hadamard transforms of p numbers adds p at most; so does a map that makes
-        a matrix of p rows or columns, for its sums, its solver's and those of its derivative. Twice, since the other side
-        rounds too.
+        Contracting pair by pair sums at most `terms` numbers in all and multiplies once a node, and once by the weight of each
+        term of a sum; the scale and the casts of values are 4 more, and each of two Hadamard transforms of p numbers adds p at
+        most; so does a map that makes a matrix of p rows or columns, for its sums, its solver's and those of its derivative.
+        Twice, since the other side rounds too.
         """
         transforms = sum(4 * (sum(n.shape[-2:]) + 8) for n in self.graph.nodes if n.map is not None)
         if self.spec.projection is not None and isinstance(self.group, FlatGroup):
             transforms += 4 * (max(self.group.inner, self.group.length) + 8)
-        return 2 * (self.terms + len(self.graph.nodes) + 4 + transforms)
+        return 2 * (self.terms + len(self.graph.nodes) + len(self.graph.terms) + 4 + transforms)
 
     @property
     def unit(self) -> float:

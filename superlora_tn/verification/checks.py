@@ -129,7 +129,8 @@ def join_check() -> Check:
 
 def life_checks() -> list[Check]:
     """The claims about the whole declaration on a model, however it joins."""
-    return [Check(name, NONE, measure, source=repr(NONE), whole=True) for name, measure in life.LIFE.items()]
+    found = [Check(name, NONE, measure, source=repr(NONE), whole=True) for name, measure in life.LIFE.items()]
+    return [*found, Check(life.BASED_NODES, NONE, life.based_nodes, life.has_based_nodes, repr(NONE), whole=True)]
 
 
 def reference_checks(name: str) -> list[Check]:

@@ -8,25 +8,44 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from inspect import signature
+from itertools import product
 from typing import Any
 
+from hypothesis import assume
 from hypothesis import strategies as st
 
-from superlora_tn.declare.fold import FlatFold, Fold, Shape
+from superlora_tn.declare.fold import FlatFold, Fold, PhysicalFold, Shape
 from superlora_tn.declare.joins import Join, Multiply
 from superlora_tn.declare.maps import Fastfood, Projection, Shuffle
-from superlora_tn.declare.parts import Network, Part, SpecError
+from superlora_tn.declare.node_maps import Same
+from superlora_tn.declare.parts import (
+    CP,
+    Dense,
+    Frozen,
+    Hadamard,
+    Kronecker,
+    Network,
+    Node,
+    Part,
+    SpecError,
+    Sum,
+    TensorTrain,
+    Tucker,
+    inner_parts,
+)
 from superlora_tn.network import variants
 from superlora_tn.network.catalogue import VARIANTS
 from superlora_tn.network.joined import dora
+from superlora_tn.network.relatives import kradapter, miss
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.verification.cases import Case
 from superlora_tn.verification.references import papers
 
 Shapes = tuple[tuple[str, Shape], ...]
 SIZES = (1, 2, 3, 4, 6, 8, 9, 12, 18)
+PRIMES = (5, 7, 11, 13)  # beside these, where a split may be cropped
 GRIDS = ((1, 1), (2, 1), (2, 2), (3, 1))  # layers x types
 ALPHAS = (None, 1.0, 0.5, 3.0, 16.0)
 BATCHES = ((2,), (1,), (), (3, 2), (0,))
@@ -44,9 +63,9 @@ def mixed(first: Shape, second: Shape) -> Shapes:
     return tuple(zip(names, (first, second, first, second), strict=True))
 
 
-def candidates(d_out: int, d_in: int, grids: Sequence[tuple[int, int]] = GRIDS) -> list[Shapes]:
+def candidates(d_out: int, d_in: int, grids: Sequence[tuple[int, int]] = GRIDS, sizes: Sequence[int] = SIZES) -> list[Shapes]:
     """Sets of weights to try, small ones first; sizes are multiples of `d_out` and `d_in`."""
-    pairs = [(o * d_out, i * d_in) for o in SIZES for i in SIZES]
+    pairs = [(o * d_out, i * d_in) for o in sizes for i in sizes]
     found = [grid(*g, pair) for pair in pairs for g in grids]
     found += [mixed(a, b) for a, b in zip(pairs[1::5], pairs[3::5], strict=False)]
     return sorted(found, key=lambda shapes: (sum(o * i for _, (o, i) in shapes), len(shapes)))
@@ -60,9 +79,10 @@ def layouts(network: Part, fold: Fold, projection: Projection | None, join: Join
     if isinstance(join, Multiply):  # over one side of the weight twice
         d_out, d_in = (1, math.lcm(d_out, d_in)) if join.side == "right" else (math.lcm(d_out, d_in), 1)
     found: list[Shapes] = []
+    sizes = sorted((*SIZES, *PRIMES)) if is_cropped(network) else SIZES
     for factor in (1, 4, 16, 64):
         grids = GRIDS if factor <= 4 else GRIDS[:1]
-        found += [shapes for shapes in candidates(factor * d_out, factor * d_in, grids) if fits(spec, shapes)]
+        found += [shapes for shapes in candidates(factor * d_out, factor * d_in, grids, sizes) if fits(spec, shapes)]
         if len(found) >= ENOUGH:
             break
     return tuple(found)
@@ -72,10 +92,25 @@ def declared(network: Part, fold: Fold) -> tuple[int, int]:
     """What out and in have to be multiples of: heads, and the declared sizes of a split mode."""
     if isinstance(fold, FlatFold):
         return 1, 1
-    known = network.known if isinstance(network, Network) else {}
-    groups = network.mode_groups if isinstance(network, Network) else ()
-    sizes = dict(zip(fold.modes.split(), (math.prod(known.get(i, 1) for i in g) for g in groups), strict=False))
-    return sizes.get("out", 1) * (fold.heads or 1), sizes.get("in", 1)
+    sizes = _multiples(network, fold.modes.split())
+    return sizes["out"] * (fold.heads or 1), sizes["in"]
+
+
+def _multiples(part: Part, modes: Sequence[str]) -> dict[str, int]:
+    """What each mode has to be a multiple of: the product of a split mode's declared sizes, unless it may be cropped."""
+    if isinstance(part, Network) and not part.crop:
+        known = part.known
+        sides = (math.prod(known.get(i, 1) for i in group) for group in part.mode_groups)
+        return dict.fromkeys(modes, 1) | dict(zip(modes, sides, strict=False))
+    inner = [_multiples(one, modes) for one in inner_parts(part)]
+    if isinstance(part, Kronecker):
+        return {mode: 1 if part.crop else math.prod(one[mode] for one in inner) for mode in modes}
+    return {mode: math.lcm(*(one[mode] for one in inner)) for mode in modes}
+
+
+def is_cropped(part: Part) -> bool:
+    """Whether a split in a part may be one that does not divide."""
+    return (isinstance(part, Kronecker | Network) and part.crop) or any(map(is_cropped, inner_parts(part)))
 
 
 def fits(spec: AdapterSpec, shapes: Shapes) -> bool:
@@ -150,12 +185,80 @@ def tensloras(draw: st.DrawFn) -> AdapterSpec:
     return papers.tenslora(draw(counts(1, 3)), " ".join([*named, "out", "in"]), heads, draw(st.booleans()), draw(alphas))
 
 
+NETWORKS = (  # over two modes: a frozen node, and one tensor in two places
+    Network("o i", {"r": 2}, B=Node("o r", init="zeros"), A=Node("r i", init="orthogonal", trainable=False)),
+    Network("o i", {"r": 2, "s": 2, "t": 2}, B="o r", G="r s", H=Node("s t", map=Same("G"), trainable=False), A="t i"),
+)
+
+
+@cache
+def parts(depth: int, networks: bool) -> st.SearchStrategy[Part]:
+    """Parts over any modes, products and sums nested up to a depth; `networks` adds those over two modes."""
+    leaves = [st.just(Dense()), *(st.builds(kind, counts(1, 2), over=st.just("cap")) for kind in (CP, Tucker, TensorTrain))]
+    leaf = st.one_of(*leaves, *([st.sampled_from(NETWORKS)] if networks else []))
+    if depth == 0:
+        return leaf
+    inner = st.deferred(lambda: parts(depth - 1, networks))
+    few = st.lists(inner, min_size=1, max_size=2)
+    return st.one_of(leaf, few.map(lambda two: Kronecker(*two)), few.map(lambda two: Hadamard(*two)), added(inner))
+
+
+@st.composite
+def added(draw: st.DrawFn, inner: st.SearchStrategy[Part]) -> Sum:
+    """A sum of one to three parts, weighted or not, or with a part's frozen copy."""
+    found, numbers = draw(st.lists(inner, min_size=1, max_size=3)), st.sampled_from((1.0, -1.0, 0.5, -2.0))
+    if draw(st.integers(0, 3)) == 3 and found.count(found[0]) == 1:
+        weights = [draw(numbers) for _ in found]
+        return Sum(*found, Frozen(found[0]), weights=[*weights, -weights[0]])
+    return Sum(*found, weights=draw(st.none() | st.tuples(*(numbers for _ in found))))
+
+
+@st.composite
+def sums(draw: st.DrawFn) -> AdapterSpec:
+    """Sums at any place of a product, on weights alone, together or in a flat fold."""
+    folds = ("out in", "member out in", "layer type out in", None)
+    modes = draw(st.sampled_from(folds))
+    part = draw(added(parts(1, networks=modes == "out in")))
+    if draw(st.booleans()):
+        part = draw(st.sampled_from((Kronecker, Hadamard)))(part, draw(parts(1, networks=False)))
+    fold = PhysicalFold(modes) if modes else FlatFold(draw(counts(2, 3)), draw(st.just("weight") | counts(1, 2)))
+    projection = draw(maps) if isinstance(fold, FlatFold) else None
+    return _able(AdapterSpec(part, fold, projection, alpha=draw(alphas), rslora=draw(rslora)))
+
+
+@st.composite
+def crops(draw: st.DrawFn) -> AdapterSpec:
+    """Splits that need not divide their mode: Kronecker products and networks, alone, multiplied and added to others."""
+    inner = parts(1, networks=False)
+    products = st.builds(Kronecker, inner, inner, factor=st.sampled_from((-1, 2, 3)), crop=st.just(True))
+    products |= st.builds(Kronecker, inner, inner, inner, crop=st.just(True))
+    networks = st.builds(lambda r: miss(r).network, counts(1, 5)) | st.builds(lambda u: kradapter(u).network, counts(2, 4))
+    networks |= st.just(Network("(a b) (c d)", {"b": 3, "r": 2}, crop=True, left="a d r", right="b c r"))
+    modes = draw(st.sampled_from(("out in", "out in", "in out", "member out in")))
+    drawn = products if modes == "member out in" else products | networks
+    part = draw(drawn | st.builds(Hadamard, products) | added(drawn | inner))
+    return _able(AdapterSpec(part, PhysicalFold(modes), alpha=draw(alphas), rslora=draw(rslora)))
+
+
+# Weights of what is drawn from the language: few, as each declaration is met once and would look through all others.
+POOL = sorted(
+    (grid(*GRIDS[k % 4], shape) for k, shape in enumerate(product((1, 2, 4, 7, 12, 13), (1, 3, 6, 11, 18)))),
+    key=lambda shapes: sum(o * i for _, (o, i) in shapes),
+)
+
+
+def _able(spec: AdapterSpec) -> AdapterSpec:
+    """A declaration that fits some weights, and of whose every term one node alone can start at zero."""
+    assume(any(fits(spec, shapes) for shapes in POOL[::5]))
+    return spec
+
+
 def settings_of(maker: Callable[..., Any]) -> st.SearchStrategy[AdapterSpec]:
     """Small settings of a variant of the catalogue, by the names of its arguments; others stay at their defaults."""
     drawn: dict[str, st.SearchStrategy[Any]] = {"rank": counts(1, 3), "splits": counts(2, 3)}
     drawn |= {"size": st.sampled_from((2, 3, 4)), "count": st.sampled_from((1, 3, 6))}
     drawn |= {"seed": st.sampled_from((0, 777)), "alpha": alphas, "rslora": rslora}
-    drawn |= {"factors": counts(1, 2), "vectors": st.just(3), "length": st.just(2)}
+    drawn |= {"factors": counts(1, 2), "vectors": st.just(3), "length": st.just(2), "hybrid": counts(0, 2)}
     taken = {name: drawn[name] for name in signature(maker).parameters if name in drawn}
     return st.builds(maker, **taken)
 
@@ -176,4 +279,6 @@ WRITTEN: dict[str, st.SearchStrategy[AdapterSpec]] = {
     "tenslora": tensloras(),
 }
 PRESETS = {name: WRITTEN[name] if name in WRITTEN else settings_of(maker) for name, maker in VARIANTS.items()}
+LANGUAGE = {"sum": sums(), "crop": crops()}  # no variants, but what can be declared
+PRESETS |= LANGUAGE
 PRESETS["dora"] = st.builds(dora, st.one_of(PRESETS["lora"], PRESETS["lokr"], PRESETS["lotr"]), st.booleans())

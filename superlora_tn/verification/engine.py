@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
 from superlora_tn.declare.fold import Shape
-from superlora_tn.declare.parts import Kronecker, Network, Part, SpecError, Sum, check_count, inner_parts
+from superlora_tn.declare.parts import SpecError, check_count
+from superlora_tn.files.own import read as read_adapter
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.verification import checks, draws
 from superlora_tn.verification.cases import Case, NotApplicable
@@ -133,23 +136,23 @@ def examine(
     return Row(subject, check.claim, name, "held", trial.tried, trial.worst, required=required)
 
 
-def _is_summed(part: Part) -> bool:
-    """Whether a part holds a sum, or a split that may be cropped."""
-    cropped = isinstance(part, Kronecker | Network) and part.crop
-    return cropped or isinstance(part, Sum) or any(map(_is_summed, inner_parts(part)))
-
-
 def verify_spec(
     spec: AdapterSpec | str,
     against: Against | Sequence[Against] | None,
     examples: int,
     seed: int,
     shapes: Mapping[str, Shape] | Sequence[Shape] | None,
+    called: str = "",
 ) -> Certificate:
-    """All properties and references of a declaration, or of a preset with drawn settings."""
+    """All properties and references of a declaration, `called` so in the rows, or of a preset with drawn settings."""
     given_shapes, rows = draws.named(shapes), []
     subject, specs = _subject(spec, given_shapes)
+    subject = called or subject
     named = checks.as_list(against)
+    if subject in draws.LANGUAGE:
+        given_shapes = given_shapes or draws.POOL
+        # What is drawn at random is no method that has a name; looking for one would take most of the time.
+        named = [one for one in named if one in ("formula", "tensorly") or against is not None]
     for check in [checks.join_check(), *checks.property_checks(), *checks.life_checks(), *checks.select(named)]:
         required = against is not None and check.reference != checks.NONE and not check.whole
         fitting = draws.cases(specs.filter(partial(_applies, check)), given_shapes)
@@ -171,11 +174,6 @@ def _subject(spec: AdapterSpec | str, given_shapes: Sequence[draws.Shapes]) -> t
         return spec, preset(spec)
     if not isinstance(spec, AdapterSpec):
         raise SpecError(f"verify was given {spec!r}; give an AdapterSpec(...), or the name of a variant.")
-    if _is_summed(spec.network):
-        raise SpecError(
-            "verify's references are of one network that is not cropped, and this declaration has a Sum or crop=True; verify "
-            "its parts one by one."
-        )
     for own in given_shapes:
         spec.lay_out(dict(own))
     if not given_shapes and not draws.layouts(spec.network, spec.fold, spec.projection, spec.join):
@@ -194,8 +192,32 @@ def preset(name: str) -> st.SearchStrategy[AdapterSpec]:
         SpecError: there is no such preset.
     """
     if name not in draws.PRESETS:
-        raise SpecError(f"there is no variant '{name}' to verify; choose among {', '.join(draws.PRESETS)}.")
+        known = ", ".join(draws.PRESETS)
+        raise SpecError(
+            f"there is no variant '{name}' to verify; choose among {known}, or give the JSON file of a declaration."
+        )
     return draws.PRESETS[name]
+
+
+def declared(name: str) -> list[tuple[str, AdapterSpec | str]]:
+    """What a word of the command line names: a preset, the declaration in a JSON file, or those of a saved adapter.
+
+    Raises:
+        SpecError: none of these.
+        CheckpointError: a folder without an adapter that can be read.
+    """
+    place = Path(name)
+    if name not in draws.PRESETS and place.is_dir():
+        entries = read_adapter(place).entries
+        return [(f"{name} {k + 1}" if len(entries) > 1 else name, entry.spec) for k, entry in enumerate(entries)]
+    if name not in draws.PRESETS and place.suffix == ".json":
+        try:
+            return [(name, AdapterSpec.from_dict(json.loads(place.read_text(encoding="utf-8"))))]
+        except ValueError as error:
+            wanted = "give the JSON of a declaration's to_dict(), or the folder of a saved adapter"
+            raise SpecError(f"{name} holds no declaration: {error} To verify your own, {wanted}.") from error
+    preset(name)
+    return [(name, name)]
 
 
 def verify_reductions(examples: int, seed: int) -> Certificate:
@@ -259,13 +281,11 @@ def check_case(case: Case, claim: str, against: Against) -> float:
 
 
 def run_all(names: Sequence[str], examples: int, seed: int, say: Report) -> Certificate:
-    """Presets against every reference; with no name, all presets, the reductions and the peers' differences."""
-    chosen = list(names) or list(draws.PRESETS)
-    for name in chosen:
-        preset(name)
+    """What is named against every reference; with no name, all presets, the reductions and the peers' differences."""
+    chosen = [one for name in names for one in declared(name)] or [(name, name) for name in draws.PRESETS]
     steps: list[tuple[str, Callable[[], Certificate]]] = [
-        (name, lambda name=name: verify_spec(name, None, examples, seed, None))  # type: ignore[misc]
-        for name in chosen
+        (name, lambda spec=spec, name=name: verify_spec(spec, None, examples, seed, None, name))  # type: ignore[misc]
+        for name, spec in chosen
     ]
     if not names:
         steps += [("reductions", lambda: verify_reductions(examples, seed)), ("peers", verify_peers)]

@@ -9,7 +9,7 @@ from superlora_tn.declare.fold import FlatFold, Shape
 from superlora_tn.declare.parts import CP, Base, Dense, Frozen, Hadamard, Kronecker, Network, Part, Sum, TensorTrain
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.verification.references.mapped import stored_numbers
-from superlora_tn.verification.references.textbook import layer_and_type
+from superlora_tn.verification.references.textbook import mode_sizes
 
 
 def group_count(spec: AdapterSpec, shapes: Mapping[str, Shape]) -> int:
@@ -25,11 +25,7 @@ def group_count(spec: AdapterSpec, shapes: Mapping[str, Shape]) -> int:
         side = _side(inner, fold.order * splits) ** splits
         sides = (width, math.ceil(inner / width)) if fold.stacked else (side,) * fold.order
         return groups * part_count(spec.network, {f"m{k + 1}": s for k, s in enumerate(sides)})
-    d_out, d_in = next(iter(shapes.values()))
-    layers, types = (len({layer_and_type(n)[k] for n in shapes}) for k in (0, 1))
-    heads = fold.heads or 1
-    sizes = {"out": d_out // heads, "in": d_in, "head": heads, "layer": layers, "type": types, "member": len(shapes)}
-    return part_count(spec.network, {m: sizes[m] for m in fold.modes.split()})
+    return part_count(spec.network, mode_sizes(fold, shapes))
 
 
 def part_count(part: Part, sizes: Mapping[str, int]) -> int:
@@ -45,7 +41,8 @@ def part_count(part: Part, sizes: Mapping[str, int]) -> int:
     if isinstance(part, Hadamard | Sum):
         return sum(part_count(p, sizes) for p in part.parts if not isinstance(p, Frozen))
     if isinstance(part, Kronecker):
-        splits = {m: split(s, len(part.parts), part.factor) for m, s in sizes.items()}
+        divide = sides_of if part.crop else split
+        splits = {m: divide(s, len(part.parts), part.factor) for m, s in sizes.items()}
         return sum(part_count(p, {m: s[k] for m, s in splits.items()}) for k, p in enumerate(part.parts))
     if isinstance(part, Network):
         return _network_count(part, sizes)
@@ -67,8 +64,9 @@ def _network_count(part: Network, sizes: Mapping[str, int]) -> int:
     known = {i: s for i, s in part.sizes if not isinstance(s, str) and s != -1}
     for group, size in zip(part.mode_groups, sizes.values(), strict=True):
         free = sorted((i for i in group if i not in known), key=lambda i: (i, -1) not in part.sizes)
-        left = size // math.prod(known.get(i, 1) for i in group)
-        known |= dict(zip(free, split(left, len(free)), strict=True)) if free else {}
+        given = math.prod(known.get(i, 1) for i in group)
+        left, divide = (-(-size // given), sides_of) if part.crop else (size // given, split)
+        known |= dict(zip(free, divide(left, len(free)), strict=True)) if free else {}
     known |= {i: known[s] for i, s in part.sizes if isinstance(s, str)}
     shapes = [(node, tuple(known[i] for i in node.index_names)) for _, node in part.nodes if node.trainable]
     return sum(math.prod(shape) if node.map is None else stored_numbers(node.map, shape) for node, shape in shapes)
@@ -84,6 +82,15 @@ def split(size: int, count: int, factor: int = -1) -> tuple[int, ...]:
         found.append(max(d for d in range(1, most + 1) if left % d == 0 and d**k <= left))
         left //= found[-1]
     return (*found, left) if count == 2 else tuple(sorted((*found, left)))
+
+
+def sides_of(size: int, count: int, factor: int = -1) -> tuple[int, ...]:
+    """Sides whose product is the size or above: of each the largest whose power does not exceed what is left to cover."""
+    found, left = [], size
+    for k in range(count, 1, -1):
+        found.append(min(factor, left) if factor > 0 else max(d for d in range(1, left + 1) if d**k <= left))
+        left = -(-left // found[-1])
+    return (*found, left)
 
 
 def _side(length: int, order: int) -> int:

@@ -12,6 +12,7 @@ from superlora_tn.declare.maps import Compose, Fastfood
 from superlora_tn.verification.cases import Case, NotApplicable, Sized, as_array, ratio
 from superlora_tn.verification.references.textbook import Array, Values
 
+Places = list[tuple[str, int]]
 SMALL = 200  # largest number of elements of dW, and of trainable numbers, for which a Jacobian is built
 CLEAR = 1e3  # a singular value this many times above its bound is not zero
 
@@ -24,35 +25,35 @@ def gauge_freedom(case: Case) -> float:
         if sized.graph.is_mapped:
             raise NotApplicable  # g acts on nodes, not on what is stored of them
         before = sized.delta(sized.values)
-        for bond, places in _bonds(sized):
-            moved, positive = _insert_gauge(sized, bond, places, sized.values)
+        for size, places in _bonds(sized):
+            moved, positive = _insert_gauge(sized, size, places, sized.values)
             after = sized.delta(moved)
             bonds += 1
             for target in sized.shapes:
-                allowed = sized.allowed(target, positive, more=2 * sized.graph.size[bond])
+                allowed = sized.allowed(target, positive, more=2 * size)
                 worst = max(worst, ratio(after[target], before[target], allowed))
     if not bonds:
         raise NotApplicable
     return worst
 
 
-def _bonds(sized: Sized) -> Iterator[tuple[str, list[tuple[str, int]]]]:
-    """Inner indices with the (node, axis) places they are on, where each is an axis of its own."""
-    graph = sized.graph
-    open_ = {i for _, indices in graph.modes for i in indices}
-    for index, _ in graph.sizes:
-        if index in open_:
-            continue
-        places = [(n.name, k) for n in graph.nodes for k, axis in enumerate(n.axes) if axis == (index,)]
-        if len(places) >= 2:
-            yield index, places
+def _bonds(sized: Sized) -> Iterator[tuple[int, Places]]:
+    """The size of each inner index with the (node, axis) places it is on, where each is an axis of its own.
+
+    Nodes that share a bond stand in the same terms of a sum, so that one g serves all of these.
+    """
+    seen: list[Places] = []
+    for graph in (term.graph for term in sized.graph.networks):
+        open_ = {i for _, indices in graph.modes for i in indices}
+        for index, size in graph.sizes:
+            places = [(n.name, k) for n in graph.nodes for k, axis in enumerate(n.axes) if axis == (index,)]
+            if index not in open_ and len(places) >= 2 and places not in seen:
+                seen.append(places)
+                yield size, places
 
 
-def _insert_gauge(
-    sized: Sized, bond: str, places: list[tuple[str, int]], start: Values
-) -> tuple[dict[str, Array], dict[str, Array]]:
+def _insert_gauge(sized: Sized, size: int, places: Places, start: Values) -> tuple[dict[str, Array], dict[str, Array]]:
     """The moved values, and the same with all terms at their absolute values. g and its inverse are exact."""
-    size = sized.graph.size[bond]
     generator = np.random.default_rng(sized.case.seed + 4)
     scales = 2.0 ** generator.integers(-2, 3, size)
     g, inverse = np.diag(scales), np.diag(1 / scales)
@@ -77,25 +78,27 @@ def tangent_space(case: Case) -> float:
     eps / (sigma_r - eps) (Wedin), on both sides. Columns are scaled to norm 1 first, which keeps their span.
     A fastfood map follows the network, so that the network's tangent space is what matters; it is left out here.
     """
-    bonds, worst = 0, 0.0
-    if isinstance(case.spec.projection, Fastfood | Compose):
+    groups, worst = case.in_float64().groups(), 0.0
+    if isinstance(case.spec.projection, Fastfood | Compose) or not all(map(_is_small, groups)):
         raise NotApplicable
-    for sized in case.in_float64().groups():
-        if sized.graph.is_mapped:
-            raise NotApplicable
+    bonds = [list(_bonds(sized)) for sized in groups]
+    if not bonds[0] or any(sized.graph.is_mapped for sized in groups):
+        raise NotApplicable
+    for sized, held in zip(groups, bonds, strict=True):
         moved = dict(sized.values)
-        for bond, places in _bonds(sized):
-            moved, _ = _insert_gauge(sized, bond, places, moved)
-            bonds += 1
-        elements = sum(o * i for o, i in sized.shapes.values())
-        if not bonds or max(elements, sized.graph.num_parameters) > SMALL:
-            raise NotApplicable
+        for size, places in held:
+            moved, _ = _insert_gauge(sized, size, places, moved)
         (one, turn), (other, turned) = _span(sized, sized.values), _span(sized, moved)
         if one.shape != other.shape:
             return math.inf
         sine = np.linalg.norm(one - other @ (other.T @ one), 2) if one.size else 0.0
         worst = max(worst, ratio(np.array(sine), np.zeros(()), turn + turned))
     return worst
+
+
+def _is_small(sized: Sized) -> bool:
+    """Whether a Jacobian is built."""
+    return max(sum(o * i for o, i in sized.shapes.values()), sized.graph.num_parameters) <= SMALL
 
 
 def _span(sized: Sized, values: Values) -> tuple[Array, float]:

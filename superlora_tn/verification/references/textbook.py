@@ -76,7 +76,7 @@ def train(cores: Sequence[Array]) -> Array:
     if len(cores) == 1:
         return cores[0]
     inner = [cores[0][None], *cores[1:-1], cores[-1][..., None]]
-    result = np.empty([c.shape[1] for c in inner])
+    result = np.empty([c.shape[1] for c in inner], dtype=np.result_type(*inner))
     for place in np.ndindex(*result.shape):
         result[place] = reduce(np.matmul, [c[:, i, :] for c, i in zip(inner, place, strict=True)])[0, 0]
     return result
@@ -100,7 +100,8 @@ def tensor(
 ) -> Array:
     """The whole tensor of a part over `modes`, from its nodes' values under their documented names.
 
-    With `absolute` the weights of sums are taken without their signs.
+    A part whose sides do not divide a mode is as large as their product; what is above the mode is cut where the part is added
+    to another, or in the end (`delta`). With `absolute` the weights of sums are taken without their signs.
     """
 
     def own(name: str) -> Array:
@@ -124,7 +125,9 @@ def tensor(
     inner = [tensor(p, modes, values, formulas, f"{prefix}{mark}{k + 1}_", absolute) for k, p in enumerate(inner_parts(part))]
     if isinstance(part, Sum):
         weights = part.weights or (1.0,) * len(inner)
-        return cast(Array, sum((abs(weight) if absolute else weight) * one for weight, one in zip(weights, inner, strict=True)))
+        common = tuple(slice(min(sides)) for sides in zip(*(one.shape for one in inner), strict=True))
+        terms = [(abs(weight) if absolute else weight) * one[common] for weight, one in zip(weights, inner, strict=True)]
+        return cast(Array, sum(terms))
     if isinstance(part, Hadamard):  # (B1 A1) * (B2 A2), Hyeon-Woo et al. 2021
         return reduce(np.multiply, inner)
     return formulas.kronecker(inner) if len(inner) > 1 else inner[0]
@@ -162,7 +165,17 @@ def delta(
     if isinstance(spec.fold, FlatFold):
         return _flat(spec, spec.fold, shapes, values, formulas, scale, absolute)
     whole = scale * tensor(spec.network, spec.fold.modes.split(), values, formulas, absolute=absolute)
+    whole = whole[tuple(slice(size) for size in mode_sizes(spec.fold, shapes).values())]
     return {name: physical_weight(whole, spec.fold, name, list(shapes)) for name in shapes}
+
+
+def mode_sizes(fold: PhysicalFold, shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """The modes of a group of weights with their sizes, in the fold's order."""
+    d_out, d_in = next(iter(shapes.values()))
+    layers, types = (len({layer_and_type(n)[k] for n in shapes}) for k in (0, 1))
+    heads = fold.heads or 1
+    sizes = {"out": d_out // heads, "in": d_in, "head": heads, "layer": layers, "type": types, "member": len(shapes)}
+    return {mode: sizes[mode] for mode in fold.modes.split()}
 
 
 def scaling(spec: AdapterSpec) -> float:
@@ -223,7 +236,7 @@ def _flat(
     pieces = []
     for g, run in enumerate(runs):
         own = {name: v[g] for name, v in values.items()} if count > 1 else values
-        vector = tensor(spec.network, modes, own, formulas).reshape(-1)[:inner]
+        vector = tensor(spec.network, modes, own, formulas, absolute=absolute).reshape(-1)[:inner]
         pieces.append(scale * mapped(spec, vector, runs[0], absolute)[:run])
     whole, ends = np.concatenate(pieces), np.cumsum([o * i for o, i in shapes.values()])
     return {n: whole[end - o * i : end].reshape(o, i) for (n, (o, i)), end in zip(shapes.items(), ends, strict=True)}
