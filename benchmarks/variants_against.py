@@ -40,8 +40,6 @@ PAIRS: dict[str, tuple[sl.AdapterSpec, str, dict[str, Any]]] = {
     "oft": (sl.oft(32), "OFT", {"oft_block_size": 32, "r": 0, "use_cayley_neumann": False}),
     "hra": (sl.hra(RANK), "HRA", {"r": RANK}),
 }
-# Whose dW is a node of its own, which is built in any case: one product with W + dW in place of two.
-AT_WEIGHT = ("fourier_ft", "shira", "waveft")
 
 
 def peft_layer(name: str, options: dict[str, Any]) -> nn.Module:
@@ -62,8 +60,7 @@ def main() -> None:
         if args.only and name not in args.only.split(","):
             continue
         row: dict[str, Any] = {"variant": name}
-        own = ours(linear(WIDTH), spec, at="weight" if name in AT_WEIGHT else None)
-        layers = {"frozen": frozen(WIDTH), "ours": own, "peft": peft_layer(theirs, options)}
+        layers = {"frozen": frozen(WIDTH), "ours": ours(linear(WIDTH), spec), "peft": peft_layer(theirs, options)}
         for tokens in TOKENS:
             x = torch.randn(1, tokens, WIDTH, device=args.device, requires_grad=True)
             gradient = torch.randn(1, tokens, WIDTH, device=args.device)

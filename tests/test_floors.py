@@ -79,6 +79,7 @@ HOUSE = {
         ["merging"],
         ["tuned"],
         ["beside", "several", "kernels", "saved"],
+        ["chosen"],
         ["attach"],
     ],
     "tools": [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -122,14 +123,16 @@ def test_block_rotations_go_block_by_block() -> None:
     assert plan.flops == 2 * 2 * 32 * 16 * 2  # two products with two columns
 
 
-def test_what_is_stored_is_mapped_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", ["output", "weight"])
+def test_what_is_stored_is_mapped_once_a_pass(monkeypatch: pytest.MonkeyPatch, at: Literal["output", "weight"]) -> None:
     """Whatever number of layers and calls a pass has, and in both of them the gradients of all come together."""
     calls, plain = [], node_maps.value
     monkeypatch.setattr(node_maps, "value", lambda *arguments: calls.append(1) or plain(*arguments))
     spec = sl.AdapterSpec(sl.Network("o i", w=sl.Node("o i", map=sl.Fourier(9))), alpha=9.0)
     model = nn.ModuleList([seeded(0, lambda: nn.Linear(8, 8))])
     model.forward = lambda x: model[0](model[0](model[0](x)))
-    tuned = sl.attach(model, spec, ["0"])
+    own = model[0].weight.detach()
+    tuned = sl.attach(model, spec, ["0"], at=at)
     (stored,) = tuned.parameters()
     with torch.no_grad():
         stored.normal_()
@@ -138,7 +141,7 @@ def test_what_is_stored_is_mapped_once_a_pass(monkeypatch: pytest.MonkeyPatch) -
     assert len(calls) == 1
     found, stored.grad = stored.grad, None
     merged = stored.detach().double().requires_grad_()
-    weight = model[0].weight.double() + 9 * plain(spec.network.nodes[0][1].map, merged, (8, 8), table(sl.Fourier(9), (8, 8)))
+    weight = own.double() + 9 * plain(spec.network.nodes[0][1].map, merged, (8, 8), table(sl.Fourier(9), (8, 8)))
     y = x.double()
     for _ in range(3):
         y = nn.functional.linear(y, weight, model[0].bias.double())

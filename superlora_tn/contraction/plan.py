@@ -324,6 +324,19 @@ class RouteChoice:
         )
 
 
+def weight_price(choice: RouteChoice) -> float:
+    """Seconds of an adapter whose dW is added to the weight before x meets it, forward plus backward.
+
+    dW is built and added to W, of which a copy is written; x goes through the sum as it would through W, and the gradient of
+    dW takes one product.
+    """
+    d_out, d_in = choice.shape
+    device, elements = choice.delta.device, d_out * d_in
+    added = 3 * ITEM * elements / device.bandwidth + device.latency
+    gradient = 2 * choice.tokens * elements / device.flops + device.latency
+    return choice.delta.price + added + gradient + ITEM * (choice.tokens * (d_in + d_out) + elements) / device.bandwidth
+
+
 def choose(
     graph: Graph,
     shape: tuple[int, int],

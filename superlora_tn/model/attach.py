@@ -22,6 +22,7 @@ from superlora_tn.declare.rows import Span
 from superlora_tn.files.own import Entry
 from superlora_tn.model.beside import also_trained
 from superlora_tn.model.buffers import Snapshot
+from superlora_tn.model.chosen import placed
 from superlora_tn.model.joins import bound, enters
 from superlora_tn.model.kernels import by_kernel, closed
 from superlora_tn.model.kinds import Held
@@ -99,7 +100,7 @@ def attach(
         dtype: of the adapter's parameters, whatever the model's.
         at: ``"weight"`` adapts weights where they are read: reading ``layer.weight`` gives W + dW, which is right for any
             module, and builds dW for each call. ``"output"`` adds to the layers' outputs. None takes the output of layers
-            that run as their type says, and the weight of others.
+            that run as their type says, and the weight of others and where a dW that is built anyway is cheaper there.
         route: force "apply" or "delta"; None takes the cheaper one, call by call.
         backend: the backend's name.
         optimize: "dp" or any opt_einsum optimizer.
@@ -164,7 +165,9 @@ def _attach(model: nn.Module, request: _Request) -> Tuned:
     """Everything that can fail comes before the first change of the model."""
     _check_name(model, request.name)
     known = places(model, request.rows)
-    entries = [(spec, [bound(spec.join, n, known[n], request.at) for n in names]) for spec, names in request.entries]
+    named = [(spec, [bound(spec.join, n, known[n], request.at) for n in names]) for spec, names in request.entries]
+    where = (known, request.at, request.dtype, request.settings)
+    entries = [(spec, placed(spec, targets, *where)) for spec, targets in named]
     for spec, targets in entries:
         _check_targets(spec, targets, request.name)
         _check_dtype(spec, targets, request.dtype)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from torch import nn
 
-from superlora_tn.contraction.plan import choose, crop_price, padded_shape, table
+from superlora_tn.contraction.plan import choose, crop_price, padded_shape, table, weight_price
 from superlora_tn.declare.fold import FlatGroup, PhysicalFold, split_name
 from superlora_tn.files.record import Entry, names_of
 from superlora_tn.network.spec import AdapterSpec
@@ -16,12 +16,17 @@ from superlora_tn.update.base import Adapter
 TOKENS = 1024
 
 
-def summary(adapters: Sequence[Adapter]) -> list[str]:
-    """Rows of a table: groups, weights, modes, ranks, parameters, route and price; equal groups share a row."""
+def summary(adapters: Sequence[Adapter], held: Collection[str] = ()) -> list[str]:
+    """Rows of a table: groups, weights, modes, ranks, parameters, route and price; equal groups share a row.
+
+    Args:
+        adapters: of a handle.
+        held: names of weights that are adapted where they are read, whose dW is added to them: the route "weight".
+    """
     rows = [("groups", "weights", "modes", "ranks", "parameters", "route", f"price of one at {TOKENS} tokens")]
     alike: dict[tuple[str, ...], list[Adapter]] = {}
     for adapter in adapters:
-        alike.setdefault(_describe(adapter), []).append(adapter)
+        alike.setdefault(_describe(adapter, held), []).append(adapter)
     for (kinds, modes, ranks, route, price), group in alike.items():
         members = sum(len(a.group.members) for a in group)
         parameters = sum(a.num_parameters for a in group)
@@ -40,7 +45,7 @@ def as_given(entries: Sequence[Entry]) -> AdapterSpec | None:
     return open_.pop() if len(open_) == 1 else None
 
 
-def _describe(adapter: Adapter) -> tuple[str, str, str, str, str]:
+def _describe(adapter: Adapter, held: Collection[str]) -> tuple[str, str, str, str, str]:
     """A group in words: kinds of weights, modes, ranks, route and price. Equal groups share a row."""
     kinds = list(dict.fromkeys(split_name(n)[1] for n in adapter.group.members))
     networks = [term.graph for term in adapter.graph.networks]
@@ -50,17 +55,21 @@ def _describe(adapter: Adapter) -> tuple[str, str, str, str, str]:
     terms, rest = adapter.graph.networks, (TOKENS, adapter.profile)
     shapes = [padded_shape(term) if term.crops else (shape[0], shape[1]) for term in terms]
     choices = [choose(t.graph, own, *rest, adapter.settings.optimize) for t, own in zip(terms, shapes, strict=True)]
-    routes = [adapter.settings.route or choice.route for choice in choices]
-    price = sum(
-        choice.apply.price if route == "apply" and choice.apply else choice.delta_price
-        for choice, route in zip(choices, routes, strict=True)
-    ) + sum(crop_price(term, (shape[0], shape[1]), *rest) for term in terms)
+    if held and all(name in held for name in adapter.group.members):
+        routes, prices = ["weight"], [weight_price(choice) for choice in choices]
+    else:
+        routes = [adapter.settings.route or choice.route for choice in choices]
+        prices = [
+            choice.apply.price if route == "apply" and choice.apply else choice.delta_price
+            for choice, route in zip(choices, routes, strict=True)
+        ]
+        prices += [crop_price(term, (shape[0], shape[1]), *rest) for term in terms]
     return (
         f"{', '.join(kinds[:2])}{', ...' if len(kinds) > 2 else ''}",
         " ".join(f"{mode.name}={mode.size}" for mode, _ in adapter.graph.modes),
         ranks or "-",
         " + ".join(dict.fromkeys(routes)),
-        f"{price * 1e3:.2f} ms",
+        f"{sum(prices) * 1e3:.2f} ms",
     )
 
 

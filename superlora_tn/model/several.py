@@ -100,7 +100,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             raise AttachError(f"the adapter '{name}' is merged, so all rows meet it; unmerge() it first.")
         if name in names and handle.held:
             raise AttachError(
-                f"the adapter '{name}' is where the weight of '{handle.held[0]}' is read, which is one for all rows."
+                f"the adapter '{name}' is where the weight of '{handle.held[0]}' is read, which is one for all rows; attach or "
+                "load it with at='output'."
             )
     before = {name: handle._passes.rows for name, handle in known.items()}
     try:

@@ -394,6 +394,6 @@ class Tuned(Placed):
         scales = ", ".join(f"{scale:g}" for scale in dict.fromkeys(entry.spec.scale for entry in self.entries))
         head = f"{len(self._targets)} weights, {self.num_parameters:,} trainable parameters{share}, scale {scales}"
         state = "merged" if self.merged else "detached" if self._model is None else "attached"
-        return "\n".join([f"{head}, {state}", *summary(list(self._adapters())), *notes(self.entries, self.held)])
+        return "\n".join([f"{head}, {state}", *summary(list(self._adapters()), self.held), *notes(self.entries, self.held)])
 
     __repr__ = __str__
