@@ -48,6 +48,7 @@ OTHERS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "lonkr": ({}, {"splits": 2}),
     "tt_lora": ({}, {"splits": 2}),
     "goft": ({}, {"factors": 2}),
+    "quan_ta": ({"splits": 4}, {"splits": (2, 2, 16)}),
 }
 Shapes = dict[str, tuple[int, int]]
 Data = dict[str, Any]

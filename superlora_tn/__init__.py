@@ -97,6 +97,7 @@ from superlora_tn.network.relatives import (
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.network.variants import dense, loha, lokr, lonkr, lora, lorta, lotr, superlora, vera
 from superlora_tn.tools import geometry
+from superlora_tn.tools.allocate import RankAllocator
 from superlora_tn.tools.combine import Combined, combine
 from superlora_tn.tools.decompose import Decomposition, FitError, decompose
 from superlora_tn.tools.extract import Extracted, convert, extract
@@ -146,6 +147,7 @@ __all__ = [
     "PhysicalFold",
     "PlanError",
     "Probe",
+    "RankAllocator",
     "Rows",
     "Same",
     "Selected",

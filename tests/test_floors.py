@@ -90,7 +90,7 @@ HOUSE = {
         ["fitting"],
         ["decompose"],
         ["convert", "origins"],
-        ["combine", "extract", "probe", "shapes", "suggest"],
+        ["allocate", "combine", "extract", "probe", "shapes", "suggest"],
     ],
 }
 ROOMS = [(folder, room) for folder, storeys in HOUSE.items() for rooms in storeys for room in rooms]

@@ -37,8 +37,8 @@ def based(indices: str, what: str) -> Node:
 
 
 def adalora(rank: int, alpha: float | None = None, dropout: float = 0.0) -> AdapterSpec:
-    """AdaLoRA's form: ``dW[o i] = P[o r] lam[r] Q[r i]``, lam zero (Zhang et al. 2023; PEFT's AdaLoRA, whose pruning of
-    ranks is training, not a network). Count: r (out + in + 1) a weight.
+    """AdaLoRA's form: ``dW[o i] = P[o r] lam[r] Q[r i]``, lam zero (Zhang et al. 2023; PEFT's AdaLoRA), whose
+    ranks a `RankAllocator` prunes while it trains. Count: r (out + in + 1) a weight.
     """
     return AdapterSpec(Network("o i", {"r": rank}, P="o r", lam=Node("r", init="zeros"), Q="r i"), alpha=alpha, dropout=dropout)
 
