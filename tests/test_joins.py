@@ -38,6 +38,8 @@ JOINS: dict[str, Join] = {
     "right": sl.Multiply("right"),
     "left, alone": sl.Multiply("left", residual=False),
     "right, alone": sl.Multiply("right", residual=False),
+    "left, scaled": sl.Multiply("left", scaled=True),
+    "right, scaled": sl.Multiply("right", residual=False, scaled=True),
 }
 Array = np.ndarray
 
@@ -71,12 +73,13 @@ def dense(join: Join, weight: Array, network: Array, magnitude: Array | None) ->
         assert magnitude is not None
         return magnitude[:, None] * whole / np.sqrt((whole**2).sum(1))[:, None]
     turn = network + np.eye(len(network)) if join.residual else network
-    return turn @ weight if join.side == "left" else weight @ turn
+    whole = turn @ weight if join.side == "left" else weight @ turn
+    return whole if magnitude is None else magnitude[:, None] * whole
 
 
 def formula(tuned: sl.Tuned, join: Join, name: str, weight: Tensor) -> Array:
     member = tuned._members[name]
-    magnitude = member.magnitude().detach().numpy() if isinstance(join, sl.Magnitude) else None
+    magnitude = member.magnitude().detach().numpy() if join.has_rows else None
     return dense(join, weight.detach().numpy(), member.delta().detach().numpy(), magnitude)
 
 
@@ -104,7 +107,7 @@ def test_outputs_merged_weights_and_read_weights_follow_the_formula(name: str, j
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("join", ["magnitude", "differentiated", "left", "right"])
+@pytest.mark.parametrize("join", ["magnitude", "differentiated", "left", "right", "left, scaled"])
 @pytest.mark.parametrize("at", [None, "weight"])
 def test_the_start_is_the_base_bit_for_bit(join: str, at: Any) -> None:
     for spec in SPECS.values():
@@ -133,8 +136,10 @@ def test_gradients_are_those_of_the_dense_formula(join: str, at: Any) -> None:
             norm = whole.square().sum(1).sqrt() if held is None else held
             changed = values[id(tuned.adapters[0].magnitude)][:, None] * whole / norm[:, None]
         else:
-            turn = network + torch.eye(len(network), dtype=network.dtype) * ("alone" not in join)
+            turn = network + torch.eye(len(network), dtype=network.dtype) * JOINS[join].residual
             changed = turn @ weight if "left" in join else weight @ turn
+            if "scaled" in join:
+                changed = values[id(tuned.adapters[0].magnitude)][:, None] * changed
         return torch.tanh(x @ changed.T + model[0].bias) @ model[2].weight.T
 
     loss = torch.randn(4, IN, dtype=torch.float64)
@@ -410,6 +415,9 @@ def test_a_compiled_model_computes_the_same_and_a_strength_of_none_is_the_base(j
     torch.testing.assert_close(compiled(x), y, rtol=1e-10, atol=1e-12)
     if isinstance(JOINS[join], sl.Multiply):
         tuned.strength = 0
+        with torch.no_grad():  # it scales the network, and no magnitudes
+            for adapter in tuned.adapters if "scaled" in join else ():
+                adapter.magnitude.fill_(1)
         torch.testing.assert_close(model(x), base, rtol=1e-12, atol=1e-13)
 
 
@@ -522,3 +530,15 @@ def test_verify_proves_the_join_and_notices_a_wrong_one(join: str, monkeypatch: 
     certificate = sl.verify(spec, against="-", examples=4)
     assert not certificate
     assert certificate.failures[0].claim == "W' = the join's formula"
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("join", ["left", "right", "right, alone", "left, scaled", "right, scaled"])
+def test_sequences_of_several_lengths_are_multiplied_one_by_one(join: str, layout: torch.layout) -> None:
+    model = layers()[:1]  # 10 inputs, 12 outputs
+    moved(attached(model, declared(SPECS["lora"], JOINS[join]), ["0"]))
+    pieces = [torch.randn(n, IN, dtype=torch.float64) for n in (2, 5)]
+    together = model(torch.nested.nested_tensor(pieces, layout=layout))
+    for found, x in zip(together.unbind(), pieces, strict=True):
+        torch.testing.assert_close(found, model(x), rtol=1e-11, atol=1e-12)  # float64, by the built change

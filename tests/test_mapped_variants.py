@@ -51,22 +51,29 @@ def compare(ours: nn.Module, theirs: nn.Module, back: Callable[[], list[tuple[Te
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-def test_one_factor_of_a_butterfly_is_pefts_boft(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_one_factor_of_a_butterfly_is_pefts_boft(monkeypatch: pytest.MonkeyPatch, scaled: bool) -> None:
     library("peft")
     monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)  # it would try to build an extension
     config = library("peft").BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=1, target_modules=["0"])
-    ours, tuned, theirs = pair(sl.boft(4, 1), config)
-    (own,), other = tuned.parameters(), trained(theirs)["boft_R"]
+    ours, tuned, theirs = pair(sl.boft(4, 1, scaled), config)
+    (own, *scales), other, scale = tuned.parameters(), trained(theirs)["boft_R"], trained(theirs)["boft_s"]
+    assert len(scales) == scaled
+    assert sl.boft(4, 1, scaled).count([(OUT, IN)]) == own.numel() + OUT * scaled
     above = torch.triu_indices(4, 4, 1)
     with torch.no_grad():
         own.copy_(torch.randn(own.shape) / 3)
         skew = torch.zeros_like(other)
         skew[0, :, above[0], above[1]] = own
         other.copy_(skew - skew.mT)
+        for s in scales:
+            assert torch.equal(s, torch.ones(OUT))
+            s.copy_(torch.rand(OUT) + 0.5)
+            scale.copy_(s[:, None])
 
     def back() -> list[tuple[Tensor, Tensor]]:
         grad = other.grad[0] - other.grad[0].mT
-        return [(own.grad, grad[:, above[0], above[1]])]
+        return [(own.grad, grad[:, above[0], above[1]]), *((s.grad, scale.grad[:, 0]) for s in scales)]
 
     compare(ours, theirs, back)
 
@@ -232,6 +239,7 @@ def test_givens_layers_are_a_butterfly_of_pairs() -> None:
 
 NAMED = {
     "boft": sl.boft(2, 2),
+    "boft, scaled": sl.boft(2, 2, scaled=True),
     "goft": sl.goft(3),
     "psoft": sl.psoft(3),
     "delora": sl.delora(2),

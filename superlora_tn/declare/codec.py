@@ -8,7 +8,7 @@ from typing import Any
 
 from superlora_tn.declare.bounds import MAX_DEPTH
 from superlora_tn.declare.fold import FlatFold, PhysicalFold
-from superlora_tn.declare.joins import JOINS
+from superlora_tn.declare.joins import JOINS, Multiply
 from superlora_tn.declare.maps import PROJECTIONS, Compose
 from superlora_tn.declare.node_maps import NODE_MAPS
 from superlora_tn.declare.parts import PARTS, Frozen, Hadamard, Kronecker, Network, Node, SpecError, Sum, shown
@@ -23,6 +23,7 @@ LATER = {
     "Node": frozenset({"map"}),
     "Kronecker": frozenset({"crop"}),
     "Network": frozenset({"crop"}),
+    "Multiply": frozenset({"scaled"}),
     "Householder": frozenset({"less_one"}),
     "Cayley": frozenset({"less_one", "scaled"}),
     "Softmax": frozenset({"top"}),
@@ -40,6 +41,8 @@ def encode(value: Any) -> Any:
             del fields["map"]
         if isinstance(value, Kronecker | Network) and not value.crop:
             del fields["crop"]
+        if isinstance(value, Multiply) and not value.scaled:
+            del fields["scaled"]
         return {"kind": type(value).__name__, **fields}
     if isinstance(value, tuple):
         return [encode(v) for v in value]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 
@@ -13,20 +13,8 @@ from superlora_tn.declare.divisors import largest_divisor, root
 from superlora_tn.declare.parts import SpecError, check_count, check_flag, shown
 
 Shape = tuple[int, int]
-ROLES = {
-    "out": "out",
-    "head": "out",
-    "in": "in",
-    "kernel": "in",
-    "kd": "in",
-    "kh": "in",
-    "kw": "in",
-    "layer": "member",
-    "type": "member",
-    "expert": "member",
-    "member": "member",
-}
-
+ROLES = dict.fromkeys(("out", "head"), "out") | dict.fromkeys(("in", "kernel", "kd", "kh", "kw"), "in")
+ROLES |= dict.fromkeys(("layer", "type", "expert", "member"), "member")
 KERNEL = ("kernel", "kd", "kh", "kw")
 
 
@@ -54,11 +42,17 @@ class PhysicalGroup:
         modes: the modes, in the fold's order.
         shape: (out, in) of each member.
         members: target name -> the positions of its member modes, in their order.
+        rows: target name -> how many rows its weight has, where that is not `shape`'s (a network that multiplies).
     """
 
     modes: tuple[Mode, ...]
     shape: Shape
     members: Mapping[str, tuple[int, ...]]
+    rows: Mapping[str, int] = field(default_factory=dict)
+
+    def rows_of(self, name: str) -> int:
+        """How many rows (outputs) a member's weight has."""
+        return self.rows.get(name, self.shape[0])
 
 
 @dataclass(frozen=True)
@@ -72,6 +66,7 @@ class FlatGroup:
         length: elements of the longest group, ceil(total / groups).
         inner: elements a group's network has to give, ceil(ratio * total / groups).
         members: target name -> (offset in the vector, out, in).
+        rows: target name -> how many rows its weight has, where that is not `out` (a network that multiplies).
     """
 
     modes: tuple[Mode, ...]
@@ -80,6 +75,11 @@ class FlatGroup:
     length: int
     inner: int
     members: Mapping[str, tuple[int, int, int]]
+    rows: Mapping[str, int] = field(default_factory=dict)
+
+    def rows_of(self, name: str) -> int:
+        """How many rows (outputs) a member's weight has."""
+        return self.rows.get(name, self.members[name][1])
 
     def start(self, group: int) -> int:
         """Where `group` starts in the vector; ``start(groups)`` is `total`."""

@@ -23,6 +23,11 @@ class Magnitude:
 
     detached: bool = True
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether a number trains for each row of W: always."""
+        return True
+
     def __post_init__(self) -> None:
         check_flag("Magnitude", "detached", self.detached)
 
@@ -39,18 +44,26 @@ class Multiply:
     Args:
         side: ``"left"`` or ``"right"``.
         residual: R is 1 + N; False takes N itself, which then has to start at the identity (rotations, say), without alpha.
+        scaled: the rows (outputs) of W' are multiplied by trained numbers, ones at first: ``W' = s R W`` or ``s W R`` (BOFT).
 
     Raises:
-        SpecError: another side, or `residual` is not True or False.
+        SpecError: another side, or `residual` or `scaled` is not True or False.
     """
 
     side: Literal["left", "right"]
     residual: bool = True
+    scaled: bool = False
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether a number trains for each row of W."""
+        return self.scaled
 
     def __post_init__(self) -> None:
         if self.side not in ("left", "right"):
             raise SpecError(f"Multiply was given side={shown(self.side)}; choose 'left' (W' = R W) or 'right' (W' = W R).")
         check_flag("Multiply", "residual", self.residual)
+        check_flag("Multiply", "scaled", self.scaled)
 
     def sides(self, shape: tuple[int, int]) -> tuple[int, int]:
         """The shape of R for a weight (out, in)."""
@@ -59,7 +72,8 @@ class Multiply:
 
     def __str__(self) -> str:
         factor = "1 + N" if self.residual else "N"
-        return f"W' = ({factor}) W" if self.side == "left" else f"W' = W ({factor})"
+        scales = "s " if self.scaled else ""
+        return f"W' = {scales}({factor}) W" if self.side == "left" else f"W' = {scales}W ({factor})"
 
 
 Join = Magnitude | Multiply

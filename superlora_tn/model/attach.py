@@ -17,7 +17,6 @@ from torch import nn
 from superlora_tn.contraction.backend import DEFAULT
 from superlora_tn.contraction.plan import Route
 from superlora_tn.contraction.search import Optimizer
-from superlora_tn.declare.joins import Magnitude
 from superlora_tn.declare.rows import Span
 from superlora_tn.files.own import Entry
 from superlora_tn.model.beside import also_trained
@@ -222,7 +221,7 @@ def _check_targets(spec: AdapterSpec, targets: Sequence[Target], name: str) -> N
 
 def _check_dtype(spec: AdapterSpec, targets: Sequence[Target], dtype: torch.dtype) -> None:
     """Raise for a complex adapter on a real weight, which would lose imaginary parts, or with magnitudes, which are real."""
-    if dtype.is_complex and isinstance(spec.join, Magnitude):
+    if dtype.is_complex and spec.join is not None and spec.join.has_rows:
         raise AttachError(f"dtype={dtype} is complex, and magnitudes (DoRA) are real; give a real dtype.")
     for target in targets if dtype.is_complex else ():
         own = (target.kind.owners(target.layer) or {}).values()

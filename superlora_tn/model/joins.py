@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from superlora_tn.model.tables import Table, TableRows
 from superlora_tn.model.targets import AttachError, Place, Target, bind
 from superlora_tn.update.base import Member
 from superlora_tn.update.eager import is_eager
-from superlora_tn.update.joined import Norms, factors, unkept
+from superlora_tn.update.joined import Norms, factors, multiplied, unkept
 from superlora_tn.update.joined import joined as weight_of
 
 
@@ -94,6 +94,30 @@ class FromRight:
         return joined(y, functional.linear(change, kind.read(layer).to(y.dtype)), kind.span, False)
 
 
+class Rescaled:
+    """``s (y - b) + b`` for the output y of what multiplies, s one number for each row of W."""
+
+    def __init__(self, kind: Kind, plain: Any) -> None:
+        self.kind, self.plain = kind, plain
+
+    def __call__(self, layer: Any, member: Member, x: Any, y: Tensor, base: Tensor | None) -> Tensor:
+        """See `Kind.join`."""
+        kind = self.kind
+        own = cast(Tensor, self.plain(layer, member, x, y, base))
+        scale, bias = kind.spread(layer, member.magnitude(), x), kind.bias(layer)
+        if own.is_nested:
+            built = isinstance(kind, RowsOf) or isinstance(self.plain, FromLeft)  # by a change that is scaled already
+            return own if built else _scaled(own, scale, bias)
+        found = own * scale if bias is None else torch.addcmul(bias * (1 - scale), own, scale)
+        return found.to(own.dtype)
+
+
+def _scaled(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The same of sequences of several lengths."""
+    rest = None if bias is None else (bias * (1 - scale)).to(y.dtype)
+    return functional.linear(y, scale.diag().to(y.dtype), rest)
+
+
 def joiner(kind: Kind, member: Member) -> Any:
     """What gives a layer's output with the update, called as `Kind.join`."""
     join = member.adapter.spec.join
@@ -101,7 +125,8 @@ def joiner(kind: Kind, member: Member) -> Any:
         return kind.join
     if isinstance(join, Magnitude):
         return Scaled(kind)
-    return FromLeft(kind) if join.side == "left" else FromRight(kind)
+    plain = FromLeft(kind) if join.side == "left" else FromRight(kind)
+    return Rescaled(kind, plain) if join.scaled else plain
 
 
 def enters(kind: Kind, member: Member) -> bool:
@@ -137,8 +162,11 @@ def bound(join: Join | None, name: str, place: Place, at: str | None = None) -> 
 def _turned(member: Member, x: Tensor, training: bool, y: Tensor) -> Tensor:
     """``y + (R - 1) x`` for x (..., side): R x where y is x."""
     if x.is_nested:
-        one = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        return y + functional.linear(member.drop(x, training), (weight_of(member, one, member.current()) - one).to(x.dtype))
+        join, network = member.adapter.spec.join, member.current()
+        assert isinstance(join, Multiply)
+        one = torch.eye(member.shape[0], dtype=network.dtype, device=network.device)
+        change = multiplied(member, join, one, network) - one
+        return y + functional.linear(member.drop(x, training), change.to(x.dtype))
     away = unkept(member)
     if away == 1 and y is x:
         return member.update(x, None, None, training)
@@ -160,14 +188,17 @@ def _nested(kind: Linear | RowsOf, layer: Any, member: Member, x: Tensor, y: Ten
 
 
 def _whole(kind: Kind, layer: Any, member: Member) -> Tensor:
-    """W (out, in) as it is now; its rows' norms need all of it."""
+    """W (out, in) as it is now; its rows' norms, and the products with it, need all of it."""
+    join = member.adapter.spec.join
     try:
         weight = kind.read(layer).detach()
     except LayerError as error:
         raise LayerError(f"magnitudes (DoRA) on '{member.name}' need the norms of the weight's rows: {error}") from error
-    if tuple(weight.shape) != member.shape or type(weight).__name__ == "DTensor":
+    shape = tuple(weight.shape)
+    found = join.sides(shape) if isinstance(join, Multiply) and len(shape) == 2 else shape
+    if found != member.shape or type(weight).__name__ == "DTensor":
         raise LayerError(
-            f"magnitudes (DoRA) on '{member.name}' need the whole weight {member.shape}, and it is sharded now: "
+            f"the join of '{member.name}' (magnitudes, products) needs the whole weight, and it is sharded now: "
             f"{tuple(weight.shape)}. Add dW there (join=None), or leave it out."
         )
     return weight

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from superlora_tn.declare.joins import Multiply
 from superlora_tn.declare.node_maps import (
     Cayley,
@@ -75,12 +77,18 @@ def hra(rank: int = 8, dropout: float = 0.0) -> AdapterSpec:
     return AdapterSpec(Network("o i", H=reflections), dropout=dropout, join=Multiply("right", residual=even))
 
 
-def boft(size: int = 4, factors: int = 2, dropout: float = 0.0) -> AdapterSpec:
+def boft(size: int = 4, factors: int = 2, scaled: bool = False, dropout: float = 0.0) -> AdapterSpec:
     """BOFT: ``W' = W R_1 .. R_m``, a butterfly of block rotations (Liu et al. 2023, arXiv 2311.06243).
 
     An input's number is written to the base `size` (its last m digits); factor k rotates along digit k, for each value of the
-    others, by a rotation of its own. One factor is OFT, and PEFT's BOFT without its scales; two mix each input with size^2, as
-    Group-and-Shuffle does (Gorbunov et al. 2024). Count: m in (size - 1) / 2 a weight; size^m divides in.
+    others, by a rotation of its own. One factor is OFT; two mix each input with size^2, as Group-and-Shuffle does (Gorbunov et
+    al. 2024). Count: m in (size - 1) / 2 a weight, and out where scaled; size^m divides in.
+
+    Args:
+        size: of a rotation.
+        factors: m.
+        scaled: each output has a trained scale, one at first, as in PEFT's BOFT (which has one factor without a GPU).
+        dropout: of the input of what is rotated.
     """
     check_count("boft", "size", size, 1 << 20)
     check_count("boft", "factors", factors, 16)
@@ -92,7 +100,7 @@ def boft(size: int = 4, factors: int = 2, dropout: float = 0.0) -> AdapterSpec:
         nodes[f"R{k + 1}"] = Node(f"b {digits} i{k} o{k}", map=Cayley())
     out, inward = (" ".join(f"{side}{j}" for j in reversed(range(factors))) for side in "oi")
     sizes = {f"{side}{j}": size for side in "oi" for j in range(factors)}
-    return AdapterSpec(Network(f"(b {out}) (c {inward})", sizes, **nodes), dropout=dropout, join=TURNED)
+    return AdapterSpec(Network(f"(b {out}) (c {inward})", sizes, **nodes), dropout=dropout, join=replace(TURNED, scaled=scaled))
 
 
 def goft(factors: int = 3, dropout: float = 0.0) -> AdapterSpec:
@@ -101,7 +109,7 @@ def goft(factors: int = 3, dropout: float = 0.0) -> AdapterSpec:
     Layer k rotates inputs whose numbers differ in bit k; with all bits of `in` every input meets every other. Count: m in / 2 a
     weight; 2^m divides in.
     """
-    return boft(2, factors, dropout)
+    return boft(2, factors, dropout=dropout)
 
 
 def psoft(rank: int = 32, dropout: float = 0.0) -> AdapterSpec:

@@ -19,7 +19,7 @@ from superlora_tn.declare.bounds import (
 )
 from superlora_tn.declare.codec import decode, encode
 from superlora_tn.declare.fold import FlatFold, FlatGroup, Fold, Group, Mode, PhysicalFold, Shape
-from superlora_tn.declare.joins import JOINS, Join, Magnitude, Multiply
+from superlora_tn.declare.joins import JOINS, Join, Multiply
 from superlora_tn.declare.maps import PROJECTIONS, Projection
 from superlora_tn.declare.parts import (
     BASED,
@@ -128,9 +128,12 @@ class AdapterSpec:
                     f"target '{name:.80}' has the shape {shown(shape)}; a weight is (out, in), whole numbers of at least 1."
                 )
         elements = sum(d_out * d_in for d_out, d_in in shapes.values())
+        given, ratio = shapes, self.projection.ratio if self.projection else 1.0
         if isinstance(self.join, Multiply):
             shapes = {name: self.join.sides(shape) for name, shape in shapes.items()}
-        groups = self.fold.lay_out(shapes, self.projection.ratio if self.projection else 1.0)
+        groups: Sequence[Group] = self.fold.lay_out(shapes, ratio)
+        if given is not shapes:
+            groups = [replace(group, rows={name: given[name][0] for name in group.members}) for group in groups]
         alike = {group.modes: group for group in groups}
         _check_modes(list(alike))
         self._check_tables(groups, elements)
@@ -166,12 +169,8 @@ class AdapterSpec:
             )
 
     def magnitudes(self, group: Group) -> int:
-        """How many magnitudes train beside the nodes of a group: one for each row of its weights, with `Magnitude`."""
-        if not isinstance(self.join, Magnitude):
-            return 0
-        if isinstance(group, FlatGroup):
-            return sum(d_out for _, d_out, _ in group.members.values())
-        return len(group.members) * group.shape[0]
+        """How many numbers train beside the nodes of a group: one for each row of its weights, where the join has such."""
+        return sum(map(group.rows_of, group.members)) if self.join is not None and self.join.has_rows else 0
 
     def _check_tables(self, groups: Sequence[Group], elements: int) -> None:
         """Refuse fixed maps whose tables are far longer than the weights."""

@@ -30,6 +30,12 @@ def joined(member: Member, weight: Tensor, network: Tensor) -> Tensor:
         with torch.no_grad() if join.detached else nullcontext():
             norms = row_norms(whole)
         return whole * _factors(member, norms)[:, None].to(wide)
+    whole = multiplied(member, join, weight, network)
+    return whole * member.magnitude()[:, None].to(wide) if join.scaled else whole
+
+
+def multiplied(member: Member, join: Multiply, weight: Tensor, network: Tensor) -> Tensor:
+    """R W or W R."""
     product = network @ weight if join.side == "left" else weight @ network
     away = unkept(member)
     return weight + product if away == 0 else product if away == 1 else weight * (1 - away) + product

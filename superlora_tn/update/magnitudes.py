@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from superlora_tn.declare.fold import FlatGroup, Group
+from superlora_tn.declare.fold import Group
 from superlora_tn.declare.joins import Magnitude
 from superlora_tn.declare.parts import SpecError
 from superlora_tn.network.spec import AdapterSpec
@@ -14,7 +14,7 @@ from superlora_tn.update.placed import Placed
 
 
 class Magnitudes(Placed):
-    """The parameter ``magnitude`` where the declaration's join is `Magnitude`: one number a row, one weight behind the other.
+    """The parameter ``magnitude`` where the declaration's join has numbers for rows: one a row, one weight behind the other.
 
     Attributes:
         spec, group: of the adapter.
@@ -27,10 +27,10 @@ class Magnitudes(Placed):
         """Make the parameter; its values are W's, see `_measure`."""
         if count := self.spec.magnitudes(self.group):
             self.register_parameter("magnitude", nn.Parameter(torch.ones(count, dtype=dtype, device=device)))
-        group, first = self.group, 0
+        first = 0
         self._rows: dict[str, slice] = {}
-        for name, place in group.members.items():
-            last = first + (place[1] if isinstance(group, FlatGroup) else group.shape[0])
+        for name in self.group.members:
+            last = first + self.group.rows_of(name)
             self._rows[name], first = slice(first, last), last
 
     def magnitude_of(self, name: str) -> Tensor:
@@ -39,12 +39,14 @@ class Magnitudes(Placed):
 
     def beside(self) -> list[Tensor]:
         """The magnitudes of all weights, where there are any."""
-        return [self._viewed("magnitude")] if isinstance(self.spec.join, Magnitude) else []
+        return [self._viewed("magnitude")] if self.spec.join is not None and self.spec.join.has_rows else []
 
     def _measure(self, read: Read) -> None:
-        """Write the norms of W's rows into the magnitudes."""
+        """Write the norms of W's rows into the magnitudes, and ones where they scale what is multiplied."""
+        normed = isinstance(self.spec.join, Magnitude)
         for name in self._rows if self.beside() else ():
-            self.magnitude_of(name).copy_(row_norms(read(name)))
+            own = self.magnitude_of(name)
+            own.copy_(row_norms(read(name)) if normed else torch.ones_like(own))
 
     def _viewed(self, name: str) -> Tensor:
         """A parameter or buffer, also where FSDP1 has put a view of its flat parameter in its place, as it does in backward."""

@@ -57,7 +57,7 @@ def joins(case: Case) -> float:
 
 def _magnitudes(case: Case, adapter: Adapter, target: str) -> Array | None:
     """Drawn magnitudes of a weight's rows, written into the adapter, exact in the case's dtype."""
-    if not isinstance(case.spec.join, Magnitude):
+    if case.spec.join is None or not case.spec.join.has_rows:
         return None
     own = adapter.members[target].magnitude()
     drawn = np.random.default_rng(case.seed + 7).uniform(0.5, 2.0, own.shape).astype(case.dtype)
@@ -79,6 +79,7 @@ def _formula(
         factor = scales / np.sqrt(square)
         return factor[:, None] * whole, off * factor[:, None] * terms * (1 + (terms**2).sum(1) / square)[:, None]
     turn, terms = (matrix, size) if not join.residual else (np.eye(len(matrix)) + matrix, np.eye(len(matrix)) + size)
+    factor = np.ones(len(weight)) if scales is None else scales
     if join.side == "left":
-        return turn @ weight, 2 * off * (terms @ np.abs(weight))
-    return weight @ turn, 2 * off * (np.abs(weight) @ terms)
+        return factor[:, None] * (turn @ weight), 2 * off * factor[:, None] * (terms @ np.abs(weight))
+    return factor[:, None] * (weight @ turn), 2 * off * factor[:, None] * (np.abs(weight) @ terms)
