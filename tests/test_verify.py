@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import superlora_tn as sl
 from superlora_tn.declare.parts import SpecError
+from superlora_tn.model import joins as model_joins
 from superlora_tn.network.catalogue import VARIANTS
 from superlora_tn.update import base, based, node_maps
 from superlora_tn.update.physical import PhysicalAdapter
@@ -125,6 +126,19 @@ def test_a_count_or_a_start_that_is_off_is_noticed(monkeypatch: pytest.MonkeyPat
     first = base.first_values
     monkeypatch.setattr(base, "first_values", lambda *a: [value + 1e-3 for value in first(*a)])
     assert ("W' = W at the start", "-") in failing(verify(sl.dora(sl.lora(1)), "-", 2, shapes=[(6, 8)]))
+
+
+def test_scales_of_the_outputs_hold_and_one_that_is_off_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for spec in (sl.boft(2, 1, scaled=True), sl.AdapterSpec(sl.CP(1), join=sl.Multiply("left", scaled=True))):
+        certificate = verify(spec, "formula", examples=2)
+        assert certificate, str(certificate)
+        assert ("W' = the join's formula", "formula") in {
+            (r.claim, r.reference) for r in certificate.rows if r.status == "held"
+        }
+    monkeypatch.setattr(
+        model_joins.Rescaled, "__call__", lambda self, layer, member, x, y, b: self.plain(layer, member, x, y, b)
+    )
+    assert ("W' = the join's formula", "formula") in failing(verify(sl.boft(2, 1, scaled=True), "formula", 2))
 
 
 def test_a_network_of_ones_own_holds_with_a_function_of_ones_own() -> None:

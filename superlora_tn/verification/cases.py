@@ -95,7 +95,8 @@ class Case:
         if not isinstance(join, Multiply):
             return replace(self, spec=replace(self.spec, join=None))
         shapes = tuple((name, join.sides(shape)) for name, shape in self.shapes)
-        return replace(self, spec=replace(self.spec, join=None) if join.residual else self.spec, shapes=shapes)
+        alone = None if join.residual else replace(join, scaled=False)
+        return replace(self, spec=replace(self.spec, join=alone), shapes=shapes)
 
     def activation(self, d_in: int) -> Array:
         """A seeded activation of shape (*batch, in), exact in the case's dtype."""
