@@ -36,6 +36,7 @@ SPECS = {
     "vera": sl.vera(3),
     "lorta": sl.lorta(2, groups=2),
     "fastfood": sl.lorta(2, projection=sl.Fastfood(0.5, seed=1)),
+    "shira": sl.shira(20),  # at outputs where several processes run
 }
 Scenario = Callable[[Path], Any]
 SCENARIOS: dict[str, Scenario] = {}
@@ -70,7 +71,7 @@ def attached(
 ) -> tuple[Any, sl.Tuned]:
     """The net with an adapter whose dW is not zero."""
     model = Net() if model is None else model
-    tuned = sl.attach(model, spec, "all-linear", seed=seed, dtype=torch.float64)
+    tuned = sl.attach(model, spec, "all-linear", seed=seed, dtype=torch.float64, **options)
     with torch.no_grad():
         for node in tuned.parameters():
             node.add_(0.1)
@@ -114,10 +115,14 @@ def off(nodes: Sequence[Tensor], losses: list[float], own: Sequence[Tensor], exp
 
 
 def compared(
-    spec: sl.AdapterSpec, wrap: Callable[[Any, sl.Tuned], nn.Module], reentrant: bool | None = None, split: bool = True
+    spec: sl.AdapterSpec,
+    wrap: Callable[[Any, sl.Tuned], nn.Module],
+    reentrant: bool | None = None,
+    split: bool = True,
+    **options: Any,
 ) -> float:
     """How far losses and nodes are from one process's after a few steps, relative to the largest number."""
-    model, tuned = attached(spec, Net(reentrant))
+    model, tuned = attached(spec, Net(reentrant), **options)
     wrapped = wrap(model, tuned)
     losses = trained(wrapped, list(tuned.parameters()), share() if split else batch())
     alone, own = attached(spec, Net(reentrant))
@@ -203,6 +208,11 @@ def ddp_reentrant_is_warned_of(folder: Path) -> Any:
 @scenario
 def fsdp2_attached_before(folder: Path) -> Any:
     return {name: compared(spec, lambda m, _: sharded(m)) for name, spec in SPECS.items()}
+
+
+@scenario
+def fsdp2_at_the_weight(folder: Path) -> Any:
+    return {name: compared(SPECS[name], lambda m, _: sharded(m), at="weight") for name in ("lora", "shira")}
 
 
 @scenario

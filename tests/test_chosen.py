@@ -106,6 +106,12 @@ def test_layers_that_are_no_plain_ones_of_the_same_dtype_stay_at_the_output() ->
     assert sl.attach(table, sl.shira(9), ["0"]).held == []
 
 
+@pytest.mark.parametrize("known", ["is_initialized", "is_torchelastic_launched"])
+def test_where_several_processes_run_all_stays_at_the_outputs(known: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, known, lambda: True)
+    assert attached(BUILT["shira"])[1].held == []
+
+
 def test_weights_of_one_network_are_all_placed_alike() -> None:
     spec = sl.AdapterSpec(sl.Network("m o i", S=sl.Node("m o i", map=sl.Selected(20))), sl.PhysicalFold("member out in"))
     plain = nn.Sequential(nn.Linear(OUT, OUT), nn.Tanh(), nn.Linear(OUT, OUT))

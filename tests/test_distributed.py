@@ -100,6 +100,10 @@ def test_fsdp2_attached_before(found: list[Any]) -> None:
     as_one_process(found)
 
 
+def test_fsdp2_at_the_weight(found: list[Any]) -> None:
+    assert all(max(rank.values()) < BOUND and len(rank) == 2 for rank in found), found
+
+
 def test_fsdp2_checkpointed(found: list[Any]) -> None:
     as_one_process(found)
 

@@ -318,6 +318,15 @@ def test_sizes_may_wait_for_the_weight(crop: bool) -> None:
         assert spec.count([(out, 6)]) == 4 * o1 * (o1 * o2 + 6)
 
 
+def test_a_split_of_an_older_file_is_what_it_was() -> None:
+    """KRAdapter was declared without sizes at first: its sides ascend, where now the smaller one is the fastest."""
+    old = sl.Network("(v u) i", crop=True, V="v i", U=sl.Node("u i", init="zeros"))
+    spec = sl.AdapterSpec.from_dict(json.loads(json.dumps(sl.AdapterSpec(old).to_dict())))
+    for now, sides in ((spec, (7, 8)), (sl.kradapter(), (8, 7))):
+        [(_, graph)] = now.lay_out({"w": (50, 30)})
+        assert [n.shape[0] for n in graph.nodes] == list(sides)
+
+
 def test_networks_of_waiting_sizes_are_no_sum_of_one_form() -> None:
     bonds, least = {"r": "o"}, {"o1": -1, "r": 2}
     spec = sl.AdapterSpec(sl.Network("o i", bonds, a="o r", b="r i"))

@@ -34,7 +34,8 @@ def placed(
 ) -> list[Target]:
     """The targets, those of a group at their weights where all of them can be and it is cheaper there.
 
-    What was said in words (`at`, a route) stays, and so does what needs the layer's input (dropout, other joins).
+    What was said in words (`at`, a route) stays, and so does what needs the layer's input (dropout, other joins). Where several
+    processes run, weights may be cut or replaced by what shards them, and all stays at the outputs.
 
     Args:
         spec: the declaration.
@@ -42,7 +43,7 @@ def placed(
         known: the places of the model.
         at, dtype, settings: as given to `attach`.
     """
-    asked = at is not None or settings.route is not None
+    asked = at is not None or settings.route is not None or _are_several()
     if asked or spec.dropout or spec.join is not None or not isinstance(spec.fold, PhysicalFold):
         return list(targets)
     own, read = {target.name: target for target in targets}, set[str]()
@@ -64,6 +65,12 @@ def pays(graph: Graph, shape: Shape, tokens: int, device: Device, settings: Sett
     """Whether x through W + dW costs less than x through the network beside the layer, for so many rows of x."""
     choice = choose(graph, shape, tokens, device, settings.optimize)
     return weight_price(choice) < (choice.delta_price if choice.apply is None else min(choice.apply.price, choice.delta_price))
+
+
+def _are_several() -> bool:
+    """Whether this is one of several processes, as far as is known."""
+    distributed = torch.distributed
+    return distributed.is_available() and (distributed.is_initialized() or distributed.is_torchelastic_launched())
 
 
 def _may_be_read(target: Target, place: Place, dtype: torch.dtype) -> bool:

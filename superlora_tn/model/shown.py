@@ -28,8 +28,8 @@ from superlora_tn.update.joined import joined
 from superlora_tn.update.passes import state, unseen
 
 SLOT = "_superlora_shown"
-# Functions that read a weight to put the same on another device: accelerate's.
-MOVERS = ("set_module_tensor_to_device",)
+# Functions that read a weight to put the same on another device, or to look whether it is still theirs: accelerate's, FSDP2's.
+MOVERS = ("set_module_tensor_to_device", "reset_sharded_param")
 
 
 @dataclass(frozen=True, eq=False)
