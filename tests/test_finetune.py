@@ -189,11 +189,40 @@ def test_training_stops_early_and_the_best_is_kept(bases: Path, tmp_path: Path) 
             "network: {result: out in, nodes: {a: out r, b: r in}, sizes: {r: 3}}",
             lambda report: report["parameters"] == 4 * 3 * 32,
         ),
+        ("variant: fourier_ft\nbudget: 900", lambda report: report["parameters"] == 4 * 225),
+        ("variant: lora\nsettings: {rank: 3}\njoin: dora", lambda report: report["parameters"] == 4 * (3 * 32 + 16)),
+        ("budget: 900\njoin: dora", lambda report: report["parameters"] == 4 * (6 * 32 + 16)),
+        ("variant: oft\nsettings: {size: 4}", lambda report: report["parameters"] == 4 * 4 * 6),
+        (
+            "network: {result: out in, nodes: {w: {indices: out in, map: {kind: Circulant, size: 4}}}}\njoin: left",
+            lambda report: report["parameters"] == 4 * 16 * 16 // 4,
+        ),
+        (
+            "variant: lorta\nsettings: {rank: 2, order: 2, projection: {kind: Fastfood, ratio: 0.5}}",
+            lambda report: report["parameters"] == 2 * 2 + 2 * 2 * 23,  # 512 of 1,024 numbers as a square of 23
+        ),
     ],
 )
 def test_budgets_variants_and_notation(change: str, said: Any, bases: Path, tmp_path: Path) -> None:
     text = lines(bases, "causal-lm", tmp_path / "out").replace("steps: 12", "steps: 2")
     assert said(ran(written(tmp_path, f"{text}{change}\n")))
+
+
+def test_a_sum_is_declared_by_its_file(bases: Path, tmp_path: Path) -> None:
+    spec = sl.AdapterSpec(sl.Sum(sl.CP(2), sl.Network("o i", S=sl.Node("o i", map=sl.Selected(10)))))
+    (tmp_path / "sum.json").write_text(json.dumps(spec.to_dict()))
+    text = lines(bases, "causal-lm", tmp_path / "out").replace("steps: 12", "steps: 2")
+    report = ran(written(tmp_path, f"{text}spec: {tmp_path / 'sum.json'}\n"))
+    assert report["parameters"] == 4 * (2 * 32 + 10)
+    model = transformers.AutoModelForCausalLM.from_pretrained(bases / "llama")
+    assert sl.load(model, tmp_path / "out" / "adapter").spec == spec
+
+
+def test_what_a_format_cannot_say_is_refused_before_it_is_learnt(bases: Path, tmp_path: Path) -> None:
+    text = lines(bases, "causal-lm", tmp_path / "out")
+    with pytest.raises(sl.CheckpointError, match="formats of other libraries are for nodes that are stored themselves"):
+        ran(written(tmp_path, f"{text}variant: c3a\nsettings: {{size: 4}}\nformat: kohya\n"))
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize("format", ["peft", "kohya", "diffusers"])
@@ -221,6 +250,17 @@ MISTAKES = [
     ("eval_data: ./none.jsonl", ":14: eval_data is './none.jsonl', which is not there"),
     ("budget: 90\nsettings: {rank: 3}", ":14: budget is in place of a rank"),
     ("exclude: [a", "this is no YAML"),
+    ("join: doora", ":14: join is 'doora'; did you mean dora"),
+    ("variant: oft\njoin: dora", ":15: join 'dora' was given for a declaration that joins otherwise already (W' = W (N))"),
+    ("variant: superlora\nbudget: 90\njoin: dora", ":16: what a budget of superlora buys is counted as added"),
+    ("variant: c3a\nbudget: 90", ":15: c3a has no rank or count that a budget could buy"),
+    ("variant: waveft\nbudget: 90\nsettings: {count: 3}", ":15: budget is in place of a count"),
+    (
+        "network: {result: out in, nodes: {w: {indices: out in, mop: 3}}}",
+        ":14: node w was given {'indices': 'out in', 'mop': 3}",
+    ),
+    ("network: {result: out in, nodes: {w: {indices: out in, map: {kind: Fur}}}}", ":14: {'kind': 'Fur'} is no map; write its"),
+    ("settings: {rank: 2, alpha: {kind: Fourier, places: 3}}", ":14: Fourier was given {'places': 3}"),
 ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -11,19 +10,20 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from superlora_tn.commands import UsageError
-from superlora_tn.declare.fold import PhysicalFold, Shape
-from superlora_tn.declare.parts import Network, SpecError
+from superlora_tn.commands import UsageError, read_spec
+from superlora_tn.declare.fold import Shape
+from superlora_tn.declare.parts import SpecError
 from superlora_tn.files.writes import FORMATS
+from superlora_tn.finetune.declared import NOTATION, network, value
 from superlora_tn.network.budget import Budget, fit
 from superlora_tn.network.catalogue import VARIANTS, size_setting
+from superlora_tn.network.joined import JOIN_NAMES, joined
 from superlora_tn.network.spec import AdapterSpec
 
 TASKS = ("image-classification", "text-classification", "causal-lm", "diffusion")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
 FILES = (".jsonl", ".json", ".csv", ".txt")
-NOTATION = ("result", "nodes", "sizes", "modes")
 RANK = 8
 
 
@@ -65,6 +65,7 @@ class Config:
     settings: dict[str, Any] = field(default_factory=dict, metadata=facts("the variant's settings"))
     network: dict[str, Any] = field(default_factory=dict, metadata=facts(f"in place of a variant: {', '.join(NOTATION)}"))
     spec: str = key("a JSON file of AdapterSpec.to_dict(), in place of a variant", "")
+    join: str = key("how dW joins the weight: dora scales its rows, left and right multiply", "add", choices=tuple(JOIN_NAMES))
     budget: int = key("the most trainable parameters, in place of a rank; 0 is none", 0, least=0)
     targets: list[str] = field(default_factory=lambda: ["all-linear"], metadata=facts("layers or their endings"))
     exclude: list[str] = field(default_factory=list, metadata=facts("layers to leave out"))
@@ -89,7 +90,8 @@ class Config:
 
     def identity(self) -> dict[str, Any]:
         """What a run that goes on has to share: all but the names of places and the format of the result."""
-        return {name: value for name, value in asdict(self).items() if name not in ("output", "format", "keep", "log")}
+        left_out = ("output", "format", "keep", "log", *(["join"] if self.join == "add" else []))  # earlier runs had no join
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     def declared(self, shapes: Mapping[str, Shape]) -> AdapterSpec:
         """The declaration, for a model's targets: name -> (out, in).
@@ -97,31 +99,21 @@ class Config:
         Raises:
             SpecError: it does not fit them, or nothing fits the budget.
         """
-        if self.spec or self.network:
-            return self._network()
+        if self.spec:
+            return joined(read_spec(self.spec), self.join)
+        if self.network:
+            return joined(network(self.network), self.join)
         if self.budget and self.variant != "superlora":
             bought = size_setting(self.variant)
-            return fit(lambda size: self._variant({f"{bought}": size}), self.budget, shapes).spec
-        made = VARIANTS[self.variant](**self._given({"budget": self.budget} if self.budget else {}))
-        return made.choose(shapes).spec if isinstance(made, Budget) else made
+            return fit(lambda size: self._variant({f"{bought}": size}, shapes), self.budget, shapes).spec
+        return self._variant({"budget": self.budget} if self.budget else {}, shapes)
 
-    def _network(self) -> AdapterSpec:
-        if self.spec:
-            return AdapterSpec.from_dict(json.loads(Path(self.spec).read_text()))
-        own = self.network
-        return AdapterSpec(
-            Network(own["result"], own.get("sizes", {}), **own["nodes"]), PhysicalFold(own.get("modes", "out in"))
-        )
-
-    def _given(self, more: Mapping[str, Any]) -> dict[str, Any]:
+    def _variant(self, more: Mapping[str, Any], shapes: Mapping[str, Shape]) -> AdapterSpec:
         known = inspect.signature(VARIANTS[self.variant]).parameters
         usual = {"rank": RANK} if "rank" in known and "budget" not in {*more, *self.settings} else {}
-        return {**usual, **self.settings, **more}
-
-    def _variant(self, more: Mapping[str, Any]) -> AdapterSpec:
-        made = VARIANTS[self.variant](**self._given(more))
-        assert isinstance(made, AdapterSpec)
-        return made
+        given = {**usual, **self.settings, **more}
+        made = VARIANTS[self.variant](**{name: value(one) for name, one in given.items()})
+        return joined(made.choose(shapes).spec if isinstance(made, Budget) else made, self.join)
 
 
 def read_config(path: str | None, flags: Mapping[str, str]) -> Config:
@@ -236,7 +228,7 @@ def _check(config: Config, where: Callable[[str], str]) -> None:
     bought = size_setting(config.variant)
     if config.budget and {bought, "budget"} & set(config.settings):
         raise ConfigError(f"{where('budget')}: budget is in place of a {bought}; leave one of them out.")
-    known = [name for name in inspect.signature(VARIANTS[config.variant]).parameters if name != "projection"]
+    known = list(inspect.signature(VARIANTS[config.variant]).parameters)
     for name in config.settings:
         if name not in known:
             raise ConfigError(f"{where('settings')}: {config.variant} has no setting '{name}'; {near(name, known)}.")
@@ -259,13 +251,24 @@ def _check(config: Config, where: Callable[[str], str]) -> None:
         _check_there(name, getattr(config, name), where(name))
     if Path(config.model).is_dir() and not Path(config.model, "config.json").is_file():
         raise ConfigError(f"{where('model')}: {config.model} holds no config.json; give a folder that save_pretrained wrote.")
-    if not (config.budget or config.settings.get("budget")):
-        try:
-            config.declared({"a": (64, 64), "b": (64, 64)} if config.variant == "superlora" else {})
-        except (SpecError, TypeError, ValueError, KeyError) as error:
-            if config.network or config.spec or config.variant != "superlora":
-                at = where("network" if config.network else "spec" if config.spec else "settings")
-                raise ConfigError(f"{at}: {error}") from error
+    _check_declared(config, where)
+
+
+def _check_declared(config: Config, where: Callable[[str], str]) -> None:
+    """Raise for what no weights are needed to refuse."""
+    if config.budget or config.settings.get("budget"):
+        if config.variant == "superlora" and config.join != "add":
+            raise ConfigError(
+                f"{where('join')}: what a budget of superlora buys is counted as added; give its settings instead."
+            )
+        return
+    try:
+        config.declared({"a": (64, 64), "b": (64, 64)} if config.variant == "superlora" else {})
+    except (UsageError, SpecError, TypeError, ValueError, KeyError) as error:
+        if config.network or config.spec or config.variant != "superlora":
+            named = next((name for name in ("network", "spec", "settings") if getattr(config, name)), "variant")
+            at = where("join" if str(error).startswith("join ") else named)
+            raise ConfigError(f"{at}: {error}") from error
 
 
 def _check_there(name: str, path: str, where: str) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,9 @@ def finetune(config: Config) -> dict[str, Any]:
         if done["format"] == config.format:
             return done
     job = _job(config, arguments)
+    if config.format not in ("superlora", "merged"):
+        with tempfile.TemporaryDirectory() as folder:  # what its format cannot say is refused before it is learnt
+            _write(config, job, Path(folder))
     trainer = _trainer(config, job, arguments)
     last = _last_checkpoint(out)
     _train(trainer, last)
