@@ -10,7 +10,7 @@ from superlora_tn.declare.fold import Shape
 from superlora_tn.network.catalogue import VARIANTS
 from superlora_tn.network.joined import dora
 from superlora_tn.network.spec import AdapterSpec
-from superlora_tn.tools import draw
+from superlora_tn.tools import diagram
 
 HERE = Path(__file__).parent
 PICTURES = Path("images") / "gallery"
@@ -19,7 +19,9 @@ SHAPES: dict[str, Shape] = {f"layers.{k}.{name}": (768, 768) for k in range(12) 
 HEAD = f"""# Gallery
 
 Every variant as its network, written by `python docs/gallery.py` from the declarations. Counts are for the q and v of 12
-layers, {len(SHAPES)} weights of 768 x 768, at rank {RANK}. A yellow node starts at zero, a grey one is frozen.
+layers, {len(SHAPES)} weights of 768 x 768, at rank {RANK}. Below each
+picture stands what its nodes' looks mean, below its title how dW joins the weight W. A node that is a function of what is
+stored bears that function's mark and name. Red legs are of modes that are cut to the weight's size.
 """
 
 
@@ -42,6 +44,7 @@ def joined() -> Iterator[str]:
     yield "## dora\n"
     yield f"{words}\n"
     yield f"Network: that of the declaration. Parameters, of `lora({RANK})`: {dora(declared('lora')).count(SHAPES):,}.\n"
+    yield f"![The network of dora]({(PICTURES / 'dora').as_posix()}.png)\n"
 
 
 def section(name: str) -> Iterator[str]:
@@ -60,8 +63,10 @@ def main() -> None:
     from PIL import Image
 
     (HERE / "gallery.md").write_text(page())
-    for name in VARIANTS:
-        place = draw.network(declared(name).lay_out(SHAPES)[0][1], HERE / PICTURES / f"{name}.png", name)
+    specs = {name: declared(name) for name in VARIANTS} | {"dora": dora(declared("lora"))}
+    for name, spec in specs.items():
+        title = "dora(lora)" if name == "dora" else name
+        place = diagram.network(spec.lay_out(SHAPES)[0][1], HERE / PICTURES / f"{name}.png", title, spec.join)
         with Image.open(place) as picture:
             small = picture.convert("RGB").quantize(32)
         small.save(place, optimize=True)

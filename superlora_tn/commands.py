@@ -274,12 +274,12 @@ def verify(args: argparse.Namespace) -> int:
 
 def draw(args: argparse.Namespace) -> None:
     """Draw the network of a variant."""
-    from superlora_tn.tools import draw
+    from superlora_tn.tools import diagram
 
     shapes = _shapes(args)
     spec = make_spec(args, shapes)
     graph = spec.lay_out(shapes)[0][1]
-    place = draw.network(graph, args.out, _named(args), spec.join)
+    place = diagram.network(graph, args.out, _named(args), spec.join)
     if args.json:
         show_json({"drawn": str(place), "equation": graph.equation()})
     else:

@@ -84,7 +84,7 @@ HOUSE = {
     ],
     "tools": [
         ["draw", "measure", "singular", "environment", "looks"],
-        ["difference", "geometry", "closed_forms", "problem"],
+        ["diagram", "difference", "geometry", "closed_forms", "problem"],
         ["als", "frames"],
         ["newton", "starts"],
         ["fitting"],

@@ -23,7 +23,7 @@ from superlora_tn.demo.progress import on_step, progress
 from superlora_tn.model.attach import attach
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.network.variants import dense, lokr, lonkr, lora, lorta, lotr, superlora
-from superlora_tn.tools import draw
+from superlora_tn.tools import diagram, draw
 
 TARGETS = ("q_proj", "v_proj")
 HOME_TEST = 2000
@@ -150,7 +150,7 @@ def _figures(out: Path, task: Task, results: Sequence[Result]) -> list[Path]:
     title = "Printed digits to handwriting: q and v adapted, all else frozen"
     pareto = draw.pareto(points, out / "pareto.png", title, {"frozen base": task.zero_shot})
     graph = superlora(3, 3, 1, 2).lay_out({"weight": (64, 64)})[0][1]
-    network = draw.network(graph, out / "network.png", "superlora(rank=3, order=3, splits=2) of one weight")
+    network = diagram.network(graph, out / "network.png", "superlora(rank=3, order=3, splits=2) of one weight")
     return [pareto, network]
 
 

@@ -1,4 +1,4 @@
-"""Pictures: a network as nodes and bonds, a contraction tree coloured by cost, accuracy against parameters.
+"""Pictures: a contraction tree coloured by cost, accuracy against parameters, predicted against measured.
 
 Needs matplotlib (the `demo` extra). Every function writes a PNG and returns its path.
 """
@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 
 from superlora_tn.contraction.plan import Plan
-from superlora_tn.declare.joins import Join
-from superlora_tn.network.graph import Graph
 
-INK, PAPER, OPEN, ZERO, FROZEN = "#1f2933", "#ffffff", "#9aa5b1", "#f6c85f", "#c3cfd9"
+INK, PAPER, OPEN = "#1f2933", "#ffffff", "#9aa5b1"
 PALETTE = ("#0b84a5", "#ca472f", "#6f4e7c", "#2e8b57", "#ffa056", "#8dddd0", "#b35c9e", "#5c6ac4", "#7a5c3e", "#444444")
 
 
@@ -32,17 +30,18 @@ class Point:
 
 def blank(width: float, height: float) -> tuple[Any, Any]:
     """An empty figure of so many inches and its axes, without touching pyplot's global state."""
-    figure = _sheet(width, height)
+    figure = sheet(width, height)
     return figure, figure.subplots()
 
 
 def panels(rows: int, columns: int) -> tuple[Any, Any]:
     """An empty figure and its grid of small axes (rows, columns), without touching pyplot's global state."""
-    figure = _sheet(3.5 * columns, 2.6 * rows + 0.4)
+    figure = sheet(3.5 * columns, 2.6 * rows + 0.4)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _sheet(width: float, height: float) -> Any:
+def sheet(width: float, height: float) -> Any:
+    """An empty figure of so many inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -59,117 +58,14 @@ def save(figure: Any, path: str | Path) -> Path:
     return place
 
 
-def network(graph: Graph, path: str | Path, title: str = "", join: Join | None = None) -> Path:
-    """Draw a graph: a circle a node (yellow starts at zero, grey is frozen), a line an index, a dot a hyperindex.
-
-    Args:
-        graph: what to draw; the terms of a sum stand side by side.
-        path: where the PNG goes.
-        title: above the picture; the equation stands below it.
-        join: how dW joins the weight, said behind the title.
-    """
-    laid = [(term, *_laid_out(term.graph)) for term in graph.networks]
-    # An inch a unit, or the labels of a large network would cover its lines.
-    sizes = [np.ptp(spots, axis=0) + 1.8 for _, _, _, spots in laid]
-    widths = [max(width, 5.0 / len(laid)) for width, _ in sizes]
-    figure = _sheet(sum(widths), max(3.6, *(height for _, height in sizes)) + 0.6)
-    (grid,) = figure.subplots(1, len(laid), squeeze=False, width_ratios=widths)
-    for k, (axes, (term, vertices, edges, spots)) in enumerate(zip(grid, laid, strict=True)):
-        _draw_edges(axes, term.graph, edges, spots, vertices)
-        _draw_vertices(axes, term.graph, vertices, spots)
-        words = term.equation() if k else term.equation().removeprefix("+ ")
-        axes.set_xlabel(words, color=INK, fontsize=8, wrap=True)
-        _bare(axes, spots)
-    title = title if join is None else f"{title}\n{join}"
-    if len(laid) == 1:
-        grid[0].set_title(title, color=INK)
-    else:
-        figure.suptitle(title, color=INK)
-    return save(figure, path)
-
-
-def _laid_out(graph: Graph) -> tuple[list[str], list[tuple[int, int, str]], np.ndarray]:
-    """Vertices by name (">" before an open index, nothing for a hyperindex), edges with their labels, positions."""
-    open_indices = [i for _, indices in graph.modes for i in indices]
-    places: dict[str, list[int]] = {}
-    for k, node in enumerate(graph.nodes):
-        for index in node.indices:
-            places.setdefault(index, []).append(k)
-    vertices: list[str] = [n.name for n in graph.nodes]
-    edges: list[tuple[int, int, str]] = []
-    for index, nodes in places.items():
-        ends = list(nodes)
-        if index in open_indices:
-            ends.append(len(vertices))
-            vertices.append(f">{index}")
-        if len(ends) == 2:
-            edges.append((ends[0], ends[1], index))
-            continue
-        vertices.append("")
-        # A leg carries the label of an open hyperindex, one branch that of a bond.
-        labelled = 0 if index not in open_indices else len(ends) - 1
-        edges += [(end, len(vertices) - 1, index if k == labelled else "") for k, end in enumerate(ends)]
-    # Two nodes keep room for the bond's label between them; a leg or a branch of a hyperindex is shorter.
-    lengths = [1.8 if all(vertices[v] and vertices[v][0] != ">" for v in (a, b)) else 1.1 for a, b, _ in edges]
-    spots = _springs(len(vertices), [(a, b, length) for (a, b, _), length in zip(edges, lengths, strict=True)])
-    return vertices, edges, spots
-
-
-def _springs(count: int, edges: Sequence[tuple[int, int, float]]) -> np.ndarray:
-    """Positions (count, 2) by stress majorisation: drawn distances near the lengths (a, b, length) along the edges."""
-    far = np.full((count, count), 5.0)  # parts that no edge joins stand this far apart
-    np.fill_diagonal(far, 0)
-    for a, b, length in edges:
-        far[a, b] = far[b, a] = length
-    for k in range(count):
-        far = np.minimum(far, far[:, k : k + 1] + far[k : k + 1, :])
-    starts = [np.random.default_rng(seed).normal(size=(count, 2)) * count / 4 for seed in range(12)]
-    return min((_relax(start, far) for start in starts), key=lambda found: found[1])[0]
-
-
-def _relax(spots: np.ndarray, far: np.ndarray) -> tuple[np.ndarray, float]:
-    """Move towards the wanted distances; the positions and the stress that is left."""
-    weights = 1 / np.maximum(far, 1) ** 2
-    np.fill_diagonal(weights, 0)
-    total = np.maximum(weights.sum(1), 1e-9)[:, None]
-    for _ in range(200):
-        gaps = spots[:, None] - spots[None]
-        lengths = np.maximum(np.linalg.norm(gaps, axis=2), 1e-9)
-        spots = (weights[..., None] * (spots[None] + gaps * (far / lengths)[..., None])).sum(1) / total
-    left = np.linalg.norm(spots[:, None] - spots[None], axis=2) - far
-    return spots, float((weights * left**2).sum())
-
-
-def _box(axes: Any, text: str, place: Any, size: int, face: Any, edge: str, style: str) -> None:
+def box(axes: Any, text: str, place: Any, size: int, face: Any, edge: str, style: str) -> None:
     """Text in a box, centred on a place."""
     box = {"boxstyle": style, "fc": face, "ec": edge}
     axes.annotate(text, place, fontsize=size, color=INK, ha="center", va="center", zorder=3, bbox=box)
 
 
-def _draw_edges(
-    axes: Any, graph: Graph, edges: Sequence[tuple[int, int, str]], spots: np.ndarray, vertices: Sequence[str]
-) -> None:
-    for a, b, index in edges:
-        ends = spots[[a, b]]
-        is_open = vertices[a].startswith(">") or vertices[b].startswith(">")
-        axes.plot(*ends.T, color=OPEN if is_open else INK, linewidth=1.6, zorder=1)
-        if index and not is_open:
-            _box(axes, f"{index}={graph.size[index]}", ends.mean(0), 8, PAPER, "none", "round,pad=0.15")
-
-
-def _draw_vertices(axes: Any, graph: Graph, vertices: Sequence[str], spots: np.ndarray) -> None:
-    for name, (x, y) in zip(vertices, spots, strict=True):
-        if not name:
-            axes.plot(x, y, "o", color=INK, markersize=5, zorder=2)
-        elif name.startswith(">"):
-            _box(axes, f"{name[1:]}={graph.size[name[1:]]}", (x, y), 9, PAPER, OPEN, "round,pad=0.2")
-        else:
-            node = next(n for n in graph.nodes if n.name == name)
-            colour = FROZEN if not node.trainable or node.copies is not None else ZERO if node.init == "zeros" else "#a8d5e2"
-            _box(axes, name, (x, y), 9, colour, INK, "round,pad=0.5,rounding_size=0.8")
-
-
-def _bare(axes: Any, spots: np.ndarray) -> None:
+def bare(axes: Any, spots: np.ndarray) -> None:
+    """Axes around these places (count, 2), without ticks and frame."""
     low, high = spots.min(0) - 0.6, spots.max(0) + 0.6
     axes.set_xlim(low[0], high[0])
     axes.set_ylim(low[1], high[1])
@@ -191,7 +87,7 @@ def tree(plan: Plan | Sequence[Plan], path: str | Path, title: str = "") -> Path
     plans = [plan] if isinstance(plan, Plan) else list(plan)
     laid = [_tree_spots(one) for one in plans]
     widths = [max(5.0, 1.7 * len(one.inputs)) for one in plans]
-    figure = _sheet(sum(widths), 1.6 + 0.9 * (max(depth for _, depth in laid) + 1))
+    figure = sheet(sum(widths), 1.6 + 0.9 * (max(depth for _, depth in laid) + 1))
     (grid,) = figure.subplots(1, len(plans), squeeze=False, width_ratios=widths)
     total = sum(step.price(one.device) for one in plans for step in one.steps) or 1.0
     for axes, one, (spots, _) in zip(grid, plans, laid, strict=True):
@@ -212,10 +108,10 @@ def _draw_tree(axes: Any, plan: Plan, spots: Mapping[int, tuple[float, float]], 
         for child in (step.large, step.small):
             axes.plot([spots[child][0], x], [spots[child][1], y], color=OPEN, linewidth=1.4, zorder=1)
         text = f"{' '.join(step.result) or '1'}\n{step.flops:,} FLOPs, {share:.0%}"
-        _box(axes, text, (x, y), 8, colormaps["YlOrRd"](0.05 + 0.75 * share), INK, "round,pad=0.3")
+        box(axes, text, (x, y), 8, colormaps["YlOrRd"](0.05 + 0.75 * share), INK, "round,pad=0.3")
     for k, (name, indices) in enumerate(zip(plan.names, plan.inputs, strict=True)):
-        _box(axes, f"{name}\n{' '.join(indices) or '1'}", spots[k], 8, PAPER, INK, "round,pad=0.3")
-    _bare(axes, np.array(list(spots.values())))
+        box(axes, f"{name}\n{' '.join(indices) or '1'}", spots[k], 8, PAPER, INK, "round,pad=0.3")
+    bare(axes, np.array(list(spots.values())))
 
 
 def _tree_spots(plan: Plan) -> tuple[dict[int, tuple[float, float]], int]:
