@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
+
+import pytest
+from optional import library
 
 import superlora_tn
+import superlora_tn as sl
+from superlora_tn.declare.node_maps import NODE_MAPS
+from superlora_tn.declare.nodes import BASED
 from superlora_tn.network.catalogue import VARIANTS
+from superlora_tn.tools import diagram
+
+Text = library("matplotlib.text").Text
 
 DOCS = Path(superlora_tn.__file__).parents[1] / "docs"
 
@@ -19,3 +29,38 @@ def test_the_gallery_is_current_and_has_a_picture_of_each_variant() -> None:
     spec.loader.exec_module(gallery)
     assert (DOCS / "gallery.md").read_text() == gallery.page(), "run python docs/gallery.py"
     assert {picture.stem for picture in (DOCS / gallery.PICTURES).glob("*.png")} == {*VARIANTS, "dora"}
+
+
+def written(monkeypatch: pytest.MonkeyPatch, spec: sl.AdapterSpec) -> set[str]:
+    """All words in the picture of a declaration."""
+    figures = list[Any]()
+
+    def kept(figure: Any, path: Path) -> Path:
+        figures.append(figure)
+        return path
+
+    monkeypatch.setattr(diagram, "save", kept)
+    diagram.network(spec.lay_out({"layer": (50, 48)})[0][1], "none.png", "title", spec.join)
+    return {text.get_text() for text in figures[0].findobj(lambda artist: isinstance(artist, Text))}
+
+
+def test_each_map_and_each_value_of_the_base_has_words_of_its_own() -> None:
+    assert set(diagram.MARKS) == set(NODE_MAPS)
+    assert len({name for _, name in diagram.MARKS.values()}) == len(NODE_MAPS)
+    assert set(diagram.OF_BASE) == set(BASED)
+    assert len({(style.words, style.face, style.shape, style.line) for style in diagram.STYLES}) == len(diagram.STYLES)
+
+
+def test_pictures_tell_maps_the_base_joins_sums_and_crops(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "w\n\u25a8 circulant, 2" in written(monkeypatch, sl.c3a(2))
+    assert "S\n\u2234 scattered, 1,000" in written(monkeypatch, sl.shira(1000))
+    assert {"W\nW itself", "of the base W", "W' = W + dW"} <= written(monkeypatch, sl.hira(2))
+    assert {"W", "out of W", "W' = W N", "fixed, nothing stored"} <= written(monkeypatch, sl.oft(4))
+    assert "W' = s W N, s scales rows, trains, 1 at first" in written(monkeypatch, sl.boft(4, 1, scaled=True))
+    assert "W' = (1 + N) W" in written(monkeypatch, sl.AdapterSpec(sl.CP(2), join=sl.Multiply("left")))
+    assert any(words.startswith("W' = m (W + dW)") for words in written(monkeypatch, sl.dora(sl.lora(2))))
+    assert "out cut to 50 of 56" in written(
+        monkeypatch, sl.AdapterSpec(sl.Network("(a b) i", {"a": 8}, crop=True, A="a i", B="b i"))
+    )
+    twice = sl.AdapterSpec(sl.Sum(sl.CP(2), sl.CP(3), weights=(1.0, -2.0)))
+    assert {"\u2212", "t1_factor_out", "t2_factor_out"} <= written(monkeypatch, twice)
