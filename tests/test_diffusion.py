@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -238,18 +239,23 @@ def test_a_model_that_diverged_says_so() -> None:
         sample(model, 3, RECIPE.schedule, 2, 0, 2)
 
 
-def test_sampling_with_perfect_noise_gives_the_image_back() -> None:
-    """A net that knows the image, and so its noise, leads every start to that image."""
-    schedule, image = Schedule("linear", 100), torch.linspace(-0.9, 0.9, 192).reshape(1, 3, 8, 8)
+@pytest.mark.parametrize("predicts", ["noise", "velocity"])
+def test_sampling_with_a_perfect_net_gives_the_image_back(predicts: Literal["noise", "velocity"]) -> None:
+    """A net that knows the image, and so its noise, leads every start to that image, and has no loss on it."""
+    schedule, image = Schedule("linear", 100, predicts), torch.linspace(-0.9, 0.9, 192).reshape(1, 3, 8, 8)
     bars = schedule.alpha_bars().float()
 
     class Oracle(UNet):
         def forward(self, images: Tensor, times: Tensor) -> Tensor:
             left = bars[times][:, None, None, None]
-            return (images - left.sqrt() * image) / (1 - left).sqrt()
+            noise = (images - left.sqrt() * image) / (1 - left).sqrt()
+            return noise if predicts == "noise" else left.sqrt() * noise - (1 - left).sqrt() * image
 
-    found = sample(Oracle(TINY), 4, schedule, 10, 0, 4)
-    assert torch.equal(found, domains.to_bytes((image + 1) / 2).expand(4, -1, -1, -1))
+    drawn = domains.to_bytes((image + 1) / 2).expand(4, -1, -1, -1)
+    assert torch.equal(sample(Oracle(TINY), 4, schedule, 10, 0, 4), drawn)
+    # The bytes are rounded, by at most 1/255 of [-1, 1]'s 2; so is the noise that is told from them, where little is noise.
+    image = domains.to_unit(drawn[:1])
+    assert held_out_loss(Oracle(TINY), drawn, schedule, 0, 4) < 1e-6
 
 
 def test_the_source_is_digits_in_colour_and_the_target_is_grey() -> None:
@@ -281,6 +287,10 @@ def test_real_digits_are_used_where_they_are() -> None:
     assert abroad.images.shape == (10_000, 1, 16, 16)
     # Mean of MNIST's test images, 0.1325 of full ink at 28x28, spread over 32x32.
     assert abs(float(abroad.images.float().mean()) / 255 - 0.1325 * (28 / 32) ** 2) < 1e-3
+    near = domains.abroad("test", 16, DATA, 1, close=True)
+    assert near.images.shape == abroad.images.shape
+    # Nearly all ink is in the middle 24x24 pixels; shrinking by 1.5 weighs the pixels at the edge, which are empty, differently.
+    assert abs(float(near.images.float().mean()) / 255 - 0.1325 * (28 / 24) ** 2) < 2e-3
 
 
 def test_the_nearer_source_is_white_ink_on_black() -> None:
@@ -298,6 +308,11 @@ def test_real_letters_are_used_where_they_are() -> None:
     assert found.words == "EMNIST, 124,800 handwritten letters"
     assert found.images.shape == (124_800, 1, 16, 16)
     assert found.labels.bincount().tolist() == [4800] * 26
+    near = domains.letters(30, 14, 0, DATA, close=True)  # halved exactly: the same ink without the border
+    assert near.images.shape == (124_800, 1, 14, 14)
+    ink, own = (one.images.double().flatten(1).sum(1) for one in (found, near))
+    # Each of 256 grey levels is rounded by half at most, so its sum by a few by chance.
+    assert float((ink - own).abs().max()) < 256
 
 
 def test_full_svhn_is_read_where_it_is(tmp_path: Path) -> None:

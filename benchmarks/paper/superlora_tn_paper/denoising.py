@@ -1,6 +1,7 @@
 """Denoising diffusion: noise schedules, training with averaged weights, deterministic sampling.
 
-Ho et al., arXiv 2006.11239 (linear); Nichol and Dhariwal, arXiv 2102.09672 (cosine); Song et al., arXiv 2010.02502 (DDIM).
+Ho et al., arXiv 2006.11239 (linear); Nichol and Dhariwal, arXiv 2102.09672 (cosine); Song et al., arXiv 2010.02502 (DDIM);
+Salimans and Ho, arXiv 2202.00512 (velocity).
 All random numbers are drawn on the CPU, so that every device sees the same ones.
 """
 
@@ -26,15 +27,18 @@ _WARM = 0.05  # the part of the steps in which the learning rate rises
 
 @dataclass(frozen=True)
 class Schedule:
-    """How much of an image is left at each time: ``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise``.
+    """How much of an image is left at each time, ``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise``, and what the net tells.
 
     Args:
         kind: "linear" betas or "cosine" abar.
         times: T.
+        predicts: the "noise", or the "velocity" ``sqrt(abar_t) noise - sqrt(1 - abar_t) x_0``, whose error counts where
+            little of the image is left as well.
     """
 
     kind: Literal["linear", "cosine"] = "linear"
     times: int = 1000
+    predicts: Literal["noise", "velocity"] = "noise"
 
     def alpha_bars(self) -> Tensor:
         """abar_t for t = 0 .. T - 1, float64 (T,), falling from nearly 1 to nearly 0."""
@@ -49,8 +53,21 @@ class Schedule:
 
     def noised(self, images: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """Images (n, colours, size, size) in [-1, 1] and noise of the same shape, mixed as of each one's time (n,)."""
-        left = self.alpha_bars()[times.cpu()].float().to(images.device)[:, None, None, None]
-        return left.sqrt() * images + (1 - left).sqrt() * noise
+        return self._mixed(images, noise, times)
+
+    def wanted(self, images: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """What the net is to tell of images mixed with noise by `noised`, same shapes."""
+        return noise if self.predicts == "noise" else self._mixed(noise, -images, times)
+
+    def _mixed(self, one: Tensor, other: Tensor, times: Tensor) -> Tensor:
+        left = self.alpha_bars()[times.cpu()].float().to(one.device)[:, None, None, None]
+        return left.sqrt() * one + (1 - left).sqrt() * other
+
+    def cleaned(self, x: Tensor, told: Tensor, left: float) -> Tensor:
+        """The image, by what the net tells of x, of whose variance the part `left` is image."""
+        if self.predicts == "noise":
+            return (x - math.sqrt(1 - left) * told) / math.sqrt(left)
+        return math.sqrt(left) * x - math.sqrt(1 - left) * told
 
 
 @dataclass(frozen=True)
@@ -136,7 +153,7 @@ def train(
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
 ) -> list[float]:
-    """Teach what requires grad to predict the noise; leave the averaged weights in the model, in eval mode.
+    """Teach what requires grad to predict as the schedule says; leave the averaged weights in the model, in eval mode.
 
     Args:
         images: uint8 (count, colours, size, size), on the CPU.
@@ -174,13 +191,13 @@ def train(
 
 
 def _loss(model: UNet, images: Tensor, schedule: Schedule, generator: torch.Generator, times: Tensor | None = None) -> Tensor:
-    """Mean squared error of the predicted noise on images in [-1, 1]; the times are drawn where not given."""
+    """Mean squared error of what the net predicts on images in [-1, 1]; the times are drawn where not given."""
     if times is None:
         times = torch.randint(schedule.times, (len(images),), generator=generator)
     noise = torch.randn(images.shape, generator=generator)
     device = next(model.parameters()).device
-    noised = schedule.noised(images, noise, times)
-    return F.mse_loss(model(noised.to(device), times.to(device)), noise.to(device))
+    noised, wanted = schedule.noised(images, noise, times), schedule.wanted(images, noise, times)
+    return F.mse_loss(model(noised.to(device), times.to(device)), wanted.to(device))
 
 
 @torch.no_grad()
@@ -216,21 +233,21 @@ def sample(model: UNet, count: int, schedule: Schedule, steps: int, seed: int, b
     bars = schedule.alpha_bars()
     times = list(range(0, schedule.times, max(1, schedule.times // steps)))[:steps]
     path = [(time, float(bars[time])) for time in times]
-    found = torch.cat([_denoise(model, x.to(device), path).cpu() for x in torch.split(start, batch)])
+    found = torch.cat([_denoise(model, x.to(device), schedule, path).cpu() for x in torch.split(start, batch)])
     broken = int((~found.isfinite()).flatten(1).any(1).sum())
     if broken:
         raise FloatingPointError(f"{broken} of {count} generated images are not finite; train at a lower learning rate.")
     return to_bytes((found + 1) / 2)
 
 
-def _denoise(model: UNet, x: Tensor, path: list[tuple[int, float]]) -> Tensor:
+def _denoise(model: UNet, x: Tensor, schedule: Schedule, path: list[tuple[int, float]]) -> Tensor:
     """Follow (time, abar) from the last to the first, then to the image, which is kept in [-1, 1]."""
     clean = x
     for k in range(len(path) - 1, -1, -1):
         time, left = path[k]
         after = path[k - 1][1] if k else 1.0
-        noise = model(x, torch.full((len(x),), time, device=x.device))
-        clean = ((x - math.sqrt(1 - left) * noise) / math.sqrt(left)).clamp(-1, 1)
+        told = model(x, torch.full((len(x),), time, device=x.device))
+        clean = schedule.cleaned(x, told, left).clamp(-1, 1)
         noise = (x - math.sqrt(left) * clean) / math.sqrt(1 - left)
         x = math.sqrt(after) * clean + math.sqrt(1 - after) * noise
     return clean

@@ -58,6 +58,7 @@ class Recipe:
     Args:
         unet, schedule: the model.
         home: the source domain.
+        close: the writing fills the images, of letters and of the target, see `domains`.
         drawn: images of the source domain, where SVHN (or letters) is not there in full.
         base: pre-training.
         adapt: one adaptation; its learning rate is that of `rates` with the least loss on images kept apart,
@@ -73,6 +74,7 @@ class Recipe:
     unet: UNetShape = field(default_factory=UNetShape)
     schedule: Schedule = field(default_factory=Schedule)
     home: Literal["house numbers", "letters"] = "house numbers"
+    close: bool = False
     drawn: int = 60_000
     base: Training = FULL_BASE
     adapt: Training = FULL_ADAPT
@@ -194,9 +196,9 @@ def prepare(recipe: Recipe, out: Path, more: Data, data: Path | None, device: st
         bar: for progress.
     """
     unet = recipe.unet
-    source = domains.letters if recipe.home == "letters" else domains.home
-    home = source(recipe.drawn, unet.size, recipe.seed, data, unet.colours)
-    abroad, test = (domains.abroad(split, unet.size, data, unet.colours) for split in SPLITS)
+    drawn = (recipe.drawn, unet.size, recipe.seed, data, unet.colours)
+    home = domains.letters(*drawn, recipe.close) if recipe.home == "letters" else domains.home(*drawn)
+    abroad, test = (domains.abroad(split, unet.size, data, unet.colours, recipe.close) for split in SPLITS)
     facts = asdict(recipe) | {"source": home.words, "target": abroad.words, "device": device, "revision": REVISION}
     depends = {name: value for name, value in (facts | more).items() if value is not None}
     store = Store(out / "diffusion_jobs", depends)

@@ -55,7 +55,7 @@ def home(count: int, size: int, seed: int, data: Path | None = None, colours: in
     return found if colours == 3 else replace(found, images=_grey(found.images))
 
 
-def letters(count: int, size: int, seed: int, data: Path | None = None, colours: int = 1) -> Domain:
+def letters(count: int, size: int, seed: int, data: Path | None = None, colours: int = 1, close: bool = False) -> Domain:
     """A nearer domain of pre-training: handwritten letters, in white ink as the target's digits.
 
     Args:
@@ -64,14 +64,14 @@ def letters(count: int, size: int, seed: int, data: Path | None = None, colours:
         seed: fixes what is drawn.
         data: a folder with ``emnist_letters``.
         colours: 3 or 1.
+        close: their own 28 pixels, where otherwise a border of 2 is added; any size then.
     """
     if data is None or not (data / "emnist_letters").is_dir():
         ink, labels = printed_digits(count, seed, "train", size)
         words = f"{count:,} printed digits (no letters in the data folder)"
         return Domain(to_bytes(ink).expand(-1, colours, -1, -1).contiguous(), labels, words)
     images, own = emnist_letters(data)
-    grey = F.pad(images, (2, 2, 2, 2)).unsqueeze(1).expand(-1, colours, -1, -1)
-    return Domain(_shrink(grey, size), own, f"EMNIST, {len(own):,} handwritten letters")
+    return Domain(_handwriting(images, size, colours, 0 if close else 2), own, f"EMNIST, {len(own):,} handwritten letters")
 
 
 def _home(count: int, size: int, seed: int, data: Path | None) -> Domain:
@@ -88,7 +88,7 @@ def _home(count: int, size: int, seed: int, data: Path | None) -> Domain:
     return Domain(torch.cat([_shrink(varied, size), drawn[0]]), torch.cat([own, drawn[1]]), words)
 
 
-def abroad(split: Split, size: int, data: Path | None = None, colours: int = 3) -> Domain:
+def abroad(split: Split, size: int, data: Path | None = None, colours: int = 3, close: bool = False) -> Domain:
     """The domain to adapt to: MNIST where the data folder has it, else scikit-learn's scans; grey, in so many equal colours.
 
     Args:
@@ -96,13 +96,24 @@ def abroad(split: Split, size: int, data: Path | None = None, colours: int = 3) 
         size: pixels along an edge, a divisor of 32.
         data: a folder with ``mnist``.
         colours: 3 or 1.
+        close: MNIST's middle 24 pixels, where otherwise a border of 2 is added to its 28; any size then.
     """
     if data is None or not (data / "mnist").is_dir():
         scans, labels = scanned_digits(split, size=size)
         return Domain(to_bytes(scans).expand(-1, colours, -1, -1).contiguous(), labels, "scikit-learn's 8x8 scans, enlarged")
     images, own = mnist(data, split == "train")
-    grey = F.pad(images, (2, 2, 2, 2)).unsqueeze(1).expand(-1, colours, -1, -1)
-    return Domain(_shrink(grey, size), own, f"MNIST, {split} images")
+    return Domain(_handwriting(images, size, colours, -2 if close else 2), own, f"MNIST, {split} images{', their middle 24x24 pixels' * close}")
+
+
+def _handwriting(images: Tensor, size: int, colours: int, border: int) -> Tensor:
+    """uint8 (n, h, w) with a border of empty pixels more, or less, as (n, colours, size, size)."""
+    framed = F.pad(images, (border,) * 4).unsqueeze(1)
+    if framed.shape[-1] % size == 0:
+        drawn = _shrink(framed, size)
+    else:
+        parts = (F.interpolate(p.float() / 255, size=(size, size), mode="bilinear", antialias=True) for p in framed.split(4096))
+        drawn = torch.cat([to_bytes(part) for part in parts])
+    return drawn.expand(-1, colours, -1, -1).contiguous()
 
 
 def _svhn(path: Path) -> tuple[Tensor, Tensor]:
