@@ -289,7 +289,7 @@ def test_real_digits_are_used_where_they_are() -> None:
     assert abs(float(abroad.images.float().mean()) / 255 - 0.1325 * (28 / 32) ** 2) < 1e-3
     near = domains.abroad("test", 16, DATA, 1, close=True)
     assert near.images.shape == abroad.images.shape
-    # Nearly all ink is in the middle 24x24 pixels; shrinking by 1.5 weighs the pixels at the edge, which are empty, differently.
+    # Nearly all ink is in the middle 24x24 pixels; shrinking by 1.5 weighs the empty ones at the edge otherwise.
     assert abs(float(near.images.float().mean()) / 255 - 0.1325 * (28 / 24) ** 2) < 2e-3
 
 

@@ -51,10 +51,10 @@ class LongRecipe:
     seeds: tuple[int, ...] = (0, 1)
 
 
-# Tried with dense fine-tuning of 1,500 steps, one seed; distance (five times real digits', which is asked) and confidence (0.85):
+# Tried with dense fine-tuning of 1,500 steps, one seed: distance (asked is five times that of real digits), confidence (0.85).
 # - from house numbers, 2,000 steps of pre-training: confidence 0.68; letters lie nearer, white ink on black;
-# - letters, 28 pixels padded to 32: 42.7 (30.6) and 0.78 after 2,000 steps, 36.5 and 0.81 after 6,000, 36.8 and 0.80 after 3,000
-#   that predict the velocity; four times the elements in q and v (64 channels): no better;
+# - letters, 28 pixels padded to 32: 42.7 (30.6) and 0.78 after 2,000 steps, 36.5 and 0.81 after 6,000, 36.8 and 0.80 after
+#   3,000 of the velocity; four times the elements in q and v (64 channels): no better;
 # - the writing fills the images: 46.3 (43.5) and 0.83 after 2,500; with as many printed digits 43.9 and 0.84 after 3,000.
 # So pre-training is what is left.
 LONG = LongRecipe(

@@ -102,7 +102,8 @@ def abroad(split: Split, size: int, data: Path | None = None, colours: int = 3, 
         scans, labels = scanned_digits(split, size=size)
         return Domain(to_bytes(scans).expand(-1, colours, -1, -1).contiguous(), labels, "scikit-learn's 8x8 scans, enlarged")
     images, own = mnist(data, split == "train")
-    return Domain(_handwriting(images, size, colours, -2 if close else 2), own, f"MNIST, {split} images{', their middle 24x24 pixels' * close}")
+    words = f"MNIST, {split} images" + (", their middle 24x24 pixels" if close else "")
+    return Domain(_handwriting(images, size, colours, -2 if close else 2), own, words)
 
 
 def _handwriting(images: Tensor, size: int, colours: int, border: int) -> Tensor:
