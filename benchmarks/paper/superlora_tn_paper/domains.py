@@ -106,14 +106,18 @@ def abroad(split: Split, size: int, data: Path | None = None, colours: int = 3, 
     return Domain(_handwriting(images, size, colours, -2 if close else 2), own, words)
 
 
+def _resized(images: Tensor, size: int) -> Tensor:
+    """uint8 (n, colours, h, w) at any other size, by averages weighted linearly."""
+    return to_bytes(F.interpolate(images.float() / 255, size=(size, size), mode="bilinear", antialias=True))
+
+
 def _handwriting(images: Tensor, size: int, colours: int, border: int) -> Tensor:
     """uint8 (n, h, w) with a border of empty pixels more, or less, as (n, colours, size, size)."""
     framed = F.pad(images, (border,) * 4).unsqueeze(1)
     if framed.shape[-1] % size == 0:
         drawn = _shrink(framed, size)
     else:
-        parts = (F.interpolate(p.float() / 255, size=(size, size), mode="bilinear", antialias=True) for p in framed.split(4096))
-        drawn = torch.cat([to_bytes(part) for part in parts])
+        drawn = torch.cat([_resized(part, size) for part in torch.split(framed, 4096)])
     return drawn.expand(-1, colours, -1, -1).contiguous()
 
 
