@@ -85,8 +85,10 @@ HOUSE = {
     "tools": [
         ["draw", "measure", "singular", "environment", "looks"],
         ["diagram", "difference", "geometry", "closed_forms", "problem"],
-        ["als", "frames"],
-        ["newton", "starts"],
+        ["als"],
+        ["summed"],
+        ["frames", "newton", "starts"],
+        ["deflated"],
         ["fitting"],
         ["decompose"],
         ["convert", "origins"],

@@ -342,8 +342,3 @@ def test_a_flat_fold_crops_by_itself() -> None:
     spec = sl.AdapterSpec(sl.Kronecker(sl.CP(1), sl.CP(1), crop=True), sl.FlatFold(2, 1, splits=1))
     with pytest.raises(sl.SpecError, match="belongs to a physical fold"):
         spec.count([(50, 30)])
-
-
-def test_what_is_cropped_is_not_fitted() -> None:
-    with pytest.raises(sl.SpecError, match="one network that is not cropped"):
-        sl.decompose({"w": torch.randn(7, 5)}, sl.AdapterSpec(sl.Kronecker(sl.CP(1), sl.CP(1), crop=True)))

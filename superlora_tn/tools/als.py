@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from superlora_tn.contraction.layout import Equation
-from superlora_tn.tools.environment import Environment
-from superlora_tn.tools.problem import Problem, open_indices
+from superlora_tn.tools.environment import Environment, Surroundings
+from superlora_tn.tools.problem import Posed, open_indices
 
 INNER, INNER_TOLERANCE = 40, 1e-10  # of the conjugate gradients within a step
 
@@ -30,7 +30,7 @@ class Fitting:
         residual: what it misses.
     """
 
-    def __init__(self, problem: Problem, environments: Sequence[Environment], nodes: Sequence[Tensor]) -> None:
+    def __init__(self, problem: Posed, environments: Sequence[Surroundings], nodes: Sequence[Tensor]) -> None:
         self.problem, self.environments = problem, environments
         self.wanted = float(problem.wanted.norm())
         self.move(nodes)
@@ -57,7 +57,7 @@ class Fitting:
         self.move(self.nodes)  # contracted again, so that the roundings of many steps do not add up
         return self.error
 
-    def _improve(self, environment: Environment) -> None:
+    def _improve(self, environment: Surroundings) -> None:
         """One node to its best."""
         unfolding, nodes, tensor = self.problem.unfolding, self.nodes, self.tensor
         right = environment.pull(nodes, unfolding.pull(tensor, self.residual))
@@ -129,8 +129,8 @@ def conjugate_gradients(
     return x
 
 
-def balanced(equation: Equation, nodes: Sequence[Tensor]) -> list[Tensor]:
-    """The same tensor from free nodes of sizes that are alike, for each value of each bond and in all: a choice of gauge."""
+def balanced(equation: Equation, nodes: Sequence[Tensor], whole: bool = True) -> list[Tensor]:
+    """The same tensor from free nodes of sizes that are alike, for each value of each bond and (`whole`) in all: a gauge."""
     found, opened = list(nodes), set(open_indices(equation))
     for index in dict.fromkeys(i for term in equation.inputs for i in term if i not in opened):
         places = [(k, term.index(index)) for k, term in enumerate(equation.inputs) if index in term]
@@ -140,8 +140,8 @@ def balanced(equation: Equation, nodes: Sequence[Tensor]) -> list[Tensor]:
         factors = torch.where((norms > 0).all(0), norms.log().mean(0).exp() / norms, 1.0)
         for (k, a), own in zip(places, factors, strict=True):
             found[k] = found[k] * own.reshape([-1 if b == a else 1 for b in range(found[k].ndim)])
-    free = [k for k, trained in enumerate(equation.trained) if trained]
-    norms = torch.stack([found[k].norm() for k in free])
+    free = [k for k, trained in enumerate(equation.trained) if trained and whole]
+    norms = torch.stack([found[k].norm() for k in free]) if free else torch.zeros(1)
     if bool((norms > 0).all()):
         for k, own in zip(free, math.exp(float(norms.log().mean())) / norms, strict=True):
             found[k] = found[k] * own

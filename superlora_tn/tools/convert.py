@@ -4,7 +4,8 @@ What contains what is found from the networks, not from a list of methods. A net
 the old values in a corner. Into a network without loops (LoRA, LoKr, LoTR, any Tucker or train, any Kronecker product) dW goes
 by singular value decompositions, which lose nothing where the ranks suffice: LoHa of ranks r1 and r2 in LoRA of r1 r2, LoKr in
 LoRA of the product of its splits' ranks, LoTR in a LoRA of each weight, a CP in a Tucker, a Tucker in a train, anything in
-`Dense`. A CP takes in slices of a summed rank as high as its own, and an elementwise product takes one factor beside ones.
+`Dense`; a sum of LoRAs in a LoRA of its ranks' sum, and any of them in a sum that has such a term. A CP takes in slices of a
+summed rank as high as its own, and an elementwise product takes one factor beside ones.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ class Source:
         same_fold = source.group == target.group and source.spec.projection == target.spec.projection
         if not same_fold or not _contains(target.graph, source.graph):
             return None
+        if target.terms and source.spec.scale != target.spec.scale:
+            return None  # the first node stands in some of the terms only
         if target.spec.projection is not None and not target.spec.projection.linear and source.spec.scale != target.spec.scale:
             return None
         _grow(source, self._nodes[k], target, nodes)
@@ -103,6 +106,8 @@ def _nodes(group: int, graph: Graph, tensors: Mapping[str, Tensor]) -> Iterator[
 
 def _contains(large: Graph, small: Graph) -> bool:
     """Whether one graph is the other with larger bonds."""
+    if large.terms or small.terms:
+        return large == small
     if [n.name for n in large.nodes] != [n.name for n in small.nodes] or large.modes != small.modes:
         return False
     opened = {i for _, indices in large.modes for i in indices}

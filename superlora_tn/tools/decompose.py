@@ -127,8 +127,9 @@ def decompose(
 
     Networks without loops come from singular value decompositions and are recovered to rounding where the ranks suffice; all
     others, and those with a surplus or a map, from alternating least squares and Gauss-Newton steps, the best of several
-    starts. These find a nearest network near a start, which need not be the nearest of all. A weight's frozen nodes stay as
-    `seed` draws them, or as `start` gives them.
+    starts; a sum starts from its terms, each fitted to what the others leave, and what is cropped off is not seen. These find a
+    nearest network near a start, which need not be the nearest of all. A weight's frozen nodes stay as `seed` draws them, or as
+    `start` gives them.
 
     Args:
         weights: dW by module name, (out, in), any floating dtype; computed with in float64.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +35,38 @@ def contraction(inputs: Sequence[Indices], result: Indices, size: Mapping[str, i
     axes = tuple((i,) for i in result)
     equation = Equation(names, tuple(inputs), shapes, (False,) * len(names), axes, tuple(size.items()))
     return compiled(plan_equation(equation, optimize="dp" if len(inputs) <= SEARCHED_UP_TO else "greedy"))
+
+
+class Solved(Protocol):
+    """A node's normal equations."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether they are known whole."""
+
+    @property
+    def largest(self) -> float:
+        """Their largest eigenvalue, or more."""
+
+    def solve(self, right: Tensor, damping: float = 0.0) -> Tensor:
+        """Their solution, or one near it."""
+
+
+class Surroundings(Protocol):
+    """What multiplies one node, in one network (`Environment`) or in several (`summed.SumEnvironment`)."""
+
+    @property
+    def node(self) -> int:
+        """Its number."""
+
+    def pull(self, nodes: Sequence[Tensor], tensor: Tensor) -> Tensor:
+        """``E' R``."""
+
+    def push(self, nodes: Sequence[Tensor], node: Tensor) -> Tensor:
+        """``E X``."""
+
+    def spectrum(self, nodes: Sequence[Tensor]) -> Solved:
+        """``E' E``."""
 
 
 class Environment:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from superlora_tn.tools.als import Fitting, balanced, environments
+from superlora_tn.tools.als import Fitting
 from superlora_tn.tools.closed_forms import is_nearest
+from superlora_tn.tools.deflated import any_starts
 from superlora_tn.tools.newton import Newton
 from superlora_tn.tools.problem import Problem
-from superlora_tn.tools.starts import starts
+from superlora_tn.tools.summed import AnyProblem, environments_of, settled
 
 Report = Callable[[int, float], None]
 
@@ -60,13 +61,13 @@ class Fit:
 
 
 def fit(
-    problem: Problem, given: Sequence[Tensor], settings: Settings, generator: torch.Generator, report: Report | None = None
+    problem: AnyProblem, given: Sequence[Tensor], settings: Settings, generator: torch.Generator, report: Report | None = None
 ) -> tuple[Sequence[Tensor], Fit]:
     """Fit a network.
 
     Args:
         problem: what is wanted.
-        given: nodes with one axis an index: the frozen ones, and what stays where nothing is wanted.
+        given: nodes with one axis an index, a sum's as they are: the frozen ones, and what stays where nothing is wanted.
         settings: how long.
         generator: of the starts by chance.
         report: is told the number of steps and the error after each.
@@ -77,11 +78,12 @@ def fit(
     if not bool(problem.wanted.any()):
         return given, Fit("nothing wanted", (0.0,), 1)
     best, found = Fit("no start", (math.inf,), 0), given
-    around, count = environments(problem.equation), 0
-    for name, nodes in starts(problem, given, settings.restarts, generator):
+    around, count = environments_of(problem), 0
+    for name, nodes in any_starts(problem, given, settings.restarts, generator):
         count += 1
         fitting = Fitting(problem, around, nodes)
-        nearest = name == "singular values" and problem.unfolding.isometric and is_nearest(problem.equation)
+        nearest = isinstance(problem, Problem) and problem.unfolding.isometric and is_nearest(problem.equation)
+        nearest = nearest and name == "singular values"
         errors = [fitting.error] if nearest else _converge(fitting, settings, best.errors[-1], report)
         if errors[-1] < best.errors[-1]:
             best, found = Fit(name, tuple(errors), count), fitting.nodes
@@ -89,7 +91,7 @@ def fit(
             break
     if best.errors[-1] > 1:  # through a nonlinear map a start may be worse than nothing
         return given, Fit("nothing better than zero", (1.0,), count)
-    return balanced(problem.equation, found), replace(best, tried=count)
+    return settled(problem, found), replace(best, tried=count)
 
 
 def _converge(fitting: Fitting, settings: Settings, bar: float, report: Report | None) -> list[float]:
@@ -98,6 +100,8 @@ def _converge(fitting: Fitting, settings: Settings, bar: float, report: Report |
     Where the problem is too large for these, a start that stays behind another one, `bar`, is given up.
     """
     errors, newton, large = [fitting.error], None, False
+    if errors[0] < ROUNDING:  # nodes that a start left at zero are to stay there
+        return errors
     for done in range(1, settings.steps + 1):
         errors.append(newton.step() if newton else fitting.sweep())
         if report:

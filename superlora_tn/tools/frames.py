@@ -6,9 +6,10 @@ groups is a problem of its own, for a run of the weights' vector.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from itertools import pairwise
 
@@ -19,11 +20,12 @@ from superlora_tn.contraction.layout import Equation
 from superlora_tn.contraction.plan import sub_network
 from superlora_tn.declare.fold import KERNEL, FlatGroup, Group, PhysicalGroup
 from superlora_tn.declare.maps import Compose, Projection, Shuffle
-from superlora_tn.declare.parts import SpecError
+from superlora_tn.network import graph as networks
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.tools.environment import contraction
 from superlora_tn.tools.problem import Mapped, Matrix, Picked, Problem, Unfolding, Whole, open_indices
+from superlora_tn.tools.summed import AnyProblem, SumProblem, Term, total
 from superlora_tn.update.fixed_maps import fixed_map
 
 Load = Callable[[str], Tensor]
@@ -35,6 +37,16 @@ def equation_of(graph: Graph, fixed: bool) -> Equation:
     """A graph's network with one axis an index: all members together, or (`fixed`) one group of a flat fold."""
     opened = graph.open("flat") if fixed else tuple(i for _, indices in graph.modes for i in indices)
     return sub_network(graph, graph.nodes, tuple((i,) for i in opened), fixed)
+
+
+def _term(graph: Graph, term: networks.Term, fixed: bool) -> Term:
+    """A term of a graph, with the elements that are kept of it and the nodes that are trained in the whole."""
+    own = replace(equation_of(term.graph, fixed), trained=tuple(graph.nodes[k].trainable for k in term.nodes))
+    modes = zip(graph.modes, term.graph.modes, strict=True)
+    sides = [(mode.size, larger.size) for (mode, _), (larger, _) in modes if mode.role == "flat" or not fixed]
+    larger = torch.arange(math.prod(size for _, size in sides)).reshape([size for _, size in sides])
+    kept = larger[tuple(slice(size) for size, _ in sides)].reshape(-1)
+    return Term(term.weight, term.nodes, own, Picked(kept, tuple(term.graph.size[i] for i in open_indices(own))))
 
 
 @dataclass(frozen=True)
@@ -64,9 +76,16 @@ class Frame(ABC):
     group: Group
     equation: Equation
     places: tuple[Place, ...]
+    fixed: bool
 
     def __init__(self, spec: AdapterSpec, graph: Graph) -> None:
         self.spec, self.graph = spec, graph
+        modes = [mode.size for mode, _ in graph.modes if mode.role == "flat" or not self.fixed]
+        self.shape = tuple(modes)  # of a sum's tensor
+        self.terms = tuple(_term(graph, term, self.fixed) for term in graph.terms)
+        if not graph.terms:
+            self.equation = equation_of(graph, self.fixed)
+            self.shape = tuple(graph.size[i] for i in open_indices(self.equation))
 
     @property
     @abstractmethod
@@ -79,15 +98,28 @@ class Frame(ABC):
         """Names of the weights."""
 
     @abstractmethod
-    def problem(self, number: int, load: Load) -> Problem:
+    def problem(self, number: int, load: Load) -> AnyProblem:
         """The problem of one place; `load` gives a weight's dW by name, float64, (out, in)."""
 
     @abstractmethod
     def deltas(self, nodes: Sequence[Tensor]) -> dict[str, Tensor]:
         """dW of each weight from the group's nodes, scale included."""
 
+    def _posed(self, number: int, unfolding: Unfolding, wanted: Tensor) -> AnyProblem:
+        """The problem of one place."""
+        if not self.terms:
+            return Problem(self.equation, unfolding, wanted)
+        select = zip(self.graph.nodes, self.places[number].select, strict=True)
+        shapes = tuple(tuple(torch.empty(node.shape, device="meta")[own].shape) for node, own in select)
+        trained = tuple(node.trainable for node in self.graph.nodes)
+        return SumProblem(self.terms, shapes, trained, self.shape, unfolding, wanted)
+
     def _tensors(self, nodes: Sequence[Tensor]) -> Iterator[Tensor]:
         """The networks' tensors of all places."""
+        if self.terms:
+            for place in self.places:
+                yield total(self.terms, self.shape, [n[s] for n, s in zip(nodes, place.select, strict=True)])
+            return
         size = self.graph.size
         shapes = [tuple(size[i] for i in term) for term in self.equation.inputs]
         run = contraction(self.equation.inputs, open_indices(self.equation), size)
@@ -99,11 +131,11 @@ class PhysicalFrame(Frame):
     """A physical fold: one problem, whose tensor is the weights stacked."""
 
     group: PhysicalGroup
+    fixed = False
 
     def __init__(self, group: PhysicalGroup, spec: AdapterSpec, graph: Graph) -> None:
         super().__init__(spec, graph)
         self.group = group
-        self.equation = equation_of(graph, fixed=False)
         self.places = (Place(tuple((slice(None),) * len(n.shape) for n in graph.nodes)),)
         names = [m.name for m in group.modes if m.role != "member"]
         parts: list[str] = [name for name in ("head", "out", "in", *KERNEL) if name in names]
@@ -122,12 +154,12 @@ class PhysicalFrame(Frame):
         """See `Frame`."""
         return tuple(self.group.members)
 
-    def problem(self, number: int, load: Load) -> Problem:
+    def problem(self, number: int, load: Load) -> AnyProblem:
         """See `Frame`."""
         wanted = torch.empty([m.size for m in self.group.modes], dtype=torch.float64)
         for name in self.members:
             wanted[self._at(name)] = load(name).reshape(self._parted).permute(self._order) / self.spec.scale
-        return Problem(self.equation, Whole(), wanted.reshape([self.graph.size[i] for i in open_indices(self.equation)]))
+        return self._posed(number, Whole(), wanted.reshape(self.shape))
 
     def _at(self, name: str) -> tuple[int | slice, ...]:
         """The index expression of one weight in the tensor over the fold's modes."""
@@ -145,11 +177,11 @@ class FlatFrame(Frame):
     """A flat fold: one problem for each of its runs of the weights' vector."""
 
     group: FlatGroup
+    fixed = True
 
     def __init__(self, group: FlatGroup, spec: AdapterSpec, graph: Graph) -> None:
         super().__init__(spec, graph)
         self.group = group
-        self.equation = equation_of(graph, fixed=True)
         whole = Place(tuple((slice(None),) * len(n.shape) for n in graph.nodes))
         self.places = tuple(Place(graph.select((g,))) if group.groups > 1 else whole for g in range(group.groups))
         self._map = fixed_map(spec.projection, group.inner, group.length)
@@ -165,7 +197,7 @@ class FlatFrame(Frame):
         """See `Frame`."""
         return tuple(self.group.members)
 
-    def problem(self, number: int, load: Load) -> Problem:
+    def problem(self, number: int, load: Load) -> AnyProblem:
         """See `Frame`."""
         first, last = self.group.start(number), self.group.start(number + 1)
         pieces = []
@@ -173,11 +205,11 @@ class FlatFrame(Frame):
             low, high = max(first - start, 0), min(last - start, d_out * d_in)
             if low < high:
                 pieces.append(load(name).reshape(-1)[low:high])
-        return Problem(self.equation, self._unfolding(last - first), torch.cat(pieces) / self.spec.scale)
+        return self._posed(number, self._unfolding(last - first), torch.cat(pieces) / self.spec.scale)
 
     def _unfolding(self, count: int) -> Unfolding:
         """Of a run of `count` elements, one less than the longest or as many."""
-        shape = tuple(self.graph.size[i] for i in open_indices(self.equation))
+        shape = self.shape
         if self._map is None:
             return Picked(torch.arange(count), shape)
         if _shuffles(self.spec.projection):
@@ -212,20 +244,11 @@ def frame(group: Group, spec: AdapterSpec, graph: Graph) -> Frame:
 
 @frame.register
 def _physical(group: PhysicalGroup, spec: AdapterSpec, graph: Graph) -> Frame:
-    _check_one(spec, graph)
+    spec.check_added("fits and conversions are")
     return PhysicalFrame(group, spec, graph)
 
 
 @frame.register
 def _flat(group: FlatGroup, spec: AdapterSpec, graph: Graph) -> Frame:
-    _check_one(spec, graph)
-    return FlatFrame(group, spec, graph)
-
-
-def _check_one(spec: AdapterSpec, graph: Graph) -> None:
     spec.check_added("fits and conversions are")
-    if graph.terms:
-        raise SpecError(
-            f"fits and conversions are of one network that is not cropped, and this is '{graph.equation()}'; fit one part, "
-            "then another to what it leaves."
-        )
+    return FlatFrame(group, spec, graph)

@@ -6,13 +6,14 @@ ones by conjugate gradients with the environments' spectra as preconditioner (So
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from superlora_tn.tools.als import Fitting, balanced, conjugate_gradients
-from superlora_tn.tools.environment import Spectrum
+from superlora_tn.tools.als import Fitting, conjugate_gradients
+from superlora_tn.tools.environment import Solved
+from superlora_tn.tools.summed import settled
 
 MAX_SIDE, MAX_WORK = 600, 4e8  # unknowns, and FLOPs of the normal equations, of a step through the Jacobian: under 0.1 s
 INNER, WORK = 200, 4e9  # conjugate gradients within a step, and the numbers they may go through
@@ -25,7 +26,7 @@ class Newton:
 
     def __init__(self, fitting: Fitting) -> None:
         self.fitting, problem = fitting, fitting.problem
-        fitting.move(balanced(problem.equation, fitting.nodes))
+        fitting.move(settled(problem, fitting.nodes))
         self._shapes = [problem.shapes[e.node] for e in fitting.environments]
         self._sizes = [s.numel() for s in map(torch.Size, self._shapes)]
         self._damping: float | None = None
@@ -93,7 +94,7 @@ class Newton:
         # Rounding puts some eigenvalues of a gauge below zero.
         return lambda damping: vectors @ (turned / (values.clamp_min(0.0) + damping))
 
-    def _iteratively(self, right: Tensor, spectra: list[Spectrum]) -> Solve:
+    def _iteratively(self, right: Tensor, spectra: Sequence[Solved]) -> Solve:
         tolerance = min(1e-2, max(1e-8, self.fitting.error))
 
         def solve(damping: float) -> Tensor:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -152,6 +153,33 @@ class Mapped(Unfolding):
     def _pulled(self, at: Tensor, elements: Tensor, again: bool = False) -> Tensor:
         place = at.detach().requires_grad_()
         return torch.autograd.grad(self(place), place, elements, create_graph=again)[0]
+
+
+class Posed(Protocol):
+    """What a fit needs of a problem: of one network (`Problem`), or of a sum of them (`summed.SumProblem`)."""
+
+    @property
+    def unfolding(self) -> Unfolding:
+        """From the tensor to the elements wanted."""
+
+    @property
+    def wanted(self) -> Tensor:
+        """The elements wanted."""
+
+    @property
+    def value(self) -> Callable[..., Tensor]:
+        """The tensor from the nodes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the nodes."""
+
+    def residual(self, tensor: Tensor) -> Tensor:
+        """What a tensor misses."""
 
 
 @dataclass(frozen=True)

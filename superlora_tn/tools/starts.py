@@ -14,7 +14,7 @@ from superlora_tn.contraction.layout import Equation, Indices, volume
 from superlora_tn.tools.als import Fitting, conjugate_gradients, environments
 from superlora_tn.tools.closed_forms import closed_form, unabsorbed
 from superlora_tn.tools.environment import contraction
-from superlora_tn.tools.problem import Mapped, Matrix, Picked, Problem, Whole, open_indices
+from superlora_tn.tools.problem import Mapped, Matrix, Picked, Posed, Problem, Whole, open_indices
 from superlora_tn.tools.singular import leading
 
 Start = tuple[str, list[Tensor]]
@@ -57,7 +57,7 @@ def starts(problem: Problem, given: Sequence[Tensor], restarts: int, generator: 
         yield "chance", _chance(problem, given, tensor, generator)
 
 
-def preimage(problem: Problem) -> Tensor:
+def preimage(problem: Posed) -> Tensor:
     """A network's tensor with the elements that are wanted, as nearly as the map allows, and zero where none is seen."""
     unfolding, zero = problem.unfolding, torch.zeros(problem.shape, dtype=torch.float64)
     if isinstance(unfolding, Matrix):
