@@ -80,7 +80,7 @@ def parser(program: str = "superlora-tn") -> argparse.ArgumentParser:
     def add(name: str, run: Command, help_text: str) -> argparse.ArgumentParser:
         sentence = f"{help_text[0].upper()}{help_text[1:]}."
         made = listed.add_parser(name, help=help_text, description=sentence, formatter_class=_Help)
-        made.set_defaults(run=run)
+        made.set_defaults(run=run, wrong=made.error)
         return made
 
     demo = add("demo", commands.demo, "pre-train a small ViT on printed digits, adapt it to handwriting with every variant")
@@ -149,7 +149,9 @@ def main(argv: Sequence[str] | None = None, program: str = "superlora-tn") -> in
     Returns:
         The exit status: 0; 1 where something verified does not hold; 2 for what is refused; 130 where it was stopped.
     """
-    args = parser(program).parse_args(argv)
+    args, left = parser(program).parse_known_args(argv)
+    if left:
+        args.wrong(f"unrecognized arguments: {' '.join(left)}")
     try:
         status = args.run(args) or 0
         sys.stdout.flush()

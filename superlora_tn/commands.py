@@ -14,6 +14,7 @@ from typing import Any
 
 from superlora_tn.contraction.plan import Plan, RouteChoice, choose_each, crop_price, table
 from superlora_tn.contraction.profile import DEVICES
+from superlora_tn.declare.checks import near
 from superlora_tn.declare.fold import PhysicalFold, PhysicalGroup, Shape
 from superlora_tn.declare.parts import Network, SpecError
 from superlora_tn.network.budget import Budget
@@ -59,8 +60,9 @@ def _added(args: argparse.Namespace, shapes: Mapping[str, Shape]) -> AdapterSpec
         return AdapterSpec(Network(args.network, sizes, **nodes), PhysicalFold(args.modes or MODES, args.heads))
     refuse(args, ("node", "size", "modes", "heads"), "goes with --network")
     if args.variant not in VARIANTS:
-        asked = f"there is no variant '{args.variant}'" if args.variant else "no variant was named"
-        raise UsageError(f"{asked}; choose one of {', '.join(VARIANTS)}, or give --network or --spec.")
+        known = near(args.variant, VARIANTS)
+        asked = f"there is no variant '{args.variant}'; {known}" if args.variant else f"no variant was named; {known}"
+        raise UsageError(f"{asked} Or give --network or --spec.")
     return variant_spec(args.variant, pairs([*args.set, *([] if args.rank is None else [f"rank={args.rank}"])]), shapes)
 
 
@@ -81,7 +83,6 @@ def read_spec(path: str) -> AdapterSpec:
 
 
 def settings_of(variant: str) -> list[str]:
-    """The settings that words can give."""
     """Names of a variant's settings; a map has no words on the command line."""
     return [name for name in inspect.signature(VARIANTS[variant]).parameters if name != "projection"]
 
@@ -174,7 +175,7 @@ def say(words: str) -> None:
 def plan(args: argparse.Namespace) -> None:
     """Print both routes of a variant or a network at given sizes; of a sum those of each of its networks."""
     if args.device not in DEVICES:
-        raise UsageError(f"there is no device profile '{args.device}'; choose one of {', '.join(DEVICES)}.")
+        raise UsageError(f"there is no device profile '{args.device}'; {near(args.device, DEVICES)}")
     shapes = _shapes(args)
     spec = make_spec(args, shapes)
     group, graph = spec.lay_out(shapes)[0]
@@ -289,7 +290,7 @@ def draw(args: argparse.Namespace) -> None:
 def list_variants(args: argparse.Namespace) -> None:
     """List the variants with their network and count; one that does not fit the weights, with the reason."""
     shapes, words = _targets(args)
-    rows = [("variant", "network of one weight", "parameters", "from")]
+    rows = [("variant", "parameters", "from", "network of one weight")]
     data: list[dict[str, Any]] = []
     refused = {}
     for name, maker in VARIANTS.items():
@@ -302,7 +303,7 @@ def list_variants(args: argparse.Namespace) -> None:
             refused[name] = str(error)
             data.append({"variant": name, "refused": str(error), "summary": summary})
             continue
-        rows.append((name, equation, f"{count:,}", summary.split(":")[0]))
+        rows.append((name, f"{count:,}", summary.split(":")[0], equation))
         data.append({"variant": name, "equation": equation, "parameters": count, "summary": summary})
     if args.json:
         show_json(data)
@@ -318,7 +319,7 @@ def suggest(args: argparse.Namespace) -> None:
     from superlora_tn.tools.suggest import suggest
 
     if args.device not in DEVICES:
-        raise UsageError(f"there is no device profile '{args.device}'; choose one of {', '.join(DEVICES)}.")
+        raise UsageError(f"there is no device profile '{args.device}'; {near(args.device, DEVICES)}")
     made = suggest(_targets(args)[0], args.budget, tokens=args.tokens, device=DEVICES[args.device])
     if args.json:
         rows = [{"variant": s.variant, "parameters": s.count, **asdict(s.cost), "spec": s.spec.to_dict()} for s in made.found]

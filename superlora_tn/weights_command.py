@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 
 from superlora_tn.commands import RANK, UsageError, count, pairs, read_spec, refuse, say, show_json, variant_spec
+from superlora_tn.declare.checks import near
 from superlora_tn.declare.fold import Shape
 from superlora_tn.network.budget import fit
 from superlora_tn.network.catalogue import VARIANTS, size_setting
@@ -48,7 +49,7 @@ def extract(args: argparse.Namespace) -> None:
         refuse(args, ("variant", "rank", "set", "budget"), "goes with a variant, not with --spec")
     variant = args.variant or "lora"
     if variant not in VARIANTS:
-        raise UsageError(f"there is no variant '{variant}'; choose one of {', '.join(VARIANTS)}, or give --spec.")
+        raise UsageError(f"there is no variant '{variant}'; {near(variant, VARIANTS)} Or give --spec.")
     given = pairs(args.set)
     bought = size_setting(variant)
     if args.budget is not None and ((args.rank is not None and bought == "rank") or {bought, "budget"} & set(given)):

@@ -162,18 +162,18 @@ def test_variants_and_suggest_take_a_models_weights(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["plan"], "no variant was named; choose one of dense, lora"),
-        (["plan", "lor"], "there is no variant 'lor'; choose one of dense, lora"),
+        (["plan"], "no variant was named; there are dense, lora"),
+        (["plan", "lor"], "there is no variant 'lor'; did you mean lotr, lora or lokr?"),
         (["plan", "lora", "--set", "foo=3"], "lora has no setting 'foo'; it has rank, alpha"),
         (["plan", "lora", "--set", "foo"], "'foo' is not name=value; write for instance factor=4"),
         (["plan", "lora", "--rank", "0"], "rank=0; a rank is a whole number of at least 1"),
         (["plan", "lora", "--shape", "768"], "is not OUTxIN; write for instance 768x768"),
-        (["plan", "lora", "--device", "abacus"], "no device profile 'abacus'; choose one of cpu"),
+        (["plan", "lora", "--device", "abacus"], "no device profile 'abacus'; there are cpu"),
         (["plan", "lora", "--optimize", "foo"], "'foo' is no optimizer; give 'dp', a name of opt_einsum's"),
         (["bench", "lorta"], "lorta has a flat fold and so one route alone"),
         (["bench", "lora", "--widths", "8", "--tokens", "4", "--backend", "abacus"], "there is no backend 'abacus'"),
         (["plan", "loha", "--memory-limit", "10"], "raise the limit, plan for fewer tokens, or take the other route"),
-        (["verify", "lor"], "there is no variant 'lor' to verify; choose among dense, lora"),
+        (["verify", "lor"], "there is no variant 'lor' to verify; did you mean lotr, lora or lokr?"),
         (["verify", "lora", "--examples", "0"], "examples is a whole number from 1"),
         (["plan", "--network", "o i", "--node", "w=o i", "--size", "r=x"], "'x' is not a whole number"),
         (["plan", "--network", "((o", "--node", "w=o i"], "cannot read the modes '((o'"),
@@ -355,7 +355,7 @@ def test_the_module_runs_as_the_command_does(capsys):
     assert as_module("--help").stdout.startswith("usage: python -m superlora_tn [-h] COMMAND ...\n")
     wrong = as_module("plan", "lor")
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr.startswith("python -m superlora_tn plan: there is no variant 'lor'; choose one of dense")
+    assert wrong.stderr.startswith("python -m superlora_tn plan: there is no variant 'lor'; did you mean lotr, lora or lokr?")
 
 
 def test_a_reader_who_has_seen_enough_is_no_error():

@@ -253,7 +253,7 @@ def test_show_and_convert_as_commands(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 REFUSED = {
-    "no file": (["show", "{}/nowhere"], "is missing; give an adapter's file or folder"),
+    "no file": (["show", "{}/nowhere"], "is missing; give a file or folder that is there"),
     "no adapter": (["show", "{}/base"], "holds 2 files such as"),
     "no base": (["convert", "{}/a", "{}/b", "--to", "peft"], "are known only with the base model"),
     "no part": (["convert", "{}/a", "{}/b", "--to", "kohya", "--part", "vae"], "has no part 'vae'"),

@@ -253,6 +253,47 @@ def test_a_step_of_a_whole_model_is_that_of_its_dense_updates(part: sl.Sum, rout
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+COPIED = {
+    "same": (
+        sl.Network(
+            "o i", {"r": 2, "s": 2, "t": 2}, B="o r", G="r s", H=sl.Node("s t", map=sl.Same("G"), trainable=False), A="t i"
+        ),
+        lambda b, g, a: b @ g @ g @ a,
+    ),
+    "spread": (
+        sl.Network(
+            "o i", {"r": 2}, B=sl.Node("o r", map=sl.Spread(1)), A=sl.Node("r i", map=sl.Spread(1, 1, "B"), trainable=False)
+        ),
+        lambda t: (t / 12**0.5).expand(6, 2) @ (t / 16**0.5).expand(2, 8),  # one number, drawn for all places of each node
+    ),
+    "softmax": (
+        sl.Network("o i", {"r": 2}, B=sl.Node("o r", map=sl.Softmax()), A="r i"),
+        lambda b, a: b.exp() / b.exp().sum(1, keepdim=True) @ a,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_a_network_with_maps_may_depart_from_its_frozen_copy(name: str) -> None:
+    """dW is the network less its first value, by the maps' definitions; it starts at zero and every number trains."""
+    network, value = COPIED[name]
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 6, dtype=torch.float64))
+    x = torch.randn(3, 8, dtype=torch.float64)
+    before = layer(x)
+    tuned = sl.attach(layer, sl.AdapterSpec(sl.Sum(network, sl.Frozen(network), weights=(1, -1))), "0", dtype=torch.float64)
+    first = value(*(p.detach().clone() for p in tuned.parameters()))
+    assert not tuned.delta("0").any()  # to the last bit
+    layer(x).square().sum().backward()
+    assert all(bool((p.grad != 0).all()) for p in tuned.parameters())
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.add_(torch.randn_like(p))
+    dense = value(*tuned.parameters()) - first
+    # A few dozen roundings of float64 on numbers of a few units.
+    torch.testing.assert_close(tuned.delta("0"), dense, rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer(x), before + x @ dense.T, rtol=0, atol=1e-12)
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 DIFFERENCE = sl.Sum(sl.CP(2), sl.Frozen(sl.CP(2)), weights=(1, -1))

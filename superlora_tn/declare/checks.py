@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 from superlora_tn.declare.bounds import MAX_AXES, MAX_RANK
 
@@ -18,6 +20,15 @@ def shown(value: object, most: int = 60) -> str:
     except (ValueError, RecursionError):  # Python writes no number of more than 4,300 digits
         text = f"a value of type {type(value).__name__}, too large to show"
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def near(name: object, known: Iterable[object], most: int = 60) -> str:
+    """What to do about a name that is not known: those that may have been meant, or at most `most` of all."""
+    names = [str(one) for one in known]
+    close = get_close_matches(str(name), names, n=3, cutoff=0.6)
+    if close:
+        return f"did you mean {', '.join(close[:-1])}{' or ' if close[1:] else ''}{close[-1]}?"
+    return f"there are {', '.join(names[:most])}{', ...' if len(names) > most else '.'}"
 
 
 def check_number(owner: str, name: str, value: object, most: float = math.inf) -> None:

@@ -179,7 +179,7 @@ def opened_file(path: Path) -> Iterator[BufferedReader]:
         with opened(path) as file:
             yield file
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; give an adapter's file or folder.") from error
+        raise CheckpointError(f"{path} is missing; give a file or folder that is there.") from error
 
 
 def _entry(path: Path, name: str, entry: Any) -> Place:

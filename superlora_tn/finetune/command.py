@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
-from superlora_tn.finetune.config import Config, ConfigError, near, read_config
+from superlora_tn.declare.checks import near
+from superlora_tn.finetune.config import Config, ConfigError, read_config
 
 Add = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
 WORDS = "fine-tune a model by an adapter, as a YAML file says; a run that was stopped goes on"
@@ -59,7 +60,7 @@ def flags(words: Sequence[str]) -> dict[str, str]:
         if not equals:
             if not left:
                 known = [f.name for f in fields(Config)]
-                raise ConfigError(f"{word} has no value{'' if name in known else '; ' + near(name, known)}.")
+                raise ConfigError(f"{word} has no value{'.' if name in known else '; ' + near(name, known)}")
             value = left.pop(0)
         if name in found:
             raise ConfigError(f"--{name} is given twice, as {found[name]} and as {value}; give it once.")

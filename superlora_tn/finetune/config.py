@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from superlora_tn.commands import UsageError, read_spec
+from superlora_tn.declare.checks import near
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import SpecError
 from superlora_tn.files.writes import FORMATS
@@ -143,19 +144,13 @@ def read_config(path: str | None, flags: Mapping[str, str]) -> Config:
     own = {f.name: f for f in fields(Config)}
     for name, (where, _) in found.items():
         if name not in own:
-            raise ConfigError(f"{where}: there is no key '{name}'; {near(name, own)}.")
+            raise ConfigError(f"{where}: there is no key '{name}'; {near(name, own)}")
     for name, one in own.items():
         if name not in found and one.default is MISSING and one.default_factory is MISSING:
             raise ConfigError(f"{path or 'the flags'}: '{name}' is missing: {one.metadata['words']}.")
     config = Config(**{name: _checked(where, own[name], value) for name, (where, value) in found.items()})
     _check(config, lambda name: found[name][0] if name in found else path or "the flags")
     return config
-
-
-def near(name: str, known: Any) -> str:
-    """Which names may have been meant."""
-    close = get_close_matches(str(name), [str(k) for k in known], n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(map(str, known))[:40])}"
 
 
 def unreachable(key: str, name: str, error: Exception) -> ConfigError:
@@ -212,7 +207,7 @@ def _checked(where: str, own: Field[Any], value: Any) -> Any:
     if not fits or (kind == "list" and not all(isinstance(entry, str) for entry in value)):
         raise ConfigError(f"{where}: {own.name} is {value!r}, and has to be {wanted[kind]}.")
     if allowed["choices"] and value not in allowed["choices"]:
-        raise ConfigError(f"{where}: {own.name} is '{value}'; {near(value, allowed['choices'])}.")
+        raise ConfigError(f"{where}: {own.name} is '{value}'; {near(value, allowed['choices'])}")
     if allowed["least"] is not None and not value >= allowed["least"]:
         raise ConfigError(f"{where}: {own.name} is {value}, and has to be at least {allowed['least']}.")
     return value
@@ -231,14 +226,14 @@ def _check(config: Config, where: Callable[[str], str]) -> None:
     known = list(inspect.signature(VARIANTS[config.variant]).parameters)
     for name in config.settings:
         if name not in known:
-            raise ConfigError(f"{where('settings')}: {config.variant} has no setting '{name}'; {near(name, known)}.")
+            raise ConfigError(f"{where('settings')}: {config.variant} has no setting '{name}'; {near(name, known)}")
     if config.budget and bought is None:
         raise ConfigError(
             f"{where('budget')}: {config.variant} has no rank or count that a budget could buy; choose another variant."
         )
     for name in config.network:
         if name not in NOTATION:
-            raise ConfigError(f"{where('network')}: a network has no '{name}'; {near(name, NOTATION)}.")
+            raise ConfigError(f"{where('network')}: a network has no '{name}'; {near(name, NOTATION)}")
     if config.network and not {"result", "nodes"} <= set(config.network):
         raise ConfigError(f"{where('network')}: a network needs result, such as 'out in', and nodes, such as {{w1: out r}}.")
     if config.patience and not (config.eval_data or config.eval_share):

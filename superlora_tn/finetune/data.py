@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from superlora_tn.finetune.config import Config, ConfigError, near, unreachable
+from superlora_tn.declare.checks import near
+from superlora_tn.finetune.config import Config, ConfigError, unreachable
 
 Row = dict[str, Any]
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
@@ -54,7 +55,7 @@ def read_rows(config: Config) -> Rows:
     classes = in_order(row["label"] for row in train) if config.task.endswith("classification") else []
     strange = next((row["label"] for row in held if classes and row["label"] not in classes), None)
     if strange is not None:
-        raise ConfigError(f"the evaluation has the label '{strange}', which no training row has; {near(strange, classes)}.")
+        raise ConfigError(f"the evaluation has the label '{strange}', which no training row has; {near(strange, classes)}")
     if classes and len(classes) < 2:
         raise ConfigError(f"data '{config.data}' has the one label '{classes[0]}'; classification needs two at least.")
     return Rows(train, held, classes)
@@ -172,7 +173,7 @@ def _row(config: Config, where: str, row: Any) -> Row:
         raise ConfigError(f"{where}: a row is an object with {' and '.join(columns)}, not {str(row)[:40]}.")
     for column in columns:
         if row.get(column) is None:
-            raise ConfigError(f"{where}: there is no column '{column}'; {near(column, row)}.")
+            raise ConfigError(f"{where}: there is no column '{column}'; {near(column, row)}")
     return {"text": str(row[config.text])} | ({"label": str(row[config.label])} if len(columns) > 1 else {})
 
 
@@ -183,7 +184,7 @@ def _of_datasets(config: Config, name: str, found: Any) -> list[Row]:
     columns = [content] if config.task == "causal-lm" else [content, config.label]
     for column in columns:
         if column not in found.column_names:
-            raise ConfigError(f"data '{name}' has no column '{column}'; {near(column, found.column_names)}.")
+            raise ConfigError(f"data '{name}' has no column '{column}'; {near(column, found.column_names)}")
     to = "image" if config.task == "image-classification" else "text"
     if len(columns) == 1:
         return [{to: row[content]} for row in found]
@@ -199,7 +200,7 @@ def _labels(config: Config, found: Any) -> Callable[[Any], str]:
 def _captioned_of_datasets(config: Config, name: str, found: Any) -> list[Row]:
     """Rows for diffusion: the image, and caption and label where there are such columns."""
     if config.image not in found.column_names:
-        raise ConfigError(f"data '{name}' has no column '{config.image}'; {near(config.image, found.column_names)}.")
+        raise ConfigError(f"data '{name}' has no column '{config.image}'; {near(config.image, found.column_names)}")
     makes: dict[str, tuple[str, Callable[[Any], Any]]] = {"image": (config.image, lambda value: value)}
     if config.text in found.column_names:
         makes["text"] = (config.text, str)

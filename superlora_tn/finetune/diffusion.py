@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 
-from superlora_tn.finetune.config import Config, ConfigError, near
+from superlora_tn.declare.checks import near
+from superlora_tn.finetune.config import Config, ConfigError
 from superlora_tn.finetune.data import Row, in_order, read_rows
 from superlora_tn.finetune.denoiser import Denoiser, load
 from superlora_tn.finetune.job import Job, adapted
@@ -255,7 +256,7 @@ def _classes(config: Config, denoiser: Denoiser, labels: Sequence[str]) -> dict[
     elif any(label in named for label in labels):
         strange = next((label for label in labels if label not in named), None)
         if strange is not None:
-            raise ConfigError(f"the model knows no class '{strange}'; {near(strange, named)}.")
+            raise ConfigError(f"the model knows no class '{strange}'; {near(strange, named)}")
         found = {label: int(named[label]) for label in labels}
     else:
         found = {label: k for k, label in enumerate(labels)}

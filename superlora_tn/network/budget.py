@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from superlora_tn.declare.bounds import MAX_RANK
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.maps import Compose, Fastfood, Projection, Shuffle
-from superlora_tn.declare.parts import CP, Part, SpecError, inner_parts
+from superlora_tn.declare.nodes import Node
+from superlora_tn.declare.parts import CP, Network, Part, SpecError, inner_parts
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 
@@ -69,6 +70,8 @@ def _short(value: Any) -> str:
     """A declaration without the settings that are at their default, or at the one that all presets have."""
     if isinstance(value, tuple):
         return f"({', '.join(map(_short, value))})"
+    if isinstance(value, Network):
+        return _notation(value)
     if not is_dataclass(value):
         return repr(value)
     own = [(f.name, getattr(value, f.name), f.default) for f in fields(value)]
@@ -76,6 +79,14 @@ def _short(value: Any) -> str:
         f"{name}={_short(setting)}" for name, setting, default in own if setting != default and (name, setting) not in USUAL
     )
     return f"{type(value).__name__}({given})"
+
+
+def _notation(network: Network) -> str:
+    """A network as it is declared."""
+    nodes = [(name, node.indices if node == Node(node.indices) else node) for name, node in network.nodes]
+    sizes = [repr(dict(network.sizes))] if network.sizes else []
+    cropped = ["crop=True"] if network.crop else []
+    return f"Network({', '.join([repr(network.modes), *sizes, *(f'{name}={_short(n)}' for name, n in nodes), *cropped])})"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from superlora_tn.declare.checks import near
 from superlora_tn.declare.joins import Join, Magnitude, Multiply
 from superlora_tn.declare.parts import SpecError, shown
 from superlora_tn.network.spec import AdapterSpec
@@ -45,7 +46,7 @@ def joined(spec: AdapterSpec, name: str) -> AdapterSpec:
         SpecError: an unknown name, or a declaration that joins otherwise already.
     """
     if name not in JOIN_NAMES:
-        raise SpecError(f"there is no join {shown(name)}; choose one of {', '.join(JOIN_NAMES)}.")
+        raise SpecError(f"there is no join {shown(name)}; {near(name, JOIN_NAMES)}")
     if name == "add":
         return spec
     if spec.join is not None:

@@ -144,7 +144,9 @@ class AdapterSpec:
             raise SpecError("a network that multiplies has no nodes of the base's values, whose sides are the weight's.")
         if not (isinstance(self.join, Multiply) and not self.join.residual):
             for graph in graphs.values():
-                if any(t.graph.is_mapped and not any(n.starts_at_zero for n in t.graph.nodes) for t in graph.networks):
+                copied = {n.copies for n in graph.nodes}  # with their copies these cancel at the start
+                begun = [t.graph for t in graph.networks if not any(n.copies or n.name in copied for n in t.graph.nodes)]
+                if any(one.is_mapped and not any(n.starts_at_zero for n in one.nodes) for one in begun):
                     raise SpecError(
                         "no node of the network can start at zero, so dW would not: their maps give no zero. Add a node "
                         "without a map, or multiply by the network (join=Multiply('left', residual=False))."

@@ -14,7 +14,7 @@ from superlora_tn.contraction.plan import table
 from superlora_tn.declare.fold import Shape, split_name
 from superlora_tn.declare.parts import BASED, SpecError, check_count
 from superlora_tn.files.own import Entry, tensor_name, write
-from superlora_tn.network.budget import Budget
+from superlora_tn.network.budget import Budget, words
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.tools.fitting import FOUND, Fit, Settings, fit
@@ -104,10 +104,10 @@ class Decomposition:
         steps = [f.steps for f in self.fits]
         return "\n".join(
             [
-                f"{self.spec.count(self.shapes):,} parameters: {self.spec.network}",
+                f"{self.spec.count(self.shapes):,} parameters: {words(self.spec)}",
                 *table(rows, "weights error mean largest"),
                 f"in all the relative error is {self.error:.3g}; {len(self.fits)} fits from {', '.join(found)}, "
-                f"{sum(steps)} steps (at most {max(steps)})",
+                f"{sum(steps)} steps (the longest {max(steps)})",
             ]
         )
 

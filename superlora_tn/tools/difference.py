@@ -9,6 +9,7 @@ from os import PathLike
 import torch
 from torch import Tensor
 
+from superlora_tn.declare.checks import near
 from superlora_tn.declare.fold import PhysicalGroup, Shape
 from superlora_tn.files.base_model import BaseModel, base_model, within
 from superlora_tn.files.errors import CheckpointError
@@ -67,6 +68,9 @@ def difference(base: str | PathLike[str], tuned: str | PathLike[str], targets: S
     changed = [name for name in first.sizes if not torch.equal(first.parameter(name), second.parameter(name))]
     shapes = {n: s for n, s in first.shapes.items() if f"{n}.weight" in changed and within(n, targets)}
     if not shapes:
+        if targets and not any(within(name, targets) for name in first.shapes):
+            ends = dict.fromkeys(name.rpartition(".")[2] for name in first.shapes)
+            raise CheckpointError(f"{base} has no weight by the names {', '.join(targets)}; {near(targets[0], ends)}")
         of = f" of the targets {', '.join(targets)}" if targets else ""
         raise CheckpointError(f"no weight{of} differs between {base} and {tuned}, so there is nothing to make an adapter of.")
     return Difference(first, second, shapes, tuple(n for n in changed if n.removesuffix(".weight") not in shapes))

@@ -87,7 +87,10 @@ class Extracted:
         if not self.left:
             return str(self.adapter)
         names = ", ".join(self.left[:5]) + (", ..." if len(self.left) > 5 else "")
-        return f"{self.adapter}\n{len(self.left)} parameters differ and are left as in the base: {names}"
+        many = (
+            "1 other parameter differs and is" if len(self.left) == 1 else f"{len(self.left)} other parameters differ and are"
+        )
+        return f"{self.adapter}\n{many} left as in the base: {names}"
 
 
 def extract(

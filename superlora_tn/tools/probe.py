@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from superlora_tn.contraction.plan import table
+from superlora_tn.declare.checks import near
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import SpecError, check_count
 from superlora_tn.network.catalogue import VARIANTS, bought
@@ -153,7 +154,7 @@ def _probed(
     """A point for each structure and number of parameters; `missed` fits one and gives its relative error."""
     numbers = sum(d_out * d_in for d_out, d_in in shapes.values())
     if unknown := [name for name in variants if name not in VARIANTS]:
-        raise SpecError(f"probe was given the variant '{unknown[0]}'; choose of {', '.join(VARIANTS)}.")
+        raise SpecError(f"probe was given the variant '{unknown[0]}'; {near(unknown[0], VARIANTS)}")
     wanted = sorted({max(1, numbers // part) for part in PARTS} if budgets is None else set(budgets))
     for budget in wanted:
         check_count("probe", "budgets", budget, 1 << 62)

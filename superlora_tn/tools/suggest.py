@@ -10,6 +10,7 @@ from torch import nn
 from superlora_tn.contraction.plan import choose, choose_each, crop_price, table
 from superlora_tn.contraction.profile import CPU, ITEM, Device
 from superlora_tn.contraction.search import PlanError
+from superlora_tn.declare.checks import near
 from superlora_tn.declare.fold import PhysicalGroup, Shape
 from superlora_tn.declare.parts import SpecError, check_count
 from superlora_tn.model.targets import Targets, target_shapes
@@ -113,7 +114,7 @@ def suggest(
     check_count("suggest", "tokens", tokens, 1 << 40)
     unknown = [name for name in variants if name not in VARIANTS]
     if unknown:
-        raise SpecError(f"suggest was given the variant '{unknown[0]}'; choose of {', '.join(VARIANTS)}.")
+        raise SpecError(f"suggest was given the variant '{unknown[0]}'; {near(unknown[0], VARIANTS)}")
     shapes = _shapes(where, targets)
     found, refused = list[Suggestion](), dict[str, str]()
     for name in variants:

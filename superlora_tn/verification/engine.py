@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
+from superlora_tn.declare.checks import near
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import SpecError, check_count
 from superlora_tn.files.own import read as read_adapter
@@ -192,10 +193,8 @@ def preset(name: str) -> st.SearchStrategy[AdapterSpec]:
         SpecError: there is no such preset.
     """
     if name not in draws.PRESETS:
-        known = ", ".join(draws.PRESETS)
-        raise SpecError(
-            f"there is no variant '{name}' to verify; choose among {known}, or give the JSON file of a declaration."
-        )
+        known = near(name, draws.PRESETS)
+        raise SpecError(f"there is no variant '{name}' to verify; {known} Or give the JSON file of a declaration.")
     return draws.PRESETS[name]
 
 
