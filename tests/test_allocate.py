@@ -96,6 +96,45 @@ def test_the_last_choice_stands_and_is_saved(tmp_path: Any) -> None:
     assert torch.equal(again(x), y)
 
 
+@pytest.mark.parametrize("stop", [2, 5, 8], ids=["measuring", "pruning", "chosen"])
+def test_a_resumed_training_is_the_uninterrupted_one(stop: int, tmp_path: Any) -> None:
+    """Bit for bit, through a file: weights, optimizer and allocator."""
+
+    def fresh() -> tuple[nn.Module, sl.Tuned, sl.RankAllocator, torch.optim.Optimizer]:
+        model, tuned = ours(sl.adalora(R))
+        return model, tuned, sl.RankAllocator(tuned, 3, 10, warm=3, last=3), torch.optim.Adam(tuned.parameters(), 0.05)
+
+    def run(one: tuple[nn.Module, sl.Tuned, sl.RankAllocator, torch.optim.Optimizer], first: int, last: int) -> None:
+        model, _, allocator, optimizer = one
+        for now in range(first, last):
+            optimizer.zero_grad()
+            x = torch.randn(7, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(now))
+            (model(x) - 1).square().sum().backward()
+            optimizer.step()
+            allocator.step()
+
+    whole, part, again = fresh(), fresh(), fresh()
+    run(whole, 0, 10)
+    run(part, 0, stop)
+    torch.save([one.state_dict() for one in part[1:]], tmp_path / "state.pt")
+    for one, state in zip(again[1:], torch.load(tmp_path / "state.pt", weights_only=True), strict=True):
+        one.load_state_dict(state)
+    run(again, stop, 10)
+    assert 0 < sum(whole[2].kept.values()) <= 3
+    assert whole[2].kept == again[2].kept
+    for own, other in zip(whole[1].parameters(), again[1].parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_the_state_of_another_adapter_is_refused() -> None:
+    model, tuned = ours(sl.adalora(R))
+    allocator, other = sl.RankAllocator(tuned, 3, 10), sl.RankAllocator(ours(sl.adalora(R - 1))[1], 3, 10)
+    trained(allocator, model, tuned, 2)
+    with pytest.raises(sl.SpecError, match="state of another adapter"):
+        other.load_state_dict(allocator.state_dict())
+    assert other.now == 0
+
+
 def test_the_least_important_goes_first() -> None:
     """One rank of each weight is of no size, so that the loss does not feel it."""
     model, tuned = ours(sl.adalora(R))

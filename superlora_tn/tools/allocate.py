@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +38,8 @@ class RankAllocator:
     that varies, at the value, and averaged over the rank's numbers in each other node. The budget falls as the cube of the
     steps left. Pruned ranks may come back until it has fallen; then the choice stands. Equal to PEFT's.
 
-    Call `step` once a training step, behind the optimizer's step and before the gradients are set to zero.
+    Call `step` once a training step, behind the optimizer's step and before the gradients are set to zero. A training that is
+    resumed needs its `state_dict` beside the optimizer's.
 
     Args:
         tuned: the attached adapter.
@@ -112,18 +115,46 @@ class RankAllocator:
         elif self.now > self.warm and self.now % self.every == 0:
             self._prune(self._chosen())
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is, for ``torch.save``: the step, the smoothed importance of each node's numbers, and the final choice."""
+        return {"now": self.now, "smoothed": [self._smoothed.get(id(own)) for own in self._nodes()], "kept": self._kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict` of the same adapter.
+
+        Raises:
+            SpecError: it is of another adapter; nothing is changed then.
+        """
+        nodes, smoothed, kept = self._nodes(), state["smoothed"], state["kept"]
+        wanted = [own.shape for own in nodes]
+        fits = len(smoothed) == len(wanted) and all(
+            pair is None or all(one.shape == shape for one in pair) for pair, shape in zip(smoothed, wanted, strict=True)
+        )
+        if not fits or (kept is not None and [one.shape for one in kept] != [bond.values.shape for bond in self._bonds]):
+            raise SpecError(
+                "RankAllocator was given the state of another adapter; give one of the same declaration and weights."
+            )
+        self.now, self._kept = state["now"], kept
+        self._smoothed = {
+            id(own): (pair[0].to(own), pair[1].to(own)) for own, pair in zip(nodes, smoothed, strict=True) if pair is not None
+        }
+
+    def _nodes(self) -> list[Tensor]:
+        """What is measured, each once."""
+        every = (own for bond in self._bonds for own in (bond.values, *(node for node, _ in bond.others)))
+        return list({id(own): own for own in every}.values())
+
     def _measure(self) -> None:
-        for bond in self._bonds:
-            for own in (bond.values, *(node for node, _ in bond.others)):
-                if own.grad is None:
-                    raise SpecError(
-                        "RankAllocator found a node without a gradient; call step() behind backward() and before zero_grad()."
-                    )
-                now = (own * own.grad).abs()
-                mean, spread = self._smoothed.get(id(own), (torch.zeros_like(now), torch.zeros_like(now)))
-                mean = self.smooth[0] * mean + (1 - self.smooth[0]) * now
-                spread = self.smooth[1] * spread + (1 - self.smooth[1]) * (now - mean).abs()
-                self._smoothed[id(own)] = (mean, spread)
+        for own in self._nodes():
+            if own.grad is None:
+                raise SpecError(
+                    "RankAllocator found a node without a gradient; call step() behind backward() and before zero_grad()."
+                )
+            now = (own * own.grad).abs()
+            mean, spread = self._smoothed.get(id(own), (torch.zeros_like(now), torch.zeros_like(now)))
+            mean = self.smooth[0] * mean + (1 - self.smooth[0]) * now
+            spread = self.smooth[1] * spread + (1 - self.smooth[1]) * (now - mean).abs()
+            self._smoothed[id(own)] = (mean, spread)
 
     def _chosen(self) -> list[Tensor]:
         """Which ranks of each bond are kept."""
