@@ -162,6 +162,7 @@ def measure(task: Task, variant: str, level: int | None, spec: AdapterSpec) -> D
         rates[1] / rates[0],
         protocol.extensions,
         lambda rate: task.run(spec, rate, protocol.choice_seed, protocol.tried, own, lambda: _loss(task.model, held)),
+        best,
     )
     rate = best(tried)
     return {

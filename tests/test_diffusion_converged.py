@@ -18,7 +18,7 @@ from rich.console import Console
 from superlora_tn_paper import diffusion, diffusion_converged, diffusion_report, report
 from superlora_tn_paper.denoising import Schedule, Training
 from superlora_tn_paper.diffusion_settings import settings
-from superlora_tn_paper.rates import searched
+from superlora_tn_paper.rates import best, searched
 from superlora_tn_paper.store import Elsewhere, Store, alone, packed, unpacked
 from superlora_tn_paper.unet import UNet, UNetShape, attention_shapes, build
 
@@ -175,7 +175,7 @@ def test_a_row_over_seeds_is_no_surer_than_its_images() -> None:
 
 def test_rates_are_searched_to_the_side_of_the_best() -> None:
     def asked(optimum: float) -> list[float]:
-        return sorted(map(float, searched((1e-2, 4e-2), 4.0, 2, lambda rate: abs(math.log(rate / optimum)))))
+        return sorted(map(float, searched((1e-2, 4e-2), 4.0, 2, lambda rate: abs(math.log(rate / optimum)), best)))
 
     assert asked(1e-2) == pytest.approx([2.5e-3, 1e-2, 4e-2])
     assert asked(1.0) == pytest.approx([1e-2, 4e-2, 0.16, 0.64])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -35,7 +35,7 @@ from superlora_tn_paper.classification_training import (
     score,
 )
 from superlora_tn_paper.converged_report import draw
-from superlora_tn_paper.rates import at_the_edge, best, searched
+from superlora_tn_paper.rates import at_the_edge, best_scored, searched
 from superlora_tn_paper.store import Data, Elsewhere, Store, alone, write_json
 from superlora_tn_paper.task import Batch, Subset, Task
 
@@ -241,15 +241,19 @@ class Converged:
                 tuned.save(kept)
         return found | {"train_loss": trained, "step_seconds": round(seconds, 5), "first_values_times": scaled}
 
-    def rates(self, setting: Setting) -> dict[str, float]:
-        """Rate -> loss on the images held apart, the grid extended while the best is at its edge."""
+    def best(self, tried: Mapping[str, Mapping[str, float]]) -> float:
+        """The rate that is chosen of those tried."""
+        return best_scored(tried, len(self.parts[1].rows))
+
+    def rates(self, setting: Setting) -> dict[str, dict[str, float]]:
+        """Rate -> accuracy and loss on the images held apart, the grid extended while the best is at its edge."""
         recipe, apart = self.recipe, self.parts[1]
-        return searched(
-            recipe.rates,
-            recipe.factor,
-            recipe.extensions,
-            lambda rate: float(self.job(setting, rate, recipe.choice_seed, apart, "choose_")["loss"]),
-        )
+
+        def score(rate: float) -> dict[str, float]:
+            job = self.job(setting, rate, recipe.choice_seed, apart, "choose_")
+            return {name: float(job[name]) for name in ("accuracy", "loss")}
+
+        return searched(recipe.rates, recipe.factor, recipe.extensions, score, self.best)
 
     def chooser(self, setting: Setting) -> Setting:
         """The setting whose rate a setting takes: its own for the lines, else its family's of median count."""
@@ -274,7 +278,7 @@ class Converged:
         """
         recipe = self.recipe
         tried = self.rates(self.chooser(setting))
-        rate = best(tried)
+        rate = self.best(tried)
         seeds = recipe.more_seeds if setting.family in OWN_RATE else recipe.seeds
         runs = [self.job(setting, rate, seed, self.task.test) for seed in seeds]
         longer = (

@@ -47,7 +47,8 @@ def _setup(result: Data) -> str:
     recipe = result["recipe"]
     return (
         f"{result['task'][0].upper()}{result['task'][1:]}: {result['classes']} classes; each seed draws {recipe['images']:,} "
-        f"training images, {result['images']['apart']:,} others choose the rates, {result['images']['test']:,} test. "
+        f"training images, {result['images']['test']:,} test. Of {result['images']['apart']:,} others is chosen, with another "
+        "seed, the rate of the lowest loss among those whose accuracy is within a standard error of the highest. "
         f"{recipe['steps']} steps of {recipe['batch']} images, AdamW, one-cycle, no augmentation. The head starts at its "
         f"optimum on the frozen model for the same images, and goes on at {recipe['head_rate']:g}. First values are multiplied "
         f"by a number that makes the first step at rate r move all dW by {recipe['stride']:g} r sqrt(elements) in every "

@@ -135,7 +135,7 @@ class Converged:
             job = self.job(f"choose_{setting.job}_{rate:g}", lambda: {"loss": tried_loss(chooser, spec, rate, words)})
             return float(job["loss"])
 
-        tried = searched(long.recipe.rates, long.factor, long.extensions, loss)
+        tried = searched(long.recipe.rates, long.factor, long.extensions, loss, best)
         rate = best(tried)
         runs: list[Data] = []
         elsewhere: Elsewhere | None = None
