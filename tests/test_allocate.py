@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -132,7 +133,28 @@ def test_the_state_of_another_adapter_is_refused() -> None:
     trained(allocator, model, tuned, 2)
     with pytest.raises(sl.SpecError, match="state of another adapter"):
         other.load_state_dict(allocator.state_dict())
+    for wrong in ({}, sl.RankAllocator(tuned, 2, 10).state_dict()):
+        with pytest.raises(sl.SpecError, match="resume with the same settings"):
+            other.load_state_dict(wrong)
     assert other.now == 0
+
+
+def test_a_copy_goes_on_as_the_first_and_a_refused_step_is_none() -> None:
+    model, tuned = ours(sl.adalora(R))
+    allocator = sl.RankAllocator(tuned, 3, 10)
+    trained(allocator, model, tuned, 3)
+    for p in tuned.parameters():
+        p.grad = None
+    with pytest.raises(sl.SpecError, match="before zero_grad"):
+        allocator.step()
+    assert allocator.now == 3
+    other, twin = copy.deepcopy((tuned, allocator))
+    for p in [*tuned.parameters(), *other.parameters()]:
+        p.grad = torch.ones_like(p)
+    allocator.step()
+    twin.step()
+    for own, same in zip(tuned.parameters(), other.parameters(), strict=True):
+        assert torch.equal(own, same)
 
 
 def test_the_least_important_goes_first() -> None:
@@ -157,7 +179,12 @@ def test_terms_of_a_sum_and_shared_networks_have_ranks_too() -> None:
     tuned = sl.attach(model, sl.AdapterSpec(shared, sl.PhysicalFold("member out in")), ["0", "1"], dtype=torch.float64)
     assert sl.RankAllocator(tuned, 1, 5).total == 3
     _, tuned = ours(sl.AdapterSpec(sl.Sum(sl.adalora(2).network, sl.adalora(3).network)))
-    assert sl.RankAllocator(tuned, 4, 5).total == 2 * (2 + 3)
+    allocator = sl.RankAllocator(tuned, 4, 5)
+    assert allocator.total == 2 * (2 + 3)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.fill_(1.0)
+    assert sum(allocator.kept.values()) == 2 * (2 + 3)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +194,10 @@ def test_terms_of_a_sum_and_shared_networks_have_ranks_too() -> None:
         ({"ranks": 9}, "ranks=9"),
         ({"warm": 3, "last": 2}, "fewer steps than all"),
         ({"smooth": (1.0, 0.5)}, "between 0 and 1"),
+        ({"smooth": 0.5}, "between 0 and 1"),
+        ({"smooth": (0.5,)}, "between 0 and 1"),
+        ({"warm": "a"}, "warm=a"),
+        ({"warm": 1.5}, "warm=1.5"),
     ],
     ids=str,
 )

@@ -237,6 +237,13 @@ def test_a_name_given_to_two_nodes_raises() -> None:
         AdapterSpec.from_dict(sl.lora(2).to_dict() | {"network": twice})
 
 
+def test_a_size_said_twice_or_in_parts_raises() -> None:
+    spec = AdapterSpec(sl.Network("(a b) i", {"b": -1, "r": 2}, w="a r", v="b r i")).to_dict()
+    for sizes, words in (([["r", 2], ["r", 3]], "sizes an index twice"), ([["b", -1.0], ["r", 2]], "'b'.*-1.0")):
+        with pytest.raises(SpecError, match=words):
+            AdapterSpec.from_dict(spec | {"network": {**spec["network"], "sizes": sizes}})
+
+
 @pytest.mark.parametrize(
     "bond", ["r", "out1", "out2", "in", "in1", "token", "item", "batch", "group", "member", "x", "k1_r", "TOKEN"]
 )

@@ -85,7 +85,10 @@ def _decode_kind(data: Mapping[str, Any], depth: int) -> Any:
             nodes = dict(values["nodes"])
             if len(nodes) != len(values["nodes"]):
                 raise SpecError("a Network in a declaration names a node twice; names are unique.")
-            return Network(values["modes"], dict(values["sizes"]), crop=values.get("crop", False), **nodes)
+            sizes = dict(values["sizes"])
+            if len(sizes) != len(values["sizes"]):
+                raise SpecError("a Network in a declaration sizes an index twice; say one size.")
+            return Network(values["modes"], sizes, crop=values.get("crop", False), **nodes)
         if issubclass(kind, Compose):
             return Compose(*values["maps"])
         if issubclass(kind, Kronecker | Hadamard | Sum):

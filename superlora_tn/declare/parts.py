@@ -355,7 +355,7 @@ def _check_sizes(network: Network, open_indices: set[str], places: set[str]) -> 
                     f"Network sizes say that '{index}' is as large as '{size:.80}'; a bond may be as large as an index of a "
                     "mode, or as a bond whose size is a number."
                 )
-        elif size == -1 and not isinstance(size, bool):
+        elif isinstance(size, int) and size == -1:
             _check_least(network, index)
         else:
             check_rank(f"Network index '{index}'", size)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from superlora_tn.declare.checks import check_count
+from superlora_tn.declare.checks import check_count, shown
 from superlora_tn.declare.parts import SpecError
 from superlora_tn.model.tuned import Tuned
 from superlora_tn.update.base import Adapter
@@ -75,14 +75,18 @@ class RankAllocator:
         check_count("RankAllocator", "ranks", ranks, self.total)
         check_count("RankAllocator", "steps", steps, 1 << 40)
         check_count("RankAllocator", "every", every, steps)
-        if not (warm >= 0 and last >= 0 and warm + last < steps) or not all(0 < s < 1 for s in smooth):
+        counts = all(isinstance(n, int) and n >= 0 for n in (warm, last)) and warm + last < steps
+        parts = isinstance(smooth, tuple) and len(smooth) == 2 and all(isinstance(s, float) and 0 < s < 1 for s in smooth)
+        if not counts or not parts:
             raise SpecError(
                 f"RankAllocator was given warm={warm}, last={last} and smooth={smooth} for {steps} steps; fewer steps than all "
-                "may be warm and last, and two numbers between 0 and 1 smooth."
+                "may be warm and last, and a tuple of two numbers between 0 and 1 smooths."
             )
         self.ranks, self.steps, self.warm, self.last, self.every, self.smooth = ranks, steps, warm, last, every, smooth
         self.now = 0
-        self._smoothed: dict[int, tuple[Tensor, Tensor]] = {}
+        measured = (own for bond in self._bonds for own in (bond.values, *(node for node, _ in bond.others)))
+        self._nodes = list({id(own): own for own in measured}.values())  # each once
+        self._smoothed: list[tuple[Tensor, Tensor] | None] = [None] * len(self._nodes)
         self._kept: list[Tensor] | None = None
 
     @property
@@ -96,7 +100,10 @@ class RankAllocator:
     @property
     def kept(self) -> dict[str, int]:
         """How many ranks of each group's weights are not zero; a group is called by its first weight."""
-        return {bond.name: int(bond.values.count_nonzero()) for bond in self._bonds}
+        found = dict.fromkeys((bond.name for bond in self._bonds), 0)
+        for bond in self._bonds:  # of a sum one for each term
+            found[bond.name] += int(bond.values.count_nonzero())
+        return found
 
     @torch.no_grad()
     def step(self) -> None:
@@ -105,10 +112,10 @@ class RankAllocator:
         Raises:
             SpecError: a node has no gradient: call it between ``backward()`` and ``zero_grad()``.
         """
-        self.now += 1
         end = self.steps - self.last
-        if self.now < end:
+        if self.now + 1 < end:
             self._measure()
+        self.now += 1
         if self.now >= end:
             self._kept = self._chosen() if self._kept is None else self._kept
             self._prune(self._kept)
@@ -116,45 +123,58 @@ class RankAllocator:
             self._prune(self._chosen())
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is, for ``torch.save``: the step, the smoothed importance of each node's numbers, and the final choice."""
-        return {"now": self.now, "smoothed": [self._smoothed.get(id(own)) for own in self._nodes()], "kept": self._kept}
+        """Where it is, for ``torch.save``: settings, step, the smoothed importance of each number, and the final choice."""
+        return {"settings": self._settings, "now": self.now, "smoothed": list(self._smoothed), "kept": self._kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict` of the same adapter.
+        """Go on from a `state_dict` of an allocator of the same settings for the same adapter.
 
         Raises:
-            SpecError: it is of another adapter; nothing is changed then.
+            SpecError: it is of another; nothing is changed then.
         """
-        nodes, smoothed, kept = self._nodes(), state["smoothed"], state["kept"]
-        wanted = [own.shape for own in nodes]
-        fits = len(smoothed) == len(wanted) and all(
-            pair is None or all(one.shape == shape for one in pair) for pair, shape in zip(smoothed, wanted, strict=True)
+        if state.get("settings") != self._settings:
+            raise SpecError(
+                f"RankAllocator was given the state of {shown(state.get('settings'), 200)}, and this one is of "
+                f"{self._settings}; resume with the same settings."
+            )
+        smoothed, kept = state["smoothed"], state["kept"]
+        fits = len(smoothed) == len(self._nodes) and all(
+            pair is None or all(one.shape == own.shape for one in pair) for pair, own in zip(smoothed, self._nodes, strict=True)
         )
         if not fits or (kept is not None and [one.shape for one in kept] != [bond.values.shape for bond in self._bonds]):
             raise SpecError(
                 "RankAllocator was given the state of another adapter; give one of the same declaration and weights."
             )
         self.now, self._kept = state["now"], kept
-        self._smoothed = {
-            id(own): (pair[0].to(own), pair[1].to(own)) for own, pair in zip(nodes, smoothed, strict=True) if pair is not None
+        self._smoothed = [
+            None if pair is None else (pair[0].to(own), pair[1].to(own))
+            for own, pair in zip(self._nodes, smoothed, strict=True)
+        ]
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed training has to have again."""
+        return {
+            "ranks": self.ranks,
+            "steps": self.steps,
+            "warm": self.warm,
+            "last": self.last,
+            "every": self.every,
+            "smooth": self.smooth,
         }
 
-    def _nodes(self) -> list[Tensor]:
-        """What is measured, each once."""
-        every = (own for bond in self._bonds for own in (bond.values, *(node for node, _ in bond.others)))
-        return list({id(own): own for own in every}.values())
-
     def _measure(self) -> None:
-        for own in self._nodes():
-            if own.grad is None:
-                raise SpecError(
-                    "RankAllocator found a node without a gradient; call step() behind backward() and before zero_grad()."
-                )
-            now = (own * own.grad).abs()
-            mean, spread = self._smoothed.get(id(own), (torch.zeros_like(now), torch.zeros_like(now)))
+        slopes = [own.grad for own in self._nodes if own.grad is not None]
+        if len(slopes) < len(self._nodes):
+            raise SpecError(
+                "RankAllocator found a node without a gradient; call step() behind backward() and before zero_grad()."
+            )
+        for k, (own, slope) in enumerate(zip(self._nodes, slopes, strict=True)):
+            now = (own * slope).abs()
+            mean, spread = self._smoothed[k] or (torch.zeros_like(now), torch.zeros_like(now))
             mean = self.smooth[0] * mean + (1 - self.smooth[0]) * now
             spread = self.smooth[1] * spread + (1 - self.smooth[1]) * (now - mean).abs()
-            self._smoothed[id(own)] = (mean, spread)
+            self._smoothed[k] = (mean, spread)
 
     def _chosen(self) -> list[Tensor]:
         """Which ranks of each bond are kept."""
@@ -167,8 +187,8 @@ class RankAllocator:
 
     def _score(self, bond: _Bond) -> Tensor:
         def each(own: Tensor) -> Tensor:
-            mean, spread = self._smoothed.get(id(own), (own.new_zeros(own.shape),) * 2)
-            return mean * spread
+            found = next(pair for pair, node in zip(self._smoothed, self._nodes, strict=True) if node is own)
+            return torch.zeros_like(own) if found is None else found[0] * found[1]
 
         rest = [each(node).movedim(axis, 0).flatten(1).mean(1) for node, axis in bond.others]
         return torch.stack([each(bond.values), *rest]).sum(0)
