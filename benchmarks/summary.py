@@ -39,10 +39,12 @@ NOTES = {
 LoHa of ranks (8, 8) has 64 = r1 r2 rank-one terms, so its six products are thin only by 64 and need 8 times LoRA's
 FLOPs. With oneDNN for these it stays within 1.2 times PEFT's LoRA, but for 64 tokens at 4096: 1.7 here and 2.2 in
 the table of designs below. The aim was 1.3 at every shape.""",
-    "variants_against": """Overheads over the frozen layer's step, forward and backward with a gradient for x. One thread, on a
-machine that others used too, so differences below 0.1 are noise. `fourier_ft`, `shira` and `waveft` are attached with
-`at="weight"`, as their dW is built in any case; PEFT's SHiRA adds it to W likewise. OFT takes Cayley's exact transform on
-both sides (`use_cayley_neumann=False`; with PEFT's default, a series of five terms, PEFT took 0.23 and 0.26 in a run in which
+    "variants_against": """Overheads over the frozen layer's step, forward and backward with a gradient for x, one
+thread. Differences below 0.04 are noise. `fourier_ft`, `shira` and `waveft` are placed at the weight, as their dW is built in
+any case; PEFT's SHiRA adds it to W likewise. Most of the others come to LoRA's cost, as they are cut into two thin halves. What
+stays above has no such cut: HiRA multiplies W itself, RandLoRA's dW has full rank, C3A's transforms go over every row of x; and
+LoHa's halves have the rank squared. OFT takes Cayley's exact transform on both sides (`use_cayley_neumann=False`; with PEFT's
+default, a series of five terms, PEFT took 0.23 and 0.26 in a run in which
 ours took 0.35 and 0.27), BOFT one factor (PEFT has no more without a GPU).""",
     "layer_overhead_mkl": """So LoHa takes 1.5 times PEFT's LoRA at the first three shapes and 2.2 times at the fourth; the
 others do not need oneDNN to stay below PEFT's LoRA.""",
