@@ -364,3 +364,16 @@ def test_a_reader_who_has_seen_enough_is_no_error():
         running.stdout.close()
         assert running.stderr.read() == ""
         assert running.wait(timeout=120) == 0
+
+
+@pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_a_picture_is_written_as_its_ending_says(ending, start, tmp_path):
+    place = tmp_path / f"net.{ending}"
+    assert main(["draw", "lora", "--out", str(place)]) == 0
+    assert place.read_bytes().startswith(start)
+
+
+def test_a_picture_with_another_ending_is_refused_and_not_written(tmp_path, capsys):
+    assert main(["draw", "lora", "--out", str(tmp_path / "new" / "net.xyz")]) != 0
+    assert "end its name in .png, .svg or .pdf" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

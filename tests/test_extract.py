@@ -151,3 +151,29 @@ def test_decompose_is_public() -> None:
     assert found.is_exact
     with pytest.raises(sl.FitError, match="not finite"):
         sl.decompose({"a": torch.full((2, 2), torch.nan)}, sl.lora(1))
+
+
+def test_a_conversion_takes_the_bases_own_values_from_the_model(tmp_path: Path) -> None:
+    """Of a network in itself with larger bonds, and of dW that HiRA made and `dense` holds, which W alone tells apart."""
+    model = seeded(0, Tiny).double()
+    tuned = sl.attach(model, sl.hira(1), TARGETS, seed=1, dtype=torch.float64)
+    perturb(tuned)
+    tuned.save(tmp_path / "hira")
+    deltas = {name: tuned.delta(name).detach().clone() for name in tuned.targets}
+    for source in (tuned, tmp_path / "hira"):
+        grown = sl.convert(source, sl.hira(2))
+        assert grown.is_exact
+        for name, delta in grown.deltas().items():
+            torch.testing.assert_close(delta, deltas[name], rtol=1e-12, atol=1e-14)
+    sl.convert(tuned, sl.dense()).write(tmp_path / "dense", torch.float64)
+    tuned.merge()
+    with pytest.raises(sl.FitError, match=r"load\(\) the adapter on its base"):  # W is not what it was
+        sl.convert(tuned, sl.lora_xs(1))
+    tuned.unmerge()
+    tuned.detach()
+    with pytest.raises(sl.FitError, match=r"load\(\) the adapter on its base"):
+        sl.convert(tmp_path / "dense", sl.hira(1))
+    found = sl.convert(sl.load(model, tmp_path / "dense"), sl.hira(1))
+    assert found.error < 1e-9  # W rounds once in float64, and least squares solve with the squares of its values
+    for name, delta in found.deltas().items():
+        torch.testing.assert_close(delta, deltas[name], rtol=1e-7, atol=1e-9)

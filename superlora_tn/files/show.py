@@ -185,7 +185,7 @@ def draw(contents: Contents, path: str) -> str:
     """The norms of dW as a picture, one bar a layer; returns the path.
 
     Raises:
-        CheckpointError: matplotlib is not installed.
+        CheckpointError: matplotlib is not installed, or writes no such kind of picture.
     """
     try:
         from matplotlib.figure import Figure
@@ -199,5 +199,8 @@ def draw(contents: Contents, path: str) -> str:
     axes.tick_params(axis="y", labelsize=6)
     axes.set_xlabel("norm of dW")
     axes.set_title(f"{contents.path.name}: {contents.origin}, {len(contents.weights)} weights", fontsize=9)
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:  # an ending that matplotlib does not know
+        raise CheckpointError(f"{path}: {error}") from error
     return path

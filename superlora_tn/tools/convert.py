@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from superlora_tn.declare.fold import Shape
+from superlora_tn.declare.parts import BASED
 from superlora_tn.files.own import Entry, tensor_name
 from superlora_tn.network.budget import Budget
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.tools.decompose import Decomposition, FitError, Progress, fit_weights
+from superlora_tn.tools.difference import resting
 from superlora_tn.tools.fitting import Settings
 from superlora_tn.tools.frames import Frame, frame
+from superlora_tn.update.based import Read
 
 
 def convert(
@@ -35,6 +38,7 @@ def convert(
     restarts: int = 3,
     seed: int = 0,
     progress: Callable[[Progress], None] | None = None,
+    base: Read | None = None,
 ) -> Decomposition:
     """The adapter of another declaration with the same dW, or the nearest.
 
@@ -43,6 +47,8 @@ def convert(
         tensors: the nodes, by ``group<k>.<node>``, groups numbered through all declarations.
         to: the other declaration, or a budget that buys one.
         steps, tolerance, restarts, seed, progress: of the fits, where there are any; see `decompose`.
+        base: W of a weight, (out, in), for nodes of the other declaration that hold values of it; None where W is not at hand
+            but in the adapter's own nodes, which then have to be the same.
 
     Returns:
         Nodes and errors: below 1e-10 (`Decomposition.is_exact`) where the other declaration contains this adapter.
@@ -53,7 +59,10 @@ def convert(
     """
     entries = [source] if isinstance(source, Entry) else list(source)
     known = Source(entries, tensors)
-    return fit_weights(known.shapes, known.delta, to, Settings(steps, tolerance, restarts), seed, None, progress, known.grown)
+    spec = to.choose(known.shapes).spec if isinstance(to, Budget) else to
+    start = known.rests(spec) if base is None else resting(spec, known.shapes, base)
+    settings = Settings(steps, tolerance, restarts)
+    return fit_weights(known.shapes, known.delta, spec, settings, seed, start, progress, known.grown)
 
 
 class Source:
@@ -78,6 +87,27 @@ class Source:
         if self._built[0] != group:
             self._built = (group, self._frames[group].deltas(self._nodes[group]))
         return self._built[1][name]
+
+    def rests(self, spec: AdapterSpec) -> dict[str, Tensor]:
+        """The adapter's own nodes for those of another declaration that hold the same of the base.
+
+        Raises:
+            FitError: one of them is no node of the adapter.
+        """
+        found = dict[str, Tensor]()
+        for k, (group, graph) in enumerate(spec.lay_out(self.shapes)):
+            own = self._of[next(iter(group.members))]
+            held = dict(zip(self._frames[own].graph.nodes, self._nodes[own], strict=True))
+            for node in graph.nodes:
+                if node.init not in BASED:
+                    continue
+                if self._frames[own].group != group or node not in held:
+                    raise FitError(
+                        f"'{node.name}' holds the base's '{node.init}', which the adapter's nodes do not tell; load() the "
+                        "adapter on its base, and convert the handle."
+                    )
+                found[tensor_name(k, node)] = held[node]
+        return found
 
     def grown(self, target: Frame, nodes: list[Tensor]) -> str | None:
         """Write the nodes of a group of these weights with the same nodes and bonds no larger into another group's."""

@@ -15,7 +15,7 @@ from superlora_tn.files.base_model import BaseModel, base_model, within
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.own import tensor_name
 from superlora_tn.network.spec import AdapterSpec
-from superlora_tn.update.based import base_values
+from superlora_tn.update.based import Read, base_values
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,26 @@ class Difference:
         Raises:
             SpecError: the declaration does not fit the shapes.
         """
-        found = dict[str, Tensor]()
-        for k, (group, graph) in enumerate(spec.lay_out(self.shapes)):
-            members = group.members if isinstance(group, PhysicalGroup) else {}
-            for number, select, value in base_values(graph, members, lambda name: self.base.weight(name).double()):
-                node = graph.nodes[number]
-                name = tensor_name(k, node)
-                found.setdefault(name, torch.zeros(node.shape, dtype=torch.float64))[select] = value
-        return found
+        return resting(spec, self.shapes, lambda name: self.base.weight(name).double())
+
+
+def resting(spec: AdapterSpec, shapes: Mapping[str, Shape], read: Read) -> dict[str, Tensor]:
+    """The nodes of a declaration that hold the base's own values, by name, in float64.
+
+    Args:
+        shapes: of the weights.
+        read: W of a weight, (out, in), in float64; asked only where there are such nodes.
+
+    Raises:
+        SpecError: the declaration does not fit the shapes.
+    """
+    found = dict[str, Tensor]()
+    for k, (group, graph) in enumerate(spec.lay_out(shapes)):
+        members = group.members if isinstance(group, PhysicalGroup) else {}
+        for number, select, value in base_values(graph, members, read):
+            node = graph.nodes[number]
+            found.setdefault(tensor_name(k, node), torch.zeros(node.shape, dtype=torch.float64))[select] = value
+    return found
 
 
 def difference(base: str | PathLike[str], tuned: str | PathLike[str], targets: Sequence[str] = ()) -> Difference:

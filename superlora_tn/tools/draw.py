@@ -1,6 +1,6 @@
 """Pictures: a contraction tree coloured by cost, accuracy against parameters, predicted against measured.
 
-Needs matplotlib (the `demo` extra). Every function writes a PNG and returns its path.
+Needs matplotlib (the `demo` extra). Every function writes one, as the ending of its path says, and returns the path.
 """
 
 from __future__ import annotations
@@ -51,10 +51,18 @@ def sheet(width: float, height: float) -> Any:
 
 
 def save(figure: Any, path: str | Path) -> Path:
-    """Write a figure as a PNG under exactly this path, whose folder is made where it is missing."""
+    """Write a figure under exactly this path, whose folder is made where it is missing: what its ending says, PNG without one.
+
+    Raises:
+        OSError: pictures cannot have such an ending.
+    """
     place = Path(path)
+    ending = place.suffix[1:].lower() or "png"
+    known = figure.canvas.get_supported_filetypes()
+    if ending not in known:
+        raise OSError(f"a picture cannot be written as '{place.name}': end its name in .png, .svg or .pdf.")
     place.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(place, format="png")
+    figure.savefig(place, format=ending)
     return place
 
 

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
+import torch
+from torch import Tensor
+
 from superlora_tn.declare.fold import Shape
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.own import Saved
@@ -37,7 +40,8 @@ def convert(
     LoKr in LoRA of the product of its splits' ranks, LoTR in a LoRA of each weight, a network in itself with larger bonds.
 
     Args:
-        adapter: a handle, or the folder of a saved adapter of this library.
+        adapter: a handle, or the folder of a saved adapter of this library. What the other declaration takes of the base's
+            weights (HiRA's, LoRA-XS's frozen nodes) comes from the handle's model; a folder has what its own nodes hold.
         to: the other declaration, or a budget that buys one.
         steps, tolerance, restarts, seed, progress: of fits, where there are any; see `decompose`.
 
@@ -47,10 +51,16 @@ def convert(
     Raises:
         CheckpointError: a folder that is no adapter of this library, row blocks, or parameters that train beside.
         SpecError: the other declaration does not fit the weights' shapes.
+        FitError: it needs the base's weights, which a folder does not have, or which a merged adapter has changed.
     """
     saved = _saved(adapter)
     options = {"steps": steps, "tolerance": tolerance, "restarts": restarts, "seed": seed, "progress": progress}
-    return convert_entries(saved.entries, saved.tensors, to, **options)  # type: ignore[arg-type]
+
+    def base(name: str) -> Tensor:
+        return own[name].weight().to(device="cpu", dtype=torch.float64)
+
+    own = adapter._targets if isinstance(adapter, Tuned) and not adapter.merged else {}
+    return convert_entries(saved.entries, saved.tensors, to, base=base if own else None, **options)  # type: ignore[arg-type]
 
 
 def _saved(adapter: Tuned | str | PathLike[str]) -> Saved:
