@@ -29,7 +29,7 @@ LONG = diffusion_converged.LongRecipe(
     diffusion.Recipe(
         unet=UNetShape(size=8, channels=16, multipliers=(1, 2), halvings=1),
         schedule=Schedule("cosine", 50),
-        home="letters",
+        home="printed digits",
         drawn=64,
         base=Training(steps=8, batch=8, lr=3e-3, decay=0.9),
         adapt=Training(steps=4, batch=8, lr=0.0, decay=0.9),
@@ -120,7 +120,7 @@ def test_a_stopped_run_goes_on_and_judges_only_what_is_finished(
         assert 2 <= len(row["tried"]) <= 3
     text = report.text(tmp_path / "whole")
     for words in (
-        "from letters to handwritten digits",
+        "from printed digits to handwritten digits",
         "2 seeds, which draw",
         "the root of the number of seeds",
         "Best at the level high",

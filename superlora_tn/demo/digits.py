@@ -49,8 +49,10 @@ _OVERSAMPLE = 2  # the warped glyph is sampled on a grid this much finer than th
 _CHUNK = 4096  # images rendered at once; bounds the memory of the sampling grids
 
 
-def printed_digits(count: int, seed: int, split: Split = "train", size: int = 16) -> tuple[Tensor, Tensor]:
+def printed_digits(count: int, seed: int, split: Split = "train", size: int = 16, worn: bool = True) -> tuple[Tensor, Tensor]:
     """Draw ``count`` (at least 1) randomly distorted printed digits; ``split`` picks the fonts, which are disjoint.
+
+    Worn ones are printed badly: ink and paper of random tones, and noise.
 
     Returns images (count, 1, size, size) float32 in [0, 1] and labels (count,) int64.
     """
@@ -60,10 +62,10 @@ def printed_digits(count: int, seed: int, split: Split = "train", size: int = 16
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (count,), generator=generator)
     font = torch.randint(len(fonts), (count,), generator=generator)
-    chunks = [
-        _degrade(F.avg_pool2d(_warp(atlas[f, d], generator), _OVERSAMPLE), generator)
-        for f, d in zip(torch.split(font, _CHUNK), torch.split(labels, _CHUNK), strict=True)
-    ]
+    chunks = []
+    for f, d in zip(torch.split(font, _CHUNK), torch.split(labels, _CHUNK), strict=True):
+        clean = F.avg_pool2d(_warp(atlas[f, d], generator), _OVERSAMPLE)
+        chunks.append(_degrade(clean, generator) if worn else clean)
     return torch.cat(chunks), labels
 
 

@@ -41,9 +41,3 @@ def svhn(folder: Path) -> Images:
     """The first 1,083 training images of SVHN: (n, 32, 32, 3)."""
     pack = np.load(folder / "svhn_train1083" / "svhn_train_first1083.npz")
     return torch.from_numpy(pack["x"]), torch.from_numpy(pack["y"]).long()
-
-
-def emnist_letters(folder: Path) -> Images:
-    """EMNIST's handwritten letters, both cases: images (n, 28, 28) of white ink, labels 0..25."""
-    pack = np.load(folder / "emnist_letters" / "emnist_letters_Train_png.npz")
-    return torch.from_numpy(pack["x"]), torch.from_numpy(pack["y"]).long()

@@ -58,8 +58,8 @@ class Recipe:
     Args:
         unet, schedule: the model.
         home: the source domain.
-        close: the writing fills the images, of letters and of the target, see `domains`.
-        drawn: images of the source domain, where SVHN (or letters) is not there in full.
+        close: the target's writing fills the images, see `domains`.
+        drawn: images of the source domain, where SVHN is not there in full.
         base: pre-training.
         adapt: one adaptation; its learning rate is that of `rates` with the least loss on images kept apart,
             after `tried` steps.
@@ -73,7 +73,7 @@ class Recipe:
 
     unet: UNetShape = field(default_factory=UNetShape)
     schedule: Schedule = field(default_factory=Schedule)
-    home: Literal["house numbers", "letters"] = "house numbers"
+    home: Literal["house numbers", "printed digits"] = "house numbers"
     close: bool = False
     drawn: int = 60_000
     base: Training = FULL_BASE
@@ -196,8 +196,11 @@ def prepare(recipe: Recipe, out: Path, more: Data, data: Path | None, device: st
         bar: for progress.
     """
     unet = recipe.unet
-    drawn = (recipe.drawn, unet.size, recipe.seed, data, unet.colours)
-    home = domains.letters(*drawn, recipe.close) if recipe.home == "letters" else domains.home(*drawn)
+    drawn = (recipe.drawn, unet.size, recipe.seed)
+    if recipe.home == "printed digits":
+        home = domains.printed(*drawn, unet.colours)
+    else:
+        home = domains.home(*drawn, data, unet.colours)
     abroad, test = (domains.abroad(split, unet.size, data, unet.colours, recipe.close) for split in SPLITS)
     facts = asdict(recipe) | {"source": home.words, "target": abroad.words, "device": device, "revision": REVISION}
     depends = {name: value for name, value in (facts | more).items() if value is not None}

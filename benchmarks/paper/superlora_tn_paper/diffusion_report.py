@@ -138,10 +138,9 @@ def report(result: Data) -> str:
         parts.append("\n".join(f"- {name.strip()}: {reason}." for name, reason in reasons))
     parts.append(f"![Fréchet distance against parameters]({SCORES})\n\n![Generated images]({SAMPLES})")
     if result.get("unfinished"):
-        parts.append(f"**Unfinished**: {len(result['unfinished'])} settings are not in the table, and nothing is compared yet.")
-    parts.append(
-        "\n".join(f"- {answer}" for answer in ([digits_answer(result)] if "seeds" in result else []) + answers(result))
-    )
+        parts.append(f"**Unfinished**: {len(result['unfinished'])} settings are not in the table yet.")
+    found = ([digits_answer(result)] if "seeds" in result else []) + answers(result)
+    parts.append("\n".join(f"- {answer}" for answer in found))
     return "\n\n".join(parts) + "\n"
 
 
@@ -204,9 +203,17 @@ def _table(result: Data) -> str:
     return "\n".join(lines)
 
 
+def _references(result: Data) -> dict[str, Data]:
+    """Real images, the model as it is, and dense fine-tuning, as far as they are finished."""
+    return {row["variant"]: row for row in scored(result) if row["variant"] in _REFERENCES}
+
+
 def digits_answer(result: Data) -> str:
     """Whether dense fine-tuning draws what the judge takes for digits."""
-    real, tuned = (next(row for row in scored(result) if row["variant"] == name) for name in (_REFERENCES[0], _REFERENCES[2]))
+    known = _references(result)
+    real, tuned = known["real test images"], known.get("dense fine-tuning")
+    if tuned is None:
+        return "Are dense fine-tuning's samples digits? It is not finished."
     good = tuned["confidence"] >= DIGIT_CONFIDENCE and tuned["frechet"] <= DIGIT_DISTANCE * real["frechet"]
     return (
         f"Are dense fine-tuning's samples digits? {'**Yes**' if good else '**No**'}: confidence {tuned['confidence']:.3f} "
@@ -216,16 +223,18 @@ def digits_answer(result: Data) -> str:
 
 
 def answers(result: Data) -> list[str]:
-    """Plain answers, one a sentence or two, from the rows alone; none that compares while settings are unfinished."""
-    rows = scored(result)
-    if result.get("unfinished"):
+    """Plain answers, one a sentence or two, from the rows alone; each once all rows that it asks for are finished."""
+    rows, missing = scored(result), result.get("unfinished", [])
+    known = _references(result)
+    if len(known) < len(_REFERENCES):
         return []
-    real, none, tuned = (next(row for row in rows if row["variant"] == name) for name in _REFERENCES)
+    real, none, tuned = (known[name] for name in _REFERENCES)
     found = [
         f"Does adapting q and v work at all? Dense fine-tuning: {tuned['frechet']:.2f}, against {none['frechet']:.2f} without "
         f"adaptation and {real['frechet']:.2f} for real images: {compare(tuned, none)}."
     ]
-    found += _headline(rows, none)
+    if not any(" LoRTA" in words or words.startswith("high LoRA ") for words in missing):
+        found += _headline(rows, none)
     for question, key, other_key in _PAIRS:
         row, other = _find(rows, key), _find(rows, other_key)
         if row and other:
@@ -235,7 +244,7 @@ def answers(result: Data) -> list[str]:
             )
     for level in LEVELS:
         own = sorted((row for row in rows if row.get("level") == level), key=lambda row: float(row["frechet"]))
-        if own:
+        if own and not any(words.startswith(f"{level} ") for words in missing):
             found.append(f"Best at the level {level}: {_named(own[0])} with {own[0]['frechet']:.2f}.")
     rates = [row["rate"] for row in rows if "rate" in row]
     tried = [row.get("tried", result["recipe"]["rates"]) for row in rows if "rate" in row]

@@ -1,4 +1,4 @@
-"""The two domains of the diffusion experiment: coloured house numbers at home, handwritten digits abroad.
+"""The two domains of the diffusion experiment: house numbers or printed digits at home, handwritten digits abroad.
 
 Images are uint8 (count, colours, size, size), 3 colours or 1.  What a data folder lacks is replaced by what the `demo`
 extra brings (printed digits on coloured grounds, scikit-learn's scans); the words that come back say what was used.
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from superlora_tn.demo.digits import Split, printed_digits, scanned_digits, uniform
-from superlora_tn_paper.data_folder import emnist_letters, mnist, svhn
+from superlora_tn_paper.data_folder import mnist, svhn
 
 FULL_SVHN = "train_32x32.mat"
 
@@ -55,23 +55,18 @@ def home(count: int, size: int, seed: int, data: Path | None = None, colours: in
     return found if colours == 3 else replace(found, images=_grey(found.images))
 
 
-def letters(count: int, size: int, seed: int, data: Path | None = None, colours: int = 1, close: bool = False) -> Domain:
-    """A nearer domain of pre-training: handwritten letters, in white ink as the target's digits.
+def printed(count: int, size: int, seed: int, colours: int = 1) -> Domain:
+    """A nearer domain of pre-training: printed digits in white ink, as the target's are.
 
     Args:
-        count: how many printed digits to draw where there are no letters.
-        size: pixels along an edge, a divisor of 32.
+        count: how many to draw.
+        size: pixels along an edge.
         seed: fixes what is drawn.
-        data: a folder with ``emnist_letters``.
         colours: 3 or 1.
-        close: their own 28 pixels, where otherwise a border of 2 is added; any size then.
     """
-    if data is None or not (data / "emnist_letters").is_dir():
-        ink, labels = printed_digits(count, seed, "train", size)
-        words = f"{count:,} printed digits (no letters in the data folder)"
-        return Domain(to_bytes(ink).expand(-1, colours, -1, -1).contiguous(), labels, words)
-    images, own = emnist_letters(data)
-    return Domain(_handwriting(images, size, colours, 0 if close else 2), own, f"EMNIST, {len(own):,} handwritten letters")
+    ink, labels = printed_digits(count, seed, "train", size, worn=False)
+    images = to_bytes(ink).expand(-1, colours, -1, -1).contiguous()
+    return Domain(images, labels, f"{count:,} printed digits, white ink on black")
 
 
 def _home(count: int, size: int, seed: int, data: Path | None) -> Domain:
