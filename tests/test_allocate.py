@@ -97,6 +97,58 @@ def test_the_last_choice_stands_and_is_saved(tmp_path: Any) -> None:
     assert torch.equal(again(x), y)
 
 
+def importances(seen: list[list[tuple[Tensor, Tensor]]]) -> list[Tensor]:
+    """Equations 8 to 11 by themselves, from (numbers, gradients) of each node of each finite step."""
+    found = []
+    for node in zip(*seen, strict=True):
+        mean, spread = torch.zeros_like(node[0][0]), torch.zeros_like(node[0][0])
+        for own, slope in node:
+            mean = 0.85 * mean + 0.15 * (own * slope).abs()
+            spread = 0.85 * spread + 0.15 * ((own * slope).abs() - mean).abs()
+        found.append(mean * spread)
+    return found
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("skipped", [{0}, {0, 1, 2}, {3}, {0, 4, 7}], ids=str)
+def test_a_step_without_finite_gradients_leaves_the_importances(bad: float, skipped: set[int]) -> None:
+    """What GradScaler skips; the last choice is that of the finite steps alone."""
+    model, tuned = ours(sl.adalora(R))
+    nodes = [[tuned._members[k].adapter._parameters[f"node_{n}"] for n in ("P", "lam", "Q")] for k in ("0", "2")]
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.normal_(std=0.3)
+    allocator, optimizer = sl.RankAllocator(tuned, 3, 12, last=3), torch.optim.SGD(tuned.parameters(), 0.05)
+    seen: list[list[tuple[Tensor, Tensor]]] = []
+    for now in range(12):
+        optimizer.zero_grad()
+        model(torch.randn(7, IN, dtype=torch.float64)).square().mean().backward()
+        if now in skipped:
+            nodes[1][2].grad[0, 0] = bad  # one number of all
+        else:
+            optimizer.step()
+        if now not in skipped and now < 8:
+            seen.append([(p.detach().clone(), p.grad.clone()) for own in nodes for p in own])
+        before = [p.detach().clone() for p in tuned.parameters()]
+        allocator.step()
+        if not seen:  # nothing is known: nothing goes
+            assert all(torch.equal(p, q) for p, q in zip(tuned.parameters(), before, strict=True))
+    known = importances(seen)
+    scores = torch.cat([known[k + 1] + known[k].mean(0) + known[k + 2].mean(1) for k in (0, 3)])
+    wanted = scores >= scores.sort().values[-3]
+    assert torch.equal(torch.cat([v != 0 for v in lam(tuned)]), wanted)
+    assert sum(allocator.kept.values()) == 3
+
+
+def test_where_all_steps_but_one_have_the_last_choice_that_one_is_measured() -> None:
+    model, tuned = ours(sl.adalora(R))
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.normal_()
+    trained(sl.RankAllocator(tuned, 3, 4, last=3), model, tuned, 4)
+    assert sum(int((v != 0).sum()) for v in lam(tuned)) == 3
+
+
 @pytest.mark.parametrize("stop", [2, 5, 8], ids=["measuring", "pruning", "chosen"])
 def test_a_resumed_training_is_the_uninterrupted_one(stop: int, tmp_path: Any) -> None:
     """Bit for bit, through a file: weights, optimizer and allocator."""

@@ -38,8 +38,9 @@ class RankAllocator:
     that varies, at the value, and averaged over the rank's numbers in each other node. The budget falls as the cube of the
     steps left. Pruned ranks may come back until it has fallen; then the choice stands. Equal to PEFT's.
 
-    Call `step` once a training step, behind the optimizer's step and before the gradients are set to zero. A training that is
-    resumed needs its `state_dict` beside the optimizer's.
+    Call `step` once a training step, behind the optimizer's step and before the gradients are set to zero. A step of which a
+    gradient is infinite or no number (``GradScaler`` skips it) counts as a step and leaves the importances as they were. A
+    training that is resumed needs its `state_dict` beside the optimizer's.
 
     Args:
         tuned: the attached adapter.
@@ -107,15 +108,17 @@ class RankAllocator:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take in the gradients of this step and prune, if it is time to.
+        """Take in the gradients of this step, if they are finite, and prune, if it is time to and any step was finite so far.
 
         Raises:
             SpecError: a node has no gradient: call it between ``backward()`` and ``zero_grad()``.
         """
         end = self.steps - self.last
-        if self.now + 1 < end:
+        if self.now + 1 < end or self._unknown:
             self._measure()
         self.now += 1
+        if self._unknown:
+            return
         if self.now >= end:
             self._kept = self._chosen() if self._kept is None else self._kept
             self._prune(self._kept)
@@ -163,14 +166,21 @@ class RankAllocator:
             "smooth": self.smooth,
         }
 
+    @property
+    def _unknown(self) -> bool:
+        """Whether no importance is known yet."""
+        return self._smoothed[0] is None
+
     def _measure(self) -> None:
         slopes = [own.grad for own in self._nodes if own.grad is not None]
         if len(slopes) < len(self._nodes):
             raise SpecError(
                 "RankAllocator found a node without a gradient; call step() behind backward() and before zero_grad()."
             )
-        for k, (own, slope) in enumerate(zip(self._nodes, slopes, strict=True)):
-            now = (own * slope).abs()
+        found = [(own * slope).abs() for own, slope in zip(self._nodes, slopes, strict=True)]
+        if not _finite(found):
+            return
+        for k, now in enumerate(found):
             mean, spread = self._smoothed[k] or (torch.zeros_like(now), torch.zeros_like(now))
             mean = self.smooth[0] * mean + (1 - self.smooth[0]) * now
             spread = self.smooth[1] * spread + (1 - self.smooth[1]) * (now - mean).abs()
@@ -196,6 +206,11 @@ class RankAllocator:
     def _prune(self, kept: list[Tensor]) -> None:
         for bond, own in zip(self._bonds, kept, strict=True):
             bond.values.masked_fill_(~own.to(bond.values.device), 0)
+
+
+def _finite(found: list[Tensor]) -> bool:
+    """Whether all of them are; asked once, as each answer of an accelerator is waited for."""
+    return bool(torch.stack([one.isfinite().all().to(found[0].device) for one in found]).all())
 
 
 def _bonds(adapter: Adapter) -> list[_Bond]:
