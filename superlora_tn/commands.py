@@ -12,8 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from superlora_tn.contraction.plan import Plan, RouteChoice, choose_each, crop_price, table
+from superlora_tn.contraction.plan import Plan, RouteChoice, table
 from superlora_tn.contraction.profile import DEVICES
+from superlora_tn.contraction.summed import choose_all
 from superlora_tn.declare.checks import near
 from superlora_tn.declare.fold import PhysicalFold, PhysicalGroup, Shape
 from superlora_tn.declare.parts import Network, SpecError
@@ -181,35 +182,21 @@ def plan(args: argparse.Namespace) -> None:
     group, graph = spec.lay_out(shapes)[0]
     shape = group.shape if isinstance(group, PhysicalGroup) else next(iter(shapes.values()))
     device = DEVICES[args.device]
-    found = choose_each(graph, shape, args.tokens, device, args.optimize, args.memory_limit)
-    crops = [crop_price(term, shape, args.tokens, device) for term, _ in found]
+    found = choose_all(graph, shape, args.tokens, device, args.optimize, args.memory_limit)
     if args.json:
         terms = [
-            {"equation": t.equation(), "crop_seconds": c} | _plan_data(one) for (t, one), c in zip(found, crops, strict=True)
+            {"equation": term.equation(), "crop_seconds": crop} | _plan_data(one)
+            for (term, one), crop in zip(found.each, found.crops, strict=True)
         ]
         show_json(terms[0] | {"join": None if spec.join is None else str(spec.join), "terms": terms})
     else:
-        for k, (term, choice) in enumerate(found):
-            if graph.terms:
-                which = f"term {k + 1}/{len(found)}" if len(found) > 1 else "network"
-                print(f"{which:<10} {term.equation().removeprefix('+ ')}")
-            print(choice)
-        _sum_up(spec, [one for _, one in found], crops)
+        print(found if graph.terms else found.each[0][1])
+        if spec.join is not None:
+            print(f"join       {spec.join}; its own work is not in these prices")
     if args.draw:
         from superlora_tn.tools import draw
 
-        say(f"drawn: {draw.tree([one.chosen for _, one in found], args.draw)}")
-
-
-def _sum_up(spec: AdapterSpec, found: Sequence[RouteChoice], crops: Sequence[float]) -> None:
-    """What is true of dW as a whole, below the plans of its networks."""
-    if any(crops):
-        print(f"crop       {1e3 * sum(crops):.3f} ms to pad x and to cut outputs, forward + backward")
-    if len(found) > 1 or any(crops):
-        whole = 1e3 * (sum(one.price for one in found) + sum(crops))
-        print(f"whole      {whole:.3f} ms for {found[0].tokens:,} tokens, each network by its cheaper route")
-    if spec.join is not None:
-        print(f"join       {spec.join}; its own work is not in these prices")
+        say(f"drawn: {draw.tree([one.chosen for _, one in found.each], args.draw)}")
 
 
 def _plan_data(choice: RouteChoice) -> dict[str, Any]:

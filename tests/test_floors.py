@@ -36,7 +36,14 @@ HOUSE = {
         ["mapped"],
         ["catalogue"],
     ],
-    "contraction": [["profile"], ["layout", "exact"], ["search"], ["plan"], ["sharing", "cut", "rows"], ["chain", "backend"]],
+    "contraction": [
+        ["profile"],
+        ["layout", "exact"],
+        ["search"],
+        ["plan"],
+        ["summed", "sharing", "cut", "rows"],
+        ["chain", "backend"],
+    ],
     "update": [
         ["eager", "initialise", "placed", "based"],
         ["passes", "walsh", "magnitudes"],

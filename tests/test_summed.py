@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import reduce
 from itertools import product
 from typing import Any
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import superlora_tn as sl
-from superlora_tn.contraction.plan import crop_price, padded_shape
+from superlora_tn.cli import main
+from superlora_tn.contraction.plan import choose, crop_price, padded_shape
 from superlora_tn.contraction.profile import CPU
+from superlora_tn.contraction.summed import SumChoice
 from superlora_tn.tools.suggest import cost
 
 OUT, IN = 12, 8
@@ -179,10 +182,28 @@ def test_it_saves_merges_copies_and_switches(tmp_path: Any) -> None:
     assert not torch.equal(model(x), model(x))  # dropout, once for all terms
     assert len(list(tuned.parameters())) == len(set(tuned.parameters())) == 4
     assert "sum of 2 networks" not in str(tuned)
-    with pytest.raises(sl.PlanError, match="a sum of 2 networks, and each has plans of its own"):
-        tuned.plan("0", 5)
     tuned.detach()
     assert torch.equal(model[0].weight, weight)
+
+
+@pytest.mark.parametrize("spec", [sl.AdapterSpec(MIXED), sl.quan_ta(3), sl.miss(3), sl.gralora(4, 2, hybrid=2)], ids=str)
+def test_a_handle_plans_each_network_as_the_command_does(spec: sl.AdapterSpec, tmp_path: Any, capsys: Any) -> None:
+    """Also of a cropped network, whose price has the padding in it."""
+    tuned = sl.attach(nn.Sequential(nn.Linear(8, 8)), spec, ["0"])
+    found = tuned.plan("0", 5)
+    assert isinstance(found, SumChoice)
+    terms = spec.lay_out({"0": (8, 8)})[0][1].networks
+    own = [choose(t.graph, padded_shape(t) if t.crops else (8, 8), 5) for t in terms]
+    assert [(c.apply, c.delta) for _, c in found.each] == [(c.apply, c.delta) for c in own]
+    crops = [crop_price(t, (8, 8), 5) for t in terms]
+    assert found.price == pytest.approx(sum(c.price for c in own) + sum(crops))
+    assert found.tokens == 5
+    (tmp_path / "spec.json").write_text(json.dumps(spec.to_dict()))
+    assert main(["plan", "--spec", str(tmp_path / "spec.json"), "--shape", "8x8", "--tokens", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == f"{found}\n"
+    assert printed.count("refused ") == len(terms)
+    assert ("crop  " in printed) == any(crops)
 
 
 @pytest.mark.parametrize("join", [sl.Magnitude(), sl.Multiply("left")])

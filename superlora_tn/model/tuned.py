@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from superlora_tn.contraction.plan import RouteChoice, choose
+from superlora_tn.contraction.summed import Choice, routes
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import check_number
 from superlora_tn.files.own import CheckpointError, Entry, Saved, read
@@ -138,14 +138,14 @@ class Tuned(Placed):
         """
         return change(self._member(target), self._targets)
 
-    def plan(self, target: str, tokens: int) -> RouteChoice:
-        """Both routes of one target at a number of tokens (rows of x), priced for its device; print it.
+    def plan(self, target: str, tokens: int) -> Choice:
+        """Both routes of one target, of a sum those of each network, for so many rows of x, priced for its device; print it.
 
         Raises:
             AttachError: no such target.
         """
         adapter = self._member(target).adapter
-        return choose(adapter.graph, adapter.members[target].shape, tokens, adapter.profile, adapter.settings.optimize)
+        return routes(adapter.graph, adapter.members[target].shape, tokens, adapter.profile, adapter.settings.optimize)
 
     def reset_parameters(self, seed: int | None = None) -> None:
         """Give all nodes their first values again (dW is zero), for instance after `to_empty`.
