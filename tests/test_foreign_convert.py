@@ -26,6 +26,8 @@ from superlora_tn.files.foreign import Fitted
 from superlora_tn.files.record import Entry
 from superlora_tn.files.show import layer_of, show
 from superlora_tn.files.writes import FORMATS, Beside, save_as
+from superlora_tn.network.catalogue import VARIANTS as CATALOGUE
+from superlora_tn.network.catalogue import size_setting
 
 # One product rounded to float32 on each way; two ways at most.
 WAYS = 2e-6
@@ -233,6 +235,87 @@ def test_show_tells_norms_of_dense_dw(format: str, tmp_path: Path) -> None:
     assert np.allclose(sorted(w.largest or 0.0 for w in contents.weights), largest, rtol=1e-5)
     assert sum(v**2 for v in contents.layers().values()) == pytest.approx(sum(n**2 for n in norms), rel=1e-5)
     assert "norm of dW, layer by layer:" in str(contents)
+
+
+def saved_anew(spec: sl.AdapterSpec, folder: Path) -> sl.Tuned:
+    """An adapter of this library with random values, saved."""
+    torch.manual_seed(4)
+    tuned = sl.attach(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).double(), spec, ["0", "1"], dtype=torch.float64)
+    with torch.no_grad():
+        for own in tuned.parameters():
+            own.copy_(torch.randn_like(own))
+    tuned.save(folder)
+    return tuned
+
+
+@pytest.mark.parametrize(
+    ("spec", "factor"),
+    [(sl.shira(9, alpha=3.0), 1), (sl.c3a(4, alpha=3.0), 2 / 16), (sl.dora(sl.shira(9)), 1), (sl.dora(sl.c3a(4)), 2 / 16)],
+    ids=["shira", "c3a", "dora(shira)", "dora(c3a)"],
+)
+def test_show_tells_norms_of_nodes_with_maps(spec: sl.AdapterSpec, factor: float, tmp_path: Path) -> None:
+    """Each number stands in dW once; of circulant blocks four times, divided by the weight's 16 inputs."""
+    tuned = saved_anew(spec, tmp_path)
+    contents = show(tmp_path)
+    for shown in contents.weights:
+        values = [v for n, v in tuned._members[shown.name].adapter.named_parameters() if n != "magnitude"]
+        own = float(np.linalg.norm(values[0].detach().numpy()))
+        assert shown.norm == pytest.approx(abs(spec.scale) * own * factor, rel=1e-6)  # the norm of a float32 dW
+        assert (shown.method, shown.scale, shown.dora) == ("network", spec.scale, spec.join is not None)
+        assert shown.size == values[0].numel() + 16 * shown.dora
+    assert sum(shown.size for shown in contents.weights) == tuned.num_parameters
+    assert "the base" not in str(contents)
+
+
+def test_show_tells_dora_of_ours_as_that_of_others(tmp_path: Path) -> None:
+    """dW is what is added to W before the rows are scaled."""
+    tuned = saved_anew(sl.dora(sl.lora(3, alpha=5)), tmp_path / "own")
+    tuned.save(tmp_path / "peft", "peft")
+    for path in ("own", "peft"):
+        contents = show(tmp_path / path)
+        for shown in contents.weights:
+            nodes = {n: v.detach().numpy() for n, v in tuned._members[shown.name[-1]].adapter.named_parameters()}
+            wanted = 5 / 3 * nodes["node_factor_out"] @ nodes["node_factor_in"].T
+            assert shown.norm == pytest.approx(np.linalg.norm(wanted), rel=1e-6)
+            assert shown.largest == pytest.approx(np.linalg.norm(wanted, 2), rel=1e-6)
+            assert (shown.method, shown.ranks, shown.dora) == ("lora", (3,), True)
+            assert path == "peft" or shown.size == 3 * 32 + 16
+        assert "lora (DoRA)" in str(contents)
+
+
+@pytest.mark.parametrize(
+    "spec", [sl.oft(4), sl.boft(4, scaled=True), sl.AdapterSpec(sl.CP(2), join=sl.Multiply("left"))], ids=str
+)
+def test_show_says_that_a_product_needs_the_base(
+    spec: sl.AdapterSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = saved_anew(spec, tmp_path)
+    assert main(["show", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{spec.join}, dW needs the base's weights" in printed
+    assert "norm of dW" not in printed
+    contents = show(tmp_path)
+    assert [(w.norm, w.largest, w.shape, w.join) for w in contents.weights] == [(None, None, (16, 16), str(spec.join))] * 2
+    assert sum(w.size for w in contents.weights) == sum(t.numel() for t in tuned._saved().tensors.values())
+    assert main(["show", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"][0]["norm"] is None
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_show_looks_into_every_variant(name: str, tmp_path: Path) -> None:
+    other = {"c3a": "size", "oft": "size", "vb_lora": "length"}
+    setting = other.get(name, size_setting(name))
+    spec = CATALOGUE[name](**{} if setting is None else {setting: 4})
+    assert isinstance(spec, sl.AdapterSpec)
+    tuned = saved_anew(spec, tmp_path)
+    contents = show(tmp_path)
+    assert len(contents.weights) == 2
+    assert str(contents)
+    for shown in contents.weights:
+        if spec.join is None:
+            assert shown.norm == pytest.approx(float(tuned.delta(shown.name).detach().norm()), rel=1e-6)
+    # What several share is counted once.
+    assert sum(w.size for w in contents.weights) == sum(t.numel() for t in tuned._saved().tensors.values())
 
 
 def test_show_and_convert_as_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from superlora_tn.declare.fold import Group
+from superlora_tn.declare.joins import Multiply
 from superlora_tn.files.anatomy import method_of
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.foreign import Parsed
 from superlora_tn.files.own import Saved
 from superlora_tn.files.read import read
-from superlora_tn.files.thin import Filled, filled, of_weight, thin
+from superlora_tn.files.record import Entry, names_of
+from superlora_tn.files.thin import Filled, filled_group, of_weight, thin
+from superlora_tn.network.graph import Graph
 
 WIDTH = 40
 LINES = 48
@@ -34,10 +40,11 @@ class Shown:
         ranks: of its bonds.
         scale: of dW.
         shape: (out, in) of dW; 0 where only a model knows it.
-        size: numbers that the file holds for it.
+        size: numbers that the file holds for it; of those that several weights share, its share.
         norm: of dW (Frobenius), None where it follows from the base model.
         largest: the largest singular value of dW, likewise.
-        dora: whether it has DoRA's norms.
+        dora: whether it has DoRA's norms, to which the rows of W + dW are scaled; dW is what is added before that.
+        join: how the network joins the weight, where it makes no dW that is added ("W' = (N) W"); "" where it does.
     """
 
     name: str
@@ -49,6 +56,12 @@ class Shown:
     norm: float | None
     largest: float | None
     dora: bool = False
+    join: str = ""
+
+    @property
+    def needs_base(self) -> str:
+        """In words, that dW is known with the base's weights alone; "" where its norm is here."""
+        return "" if self.norm is not None else f"  {self.join}{', ' * bool(self.join)}dW needs the base's weights"
 
 
 @dataclass(frozen=True)
@@ -98,10 +111,10 @@ class Contents:
             f"{self.path}: {self.origin}, {len(self.weights)} weights, {numbers:,} numbers ({', '.join(self.dtypes)}), "
             f"{self.bytes:,} bytes"
         ]
-        kinds = Counter((w.method + (" (DoRA)" if w.dora else ""), w.ranks, w.scale) for w in self.weights)
-        for (method, ranks, scale), count in kinds.most_common(LINES):
+        kinds = Counter((w.method + (" (DoRA)" if w.dora else ""), w.ranks, w.scale, w.needs_base) for w in self.weights)
+        for (method, ranks, scale, needs_base), count in kinds.most_common(LINES):
             words = " x ".join(map(str, ranks)) or "-"
-            lines.append(f"  {count:5} {method:14} rank {words:9} scale {scale:g}")
+            lines.append(f"  {count:5} {method:14} rank {words:9} scale {scale:g}{needs_base}")
         lines += [f"  and {len(kinds) - LINES} more kinds"] * (len(kinds) > LINES)
         if self.others:
             lines.append(f"  {len(self.others):5} other parameters, such as {self.others[0]}")
@@ -145,10 +158,36 @@ def show(path: str | PathLike[str], progress: Any = None) -> Contents:
 
 
 def _own(path: Path, found: Saved, progress: Any) -> Contents:
-    weights = list(filled(found.entries, found.tensors))
-    shown = [_shown(one, k, len(weights), progress) for k, one in enumerate(weights)]
+    laid = [(entry, *pair) for entry in found.entries for pair in entry.spec.lay_out(entry.targets)]
+    shown, count = list[Shown](), sum(len(group.members) for _, group, _ in laid)
+    for k, (entry, group, graph) in enumerate(laid):
+        for one in _of_group(entry, k, group, graph, found.tensors):
+            shown.append(one)
+            if progress is not None:
+                progress(len(shown), count)
     size = sum(t.numel() * t.itemsize for t in found.tensors.values())
     return Contents(path, "superlora", size, _dtypes(list(found.tensors.values())), tuple(shown), tuple(found.buffers))
+
+
+def _of_group(entry: Entry, k: int, group: Group, graph: Graph, tensors: Mapping[str, Tensor]) -> Iterator[Shown]:
+    """Each weight of a group of this library's."""
+    spec, sizes = entry.spec, _sizes(entry, k, group, graph, tensors)
+    if isinstance(spec.join, Multiply):
+        for name, size in sizes.items():
+            yield Shown(name, "network", (), spec.scale, entry.targets[name], size, None, None, join=str(spec.join))
+        return
+    for one in filled_group(entry, k, group, graph, tensors):
+        own = _shown(one)
+        method = own.method if one.part is spec.network else "network"  # another part is dW that was built
+        yield replace(own, method=method, scale=spec.scale, size=sizes[one.name], dora=spec.join is not None)
+
+
+def _sizes(entry: Entry, k: int, group: Group, graph: Graph, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Numbers that the file holds for each weight of a group; what several share is shared out by their elements."""
+    held = sum(tensors[name].numel() for name in names_of(k, entry.spec, group, graph))
+    ends = [0, *accumulate(math.prod(entry.targets[name]) for name in group.members)]
+    shares = [held * end // ends[-1] for end in ends]
+    return {name: after - before for name, (before, after) in zip(group.members, pairwise(shares), strict=True)}
 
 
 def _foreign(found: Parsed, progress: Any) -> Contents:
@@ -159,19 +198,19 @@ def _foreign(found: Parsed, progress: Any) -> Contents:
             shape = weight.shape
             shown.append(Shown(weight.name, weight.kind, weight.ranks, weight.scale, shape, weight.size, None, None, dora))
             continue
-        one = _shown(of_weight(weight), k, len(found.weights), progress)
+        one = _shown(of_weight(weight))
+        if progress is not None:
+            progress(k + 1, len(found.weights))
         shown.append(Shown(**{**vars(one), "method": weight.kind, "size": weight.size, "dora": dora, "ranks": weight.ranks}))
     tensors = [t for w in found.weights for t in w.tensors().values()]
     others = (*found.added, *found.replaced)
     return Contents(found.path, found.origin, found.bytes, _dtypes(tensors), tuple(shown), others)
 
 
-def _shown(one: Filled, k: int, count: int, progress: Any) -> Shown:
+def _shown(one: Filled) -> Shown:
     method = method_of(one)
     taken = thin(one)
     values = taken.values
-    if progress is not None:
-        progress(k + 1, count)
     kind, ranks = ("network", ()) if method is None else (method.kind, method.ranks)
     size = sum(node.numel() for node in one.nodes)
     return Shown(one.name, kind, ranks, one.scale, one.shape, size, taken.norm(), float(values.max()))

@@ -93,26 +93,44 @@ def filled(
         except SpecError as error:
             raise CheckpointError(str(error)) from error
         for group, graph in entry.spec.lay_out(entry.targets):
-            values = [tensors[tensor_name(k, node)].detach() for node in graph.nodes]
-            lengths = [entry.targets[name][0] for name in group.members]
-            held = tensors.get(f"magnitude{k}")
-            norms = [None] * len(lengths) if held is None else torch.split(held.detach(), lengths)
+            yield from filled_group(entry, k, group, graph, tensors, kernels)
             k += 1
-            if isinstance(group, FlatGroup) or graph.terms:
-                for one, norm in zip(_whole(entry, group, graph, values), norms, strict=True):
-                    yield replace(one, kernel=kernels.get(one.name, ()), magnitude=norm)
-                continue
-            for (name, positions), norm in zip(group.members.items(), norms, strict=True):
-                own = tuple(v[s] for v, s in zip(values, graph.select(positions), strict=True))
-                kernel, scale = kernels.get(name, ()), entry.spec.scale
-                yield Filled(name, group.shape, entry.spec.network, graph, own, scale, kernel, magnitude=norm)
+
+
+def filled_group(
+    entry: Entry,
+    k: int,
+    group: Group,
+    graph: Graph,
+    tensors: Mapping[str, Tensor],
+    kernels: Mapping[str, tuple[int, ...]] = NO_KERNELS,
+) -> Iterator[Filled]:
+    """Each weight of one group, whatever its nodes are functions of; a network that multiplies is no dW and is not asked.
+
+    Args:
+        entry: the declaration, with which the group and its graph were laid out.
+        k: the group's number through all entries.
+        tensors, kernels: see `filled`.
+    """
+    values = [tensors[tensor_name(k, node)].detach() for node in graph.nodes]
+    lengths = [entry.targets[name][0] for name in group.members]
+    held = tensors.get(f"magnitude{k}")
+    norms = [None] * len(lengths) if held is None else torch.split(held.detach(), lengths)
+    if isinstance(group, FlatGroup) or graph.terms or graph.is_mapped:
+        for one, norm in zip(_whole(entry, group, graph, values), norms, strict=True):
+            yield replace(one, kernel=kernels.get(one.name, ()), magnitude=norm)
+        return
+    for (name, positions), norm in zip(group.members.items(), norms, strict=True):
+        own = tuple(v[s] for v, s in zip(values, graph.select(positions), strict=True))
+        kernel, scale = kernels.get(name, ()), entry.spec.scale
+        yield Filled(name, group.shape, entry.spec.network, graph, own, scale, kernel, magnitude=norm)
 
 
 def _whole(entry: Entry, group: Group, graph: Graph, values: list[Tensor]) -> Iterator[Filled]:
-    """dW itself: a flat fold's weights are slices of its vector, and a sum is no one network."""
+    """dW itself: a flat fold's weights are slices of its vector, a sum is no one network, and nodes with maps make others."""
     adapter = make_adapter(entry.spec, group, graph, torch.float64)
     with torch.no_grad():
-        for own, value in zip(adapter.tensors(), values, strict=True):
+        for own, value in zip(adapter.stored(), values, strict=True):
             own.copy_(value)
         for name in group.members:
             d_out, d_in = entry.targets[name]
