@@ -28,11 +28,6 @@ class Fault:
 Table = dict[str, dict[str, tuple[str, str, str]]]
 TABLE: Table = {
     "superlora_tn/model/tuned.py": {
-        "nodes-in-a-merged-state-dict": (
-            "if not self.merged:\n            return super().state_dict",
-            "if True:\n            return super().state_dict",
-            "test_handles.py",
-        ),
         "disabled-stays-unmerged": (
             "if was_merged and not self.merged:\n                self.merge()",
             "if was_merged and not self.merged:\n                pass",
@@ -529,10 +524,27 @@ TABLE: Table = {
             "test_layers.py::test_convolutions",
         ),
     },
+    "superlora_tn/model/states.py": {
+        "nodes-in-a-merged-state-dict": (
+            "if not self.merged:\n            return super().state_dict",
+            "if True:\n            return super().state_dict",
+            "test_handles.py",
+        ),
+        "copies-hold-nothing": (
+            "hold_on(self._frozen, self._holder)",
+            "pass",
+            "test_handles.py::test_a_copy_holds_what_it_froze",
+        ),
+    },
     "superlora_tn/model/kinds.py": {
+        "written-where-it-is-shown": (
+            "shown = isinstance(layer, Shows)",
+            "shown = False",
+            "test_several.py::test_an_adapter_at_the_output_merges_beside_one_at_the_weight",
+        ),
         "conv1d-written-untransposed": (
-            "layer.weight.copy_(matrix.t())",
-            "layer.weight.copy_(matrix.reshape(layer.weight.shape))",
+            "stored(layer).copy_(matrix.t())",
+            "stored(layer).copy_(matrix.reshape(layer.weight.shape))",
             "test_layers.py::test_gpt2s_conv1d",
         ),
     },

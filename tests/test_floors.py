@@ -83,7 +83,7 @@ HOUSE = {
         ["joins"],
         ["weights", "rowwise"],
         ["site"],
-        ["merging"],
+        ["merging", "states"],
         ["tuned"],
         ["beside", "several", "kernels", "saved"],
         ["chosen"],

@@ -183,3 +183,93 @@ def test_an_adapter_of_zero_changes_no_bit_of_a_wider_base(base: torch.dtype, dt
     before = copy.deepcopy(model.state_dict())
     sl.attach(model, sl.lora(2), ["0"], dtype=dtype).merge()
     assert torch.equal(model[0].weight, before["0.weight"])
+
+
+def requires_grad(model: nn.Module) -> set[bool]:
+    return {p.requires_grad for n, p in model.named_parameters() if "superlora" not in n and ".adapters." not in n}
+
+
+@pytest.mark.parametrize("leave", ["detach", "bake"])
+def test_a_copy_holds_what_it_froze(leave: str) -> None:
+    model = net()
+    adapted(model, sl.lora(1), ["0"], name="a")
+    adapted(model, sl.lora(1), ["1"], name="b")
+    other = copy.deepcopy(model)
+    getattr(sl.tuned(other, "a"), leave)()
+    assert requires_grad(other) == {False}  # b is still there
+    getattr(sl.tuned(other, "b"), leave)()
+    assert requires_grad(other) == {True}
+    assert requires_grad(model) == {False}
+
+
+def test_what_is_attached_to_a_copy_gives_requires_grad_back() -> None:
+    model = net()
+    adapted(model, sl.lora(1), ["0"], name="a")
+    other = copy.deepcopy(model)
+    adapted(other, sl.lora(1), ["1"], name="b")
+    sl.tuned(other, "a").detach()
+    assert requires_grad(other) == {False}
+    sl.tuned(other, "b").detach()
+    assert requires_grad(other) == {True}
+
+
+def test_a_copy_of_a_switched_off_model_can_be_switched_on() -> None:
+    model = net()
+    base = model(X).detach()
+    tuned = adapted(model, sl.lora(2), ["0"])
+    want = model(X).detach()
+    with tuned.disabled():
+        other = copy.deepcopy(model)
+    assert torch.equal(other(X), base)
+    sl.use(other, "superlora")
+    assert torch.equal(other(X), want)
+
+
+def test_a_state_dict_of_a_merged_model_goes_back_into_it() -> None:
+    model = net()
+    tuned = adapted(model, sl.lora(2), ["0"])
+    want, nodes = model(X).detach(), [p.detach().clone() for p in tuned.parameters()]
+    tuned.merge()
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    assert all(torch.equal(a, b) for a, b in zip(nodes, tuned.parameters(), strict=True))
+    tuned.unmerge()
+    assert torch.equal(model(X), want)
+
+
+def test_what_is_switched_off_is_not_merged() -> None:
+    model = net()
+    base = model(X).detach()
+    tuned = adapted(model, sl.lora(2), ["0"])
+    sl.use(model, None)
+    for leave in (tuned.merge, tuned.bake):
+        with pytest.raises(sl.AttachError, match="is switched off, so merging it would change what the model computes"):
+            leave()
+    assert torch.equal(model(X), base)
+
+
+BASED = {"hira": sl.hira(1), "lora_xs": sl.lora_xs(2), "svft": sl.svft(2), "dora": sl.dora(sl.lora(1))}
+
+
+@pytest.mark.parametrize("name", BASED)
+def test_first_values_are_not_found_from_a_weight_that_holds_an_adapter(name: str) -> None:
+    model = net()
+    tuned = adapted(model, BASED[name], ["0"], name="own")
+    others = [] if name == "dora" else [adapted(model, sl.lora(1), ["0"], name="other")]  # DoRA shares no weight
+    before = [t.clone() for t in (*tuned.parameters(), *tuned.buffers())]
+    for merged in (tuned, *others):
+        merged.merge()
+        with pytest.raises(sl.AttachError, match=r"holds a merged adapter now; unmerge\(\) first"):
+            tuned.reset_parameters()
+        assert all(torch.equal(a, b) for a, b in zip(before, (*tuned.parameters(), *tuned.buffers()), strict=True))
+        merged.unmerge()
+    tuned.reset_parameters()
+
+
+def test_scales_are_reset_while_merged() -> None:
+    model = net()
+    base = model(X).detach()
+    tuned = adapted(model, sl.boft(2, 1, scaled=True), ["0"])
+    tuned.merge()
+    tuned.reset_parameters()
+    tuned.unmerge()
+    torch.testing.assert_close(model(X), base, **CLOSE)

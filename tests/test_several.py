@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from models import TARGETS, Tiny, assert_untouched, noise, perturb, same_state, 
 from torch import Tensor, nn
 
 import superlora_tn as sl
+from superlora_tn.model.saved import At
 from superlora_tn.model.site import UpdateHook
 
 SPECS = {"style": sl.lora(2, alpha=3), "subject": sl.lokr(1), "both": sl.lotr(2)}
@@ -291,3 +293,106 @@ def test_a_complex_adapter_on_a_real_weight_is_refused() -> None:
     with pytest.raises(sl.AttachError, match="complex64 is complex, and the weight of 'layers\\.0\\.attn\\.q_proj' is real"):
         sl.attach(model, sl.lora(2), TARGETS, dtype=torch.complex64)
     assert_untouched(model, before)
+
+
+def layer_of(kind: str) -> tuple[nn.Module, Tensor]:
+    """A layer in float64, and an input of it."""
+    draw: dict[str, Any] = {"generator": torch.Generator().manual_seed(3), "dtype": torch.float64}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        if kind == "linear":
+            return nn.Linear(16, 12).double(), torch.randn(3, 16, **draw)
+        if kind == "convolution":
+            return nn.Conv2d(4, 6, 3).double(), torch.randn(2, 4, 5, 5, **draw)
+        return nn.Embedding(10, 8).double(), torch.tensor([[1, 9, 1], [0, 4, 3]])
+
+
+def with_added(kind: str, *deltas: Tensor) -> Tensor:
+    """What the layer gives with dW (out, in) of these in its weight."""
+    layer, x = layer_of(kind)
+    with torch.no_grad():
+        for delta in deltas:
+            layer.weight += (delta.T if kind == "table" else delta).reshape(layer.weight.shape)
+    found: Tensor = layer(x)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "table"])
+@pytest.mark.parametrize("bake", [False, True])
+@pytest.mark.parametrize("order", [("output", "weight"), ("weight", "output")])
+def test_an_adapter_at_the_output_merges_beside_one_at_the_weight(kind: str, bake: bool, order: tuple[At, At]) -> None:
+    """What is merged is written into W itself, not into the W + dW that the other shows."""
+    layer, x = layer_of(kind)
+    model = nn.Sequential(layer)
+    known = {at: sl.attach(model, sl.lora(2), ["0"], name=f"at_{at}", at=at, dtype=torch.float64) for at in order}
+    for handle in known.values():
+        perturb(handle)
+    own, other = (known[at].delta("0").detach().clone() for at in ("output", "weight"))
+    stored = layer._parameters["weight"]
+    assert stored is not None
+    before = stored.detach().clone()
+    torch.testing.assert_close(model(x), with_added(kind, own, other))
+    (known["output"].bake if bake else known["output"].merge)()
+    torch.testing.assert_close(model(x), with_added(kind, own, other))
+    with known["weight"].disabled():
+        torch.testing.assert_close(model(x), with_added(kind, own))
+    if not bake:
+        known["output"].unmerge()
+        assert torch.equal(stored, before)
+        torch.testing.assert_close(model(x), with_added(kind, own, other))
+
+
+def test_nodes_of_the_base_hold_w_itself_where_another_adapter_shows_more() -> None:
+    model = nn.Sequential(nn.Linear(16, 16)).double()
+    weight = model[0].weight.detach().clone()
+    perturb(sl.attach(model, sl.shira(20), ["0"], name="shown", at="weight"))
+    tuned = sl.attach(model, sl.hira(1), ["0"], name="based", dtype=torch.float64)
+    assert torch.equal(dict(tuned.named_buffers())["adapters.0.node_W"].reshape(16, 16), weight)
+    perturb(tuned)
+    first, second = (p.detach() for p in tuned.parameters())
+    product = first @ second if first.shape[1] == second.shape[0] else second @ first
+    torch.testing.assert_close(tuned.delta("0").detach(), tuned.spec.scale * weight * product)
+
+
+def test_rows_refuse_what_acts_on_all_rows_at_the_weight() -> None:
+    model, _ = model_with("style")
+    sl.attach(model, sl.lora(1), TARGETS[:1], name="shown", at="weight", dtype=torch.float64)
+    with pytest.raises(sl.AttachError, match=r"'shown' is where .* one for all rows; .* or switch it off"):
+        sl.rows(model, ["style"]).__enter__()
+    sl.use(model, "style")
+    want = model(X[:1])
+    with sl.rows(model, ["style", None, "style"]):
+        torch.testing.assert_close(model(X)[:1], want)
+
+
+def test_rows_meet_what_multiplies_the_input_all_or_none() -> None:
+    model = nn.Sequential(nn.Linear(12, 4)).double()
+    plain = model(X).detach()
+    turning = sl.attach(model, sl.oft(2), ["0"], name="turning", dtype=torch.float64)
+    perturb(turning)
+    turned = model(X).detach()
+    assert not torch.allclose(turned, plain)
+    with sl.rows(model, [None, None, None]):
+        torch.testing.assert_close(model(X), plain)
+    with sl.rows(model, ["turning"] * 3):
+        torch.testing.assert_close(model(X), turned)
+    with sl.rows(model, ["turning", None, None]), pytest.raises(TypeError, match="for all rows or for none"):
+        model(X)
+
+
+def test_a_merge_within_use_neither_hides_an_error_nor_leaves_the_others_off() -> None:
+    model, handles = model_with(*SPECS)
+    halves = dict.fromkeys(SPECS, 0.5)
+    after = [(True, 1.0 if name == "subject" else 0.5) for name in SPECS]
+    sl.use(model, halves)
+    used = sl.use(model, "subject")
+    handles["subject"].merge()
+    used.__exit__(KeyError, KeyError(), None)  # the error goes on
+    assert [(h._enabled, h.strength) for h in handles.values()] == after
+    handles["subject"].unmerge()
+    sl.use(model, halves)
+    used = sl.use(model, "subject")
+    handles["subject"].merge()
+    with pytest.raises(sl.AttachError, match=r"'subject' was merged within use\(\)"):
+        used.__exit__(None, None, None)
+    assert [(h._enabled, h.strength) for h in handles.values()] == after

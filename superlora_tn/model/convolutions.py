@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from superlora_tn.declare.fold import Shape
 from superlora_tn.files.errors import CheckpointError
-from superlora_tn.model.kinds import Kind
+from superlora_tn.model.kinds import Kind, stored
 from superlora_tn.update.base import NOMINAL_TOKENS, Links, Member
 from superlora_tn.update.eager import is_recorded
 
@@ -58,11 +58,12 @@ class Convolution(Kind):
 
     def read(self, layer: Any) -> Tensor:
         """The kernel, flattened behind `out`."""
-        return layer.weight.flatten(1)  # type: ignore[no-any-return]
+        return stored(layer).flatten(1)
 
     def write(self, layer: Any, matrix: Tensor) -> None:
         """A kernel in channels_last memory stays so."""
-        layer.weight.copy_(matrix.reshape(layer.weight.shape))
+        weight = stored(layer)
+        weight.copy_(matrix.reshape(weight.shape))
 
     def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
         """y + conv(x, dW), with the layer's own padding, stride, dilation and groups.
@@ -130,11 +131,11 @@ class TransposedConvolution(Convolution):
 
     def read(self, layer: Any) -> Tensor:
         """As of a convolution, (out, in / groups * kernel): a copy."""
-        return _turned(layer.weight, layer.groups).flatten(1)
+        return _turned(stored(layer), layer.groups).flatten(1)
 
     def write(self, layer: Any, matrix: Tensor) -> None:
         """As torch keeps it."""
-        layer.weight.copy_(self.laid(layer, matrix))
+        stored(layer).copy_(self.laid(layer, matrix))
 
     def laid(self, layer: Any, matrix: Tensor) -> Tensor:
         """A matrix (out, in / groups * kernel) as torch keeps the weight."""

@@ -25,6 +25,19 @@ class LayerError(TypeError):
 WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
 
 
+class Shows:
+    """Marks the classes in which reading a parameter gives W + dW (see `shown`)."""
+
+    _superlora_plain: type
+
+
+def stored(layer: Any) -> Tensor:
+    """The weight that a layer stores, where others show W + dW in its place; of a computed one what is computed."""
+    shown = isinstance(layer, Shows)
+    own = layer._parameters.get("weight") if shown else None
+    return layer.weight if own is None else own  # type: ignore[no-any-return]
+
+
 class Kind(ABC):
     """How weights of one kind of layer are read, written and updated."""
 
@@ -130,11 +143,11 @@ class Linear(Kind):
 
     def read(self, layer: Any) -> Tensor:
         """(out, in) as it is."""
-        return layer.weight  # type: ignore[no-any-return]
+        return stored(layer)
 
     def write(self, layer: Any, matrix: Tensor) -> None:
         """As it is."""
-        layer.weight.copy_(matrix)
+        stored(layer).copy_(matrix)
 
     def passed(self, layer: Any, member: Member, x: Tensor, y: Tensor) -> Tensor:
         """y, whose gradient reaches x."""
@@ -157,11 +170,11 @@ class Transposed(Linear):
 
     def read(self, layer: Any) -> Tensor:
         """A transposed view."""
-        return layer.weight.t()  # type: ignore[no-any-return]
+        return stored(layer).t()
 
     def write(self, layer: Any, matrix: Tensor) -> None:
         """Transposed."""
-        layer.weight.copy_(matrix.t())
+        stored(layer).copy_(matrix.t())
 
 
 @dataclass(frozen=True)

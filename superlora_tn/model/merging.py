@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from superlora_tn.declare.joins import Magnitude
+from superlora_tn.declare.parts import BASED
 from superlora_tn.model.shown import blocks_of, hide
 from superlora_tn.model.targets import AttachError, Target
 from superlora_tn.model.weights import Weight, drop, weight_of
@@ -46,10 +47,25 @@ def change(member: Member, targets: Mapping[str, Target]) -> Tensor:
     return joined(member, weight, member.current()) - weight
 
 
-def check_resettable(adapters: Iterable[Adapter], merged: bool) -> None:
-    """Raise where first values are found from W, and W holds the adapter now."""
-    if merged and any(isinstance(adapter.spec.join, Magnitude) for adapter in adapters):
-        raise AttachError("magnitudes start at the norms of W's rows, and W holds the adapter now; unmerge() first.")
+def check_resettable(adapters: Iterable[Adapter], weights: Mapping[str, Weight]) -> None:
+    """Raise where first values are found from a W that holds an adapter now."""
+    for adapter in adapters:
+        normed = isinstance(adapter.spec.join, Magnitude)
+        if not normed and all(node.init not in BASED for node in adapter.graph.nodes):
+            continue
+        name = next((name for name in adapter.members if weights[name].merged), None)
+        if name is not None:
+            what = "magnitudes start at the norms of W's rows" if normed else "frozen nodes hold values of W"
+            raise AttachError(f"{what}, and the weight of '{name}' holds a merged adapter now; unmerge() first.")
+
+
+def check_switched_on(name: str | None, enabled: bool) -> None:
+    """Raise where merging an adapter would bring back what `use` switched off."""
+    if not enabled:
+        raise AttachError(
+            f"the adapter '{name}' is switched off, so merging it would change what the model computes; switch it on first, "
+            f"by sl.use(model, '{name}')."
+        )
 
 
 def check_finite(name: str, weight: Weight, delta: Tensor) -> None:

@@ -150,7 +150,7 @@ def _runs_own(layer: nn.Module) -> bool:
 
 def _scaled_table(layer: Any, kind: Table) -> Table | None:
     """The kind of an embedding with a forward of its own that looks rows up and multiplies them by one number; else None."""
-    weight = kind.read(layer).t()
+    weight: Tensor = layer.weight
     if weight.device.type == "meta" or not len(weight):
         return None
     x = torch.arange(min(len(weight), 16), device=weight.device)
@@ -237,7 +237,7 @@ def _tried(layer: Any, kind: Kind) -> bool:
         plain = (
             layer._conv_forward(x, layer.weight, bias)
             if isinstance(kind, Convolution)
-            else functional.linear(x, kind.read(layer), bias)
+            else functional.linear(x, layer.weight.t() if isinstance(kind, Transposed) else layer.weight, bias)
         )
     # Two orders of the same sum, in the weight's dtype.
     loose = 1e-9 if plain.dtype in (torch.float64, torch.complex128) else 1e-4 if plain.dtype == torch.float32 else 3e-2

@@ -39,8 +39,20 @@ class Used:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """All that can be put back is, and an error on its way goes on.
+
+        Raises:
+            AttachError: an adapter was merged meanwhile that was used otherwise before.
+        """
+        merged = [h.name for h, *before in self._before if h.merged and before != [h._enabled, h._strength]]
         for handle, enabled, strength in self._before:
-            handle._set(enabled, strength)
+            if handle.name not in merged:
+                handle._set(enabled, strength)
+        if merged and error is None:
+            raise AttachError(
+                f"the adapter '{merged[0]}' was merged within use(), so what was before cannot be put back: it stays merged. "
+                "unmerge() it within, or merge() it after."
+            )
 
 
 def use(model: nn.Module, names: Names) -> Used:
@@ -98,10 +110,10 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     for name, handle in known.items():
         if handle.merged:
             raise AttachError(f"the adapter '{name}' is merged, so all rows meet it; unmerge() it first.")
-        if name in names and handle.held:
+        if handle.held and (name in names or handle._acts):
             raise AttachError(
                 f"the adapter '{name}' is where the weight of '{handle.held[0]}' is read, which is one for all rows; attach or "
-                "load it with at='output'."
+                "load it with at='output', or switch it off by sl.use()."
             )
     before = {name: handle._passes.rows for name, handle in known.items()}
     try:

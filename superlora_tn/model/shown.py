@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from superlora_tn.declare.rows import Span
-from superlora_tn.model.kinds import Held, LayerError
+from superlora_tn.model.kinds import Held, LayerError, Shows
 from superlora_tn.model.spans import cut, replaced
 from superlora_tn.model.stacks import Stack
 from superlora_tn.update.base import Member
@@ -69,8 +69,8 @@ def blocks_of(module: nn.Module) -> list[Block]:
 
 def _put(module: nn.Module, blocks: dict[str, tuple[Block, ...]]) -> None:
     own: Any = type(module)
-    plain = own._superlora_plain if issubclass(own, _Shows) and "_superlora_plain" in own.__dict__ else own
-    if issubclass(plain, _Shows):  # a class was laid over ours since (FSDP's, parametrize's): its property reads what is left
+    plain = own._superlora_plain if issubclass(own, Shows) and "_superlora_plain" in own.__dict__ else own
+    if issubclass(plain, Shows):  # a class was laid over ours since (FSDP's, parametrize's): its property reads what is left
         module.__dict__[SLOT] = blocks
         return
     try:
@@ -81,12 +81,6 @@ def _put(module: nn.Module, blocks: dict[str, tuple[Block, ...]]) -> None:
         module.__dict__[SLOT] = blocks
     else:
         module.__dict__.pop(SLOT, None)
-
-
-class _Shows:
-    """Marks the classes made here."""
-
-    _superlora_plain: type
 
 
 @lru_cache(maxsize=1024)
@@ -102,7 +96,7 @@ def _showing(plain: type, names: tuple[str, ...]) -> type:
         "__reduce_ex__": _reduced,
         "_superlora_plain": plain,
     }
-    return type(plain.__name__, (plain, _Shows), body)
+    return type(plain.__name__, (plain, Shows), body)
 
 
 def _reduced(self: Any, protocol: Any) -> Any:

@@ -160,9 +160,13 @@ class EnterHook:
         if not member.active:
             return None
         x = args[0] if args else site._input(kwargs)
-        if is_sharded(x) or (is_eager() and member.adapter.passes.rows is not None):
+        rows = member.adapter.passes.rows if is_eager() else None
+        if rows is not None and not rows[0]:
+            return None
+        if is_sharded(x) or (rows is not None and len(rows[0]) < rows[1]):
             raise LayerError(
-                f"'{site.target.name}' is multiplied from the right: its input is whole, and for all rows the same."
+                f"'{site.target.name}' is multiplied from the right, at its input, which is whole and the same for all rows of "
+                "a batch; name its adapter for all rows or for none."
             )
         if is_eager():
             site._check_real(x)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.rows import Span
-from superlora_tn.model.kinds import OPAQUE, Kind, LayerError
+from superlora_tn.model.kinds import OPAQUE, Kind, LayerError, stored
 from superlora_tn.model.spans import cut, put
 from superlora_tn.update.base import Member, Side
 
@@ -50,12 +50,12 @@ class Table(Kind):
 
     def read(self, layer: Any) -> Tensor:
         """A view."""
-        weight: Tensor = layer.weight
+        weight = stored(layer)
         return weight.t() if self.side == "in" else weight
 
     def write(self, layer: Any, matrix: Tensor) -> None:
         """Turned as the table is."""
-        layer.weight.copy_(matrix.t() if self.side == "in" else matrix)
+        stored(layer).copy_(matrix.t() if self.side == "in" else matrix)
 
     def bias(self, layer: Any) -> Tensor | None:
         """None."""
@@ -113,11 +113,11 @@ class TableRows(Table):
 
     def read(self, layer: Any) -> Tensor:
         """A view."""
-        return cut(layer.weight, self.span).t()
+        return cut(stored(layer), self.span).t()
 
     def write(self, layer: Any, matrix: Tensor) -> None:
         """The other rows stay as they are."""
-        put(layer.weight, self.span, matrix.t())
+        put(stored(layer), self.span, matrix.t())
 
     def spread(self, layer: Any, values: Tensor, x: Tensor) -> Tensor:
         """1 for numbers in x that are not the block's."""

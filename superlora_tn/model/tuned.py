@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any, Self
@@ -19,17 +19,27 @@ from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.convolutions import kernels_of
 from superlora_tn.model.describe import as_given, names, notes, share_of, summary
 from superlora_tn.model.kinds import Held
-from superlora_tn.model.merging import change, check_finite, check_resettable, check_unchanged, forget_compiled, leave, put_back
+from superlora_tn.model.merging import (
+    change,
+    check_finite,
+    check_resettable,
+    check_switched_on,
+    check_unchanged,
+    forget_compiled,
+    leave,
+    put_back,
+)
+from superlora_tn.model.states import Stated
 from superlora_tn.model.tables import Table
 from superlora_tn.model.targets import AttachError, Target, near
-from superlora_tn.model.weights import Holder, Weight, check_mergeable, report_rounding, thaw_all, weight_of
+from superlora_tn.model.weights import Weight, check_mergeable, report_rounding, thaw_all, weight_of
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Adapter, Member
 from superlora_tn.update.passes import Passes
-from superlora_tn.update.placed import Placed, applied, is_empty
+from superlora_tn.update.placed import applied, is_empty
 
 
-class Tuned(Placed):
+class Tuned(Stated):
     """The handle `attach` returns: the adapters of a model, and what can be done with them.
 
     It is a sub-module of the model (so that the adapters move, save and train with it); deepcopy and pickle of the
@@ -49,7 +59,6 @@ class Tuned(Placed):
         self.adapters = nn.ModuleList(adapters)
         for placed in (self, *adapters):
             placed.realise = self._realise
-        self.merged = False
         self.seed: int | None = None
         # Unregistered references, in plain containers: the base's keys stay as they were.
         self._passes = passes
@@ -57,11 +66,7 @@ class Tuned(Placed):
         self._members = {name: member for adapter in adapters for name, member in adapter.members.items()}
         self._hooks: list[Any] = []
         self._model: tuple[nn.Module, str] | None = None
-        self._holder = Holder()
-        self._frozen: list[tuple[str, nn.Parameter, bool]] = []
         self._base = Snapshot()
-        self._disabled = 0
-        self._enabled = True
         self._strength = 1.0
 
     def forward(self, x: Any) -> Any:
@@ -153,13 +158,12 @@ class Tuned(Placed):
         Args:
             seed: of the values; None takes the seed of `attach`, or without one draws anew.
         """
-        check_resettable(self._adapters(), self.merged)
+        check_resettable(self._adapters(), self._weights())
         seed = self.seed if seed is None else seed
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         for adapter in self._adapters():
             adapter.refill(generator)
-            if not self.merged:
-                adapter.rest_on(lambda name: self._targets[name].weight())
+            adapter.rest_on(lambda name: self._targets[name].weight())
 
     def _is_empty(self) -> bool:
         return any(is_empty(adapter.stored()) for adapter in self._adapters())
@@ -177,22 +181,6 @@ class Tuned(Placed):
             self.reset_parameters()
         return self
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The nodes; nothing while merged, as dW is in the weights then and must not count twice."""
-        if not self.merged:
-            return super().state_dict(*args, **kwargs)
-        return kwargs.get("destination", args[0] if args else {})
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        """Also where it was taken while merged."""
-        own = [key for key in state_dict if key.startswith(f"{prefix}adapters.")]
-        if self.merged and own:
-            raise AttachError(
-                "the adapter is merged, so its nodes in a state dict would count beside the dW that is in the weights; "
-                "unmerge() first, then load."
-            )
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
     def _need(self, what: str) -> nn.Module:
         if self._model is None:
             raise AttachError(f"cannot {what}: the adapter is detached; attach it again.")
@@ -207,12 +195,13 @@ class Tuned(Placed):
         All or nothing: whatever breaks it off, an interrupt too, the weights are as before.
 
         Raises:
-            AttachError: already merged, detached, dW not finite, or a weight that cannot hold it: quantised, sharded,
-                shared with other modules, computed from others, or of a layer that was replaced.
+            AttachError: already merged, detached, switched off (`use`), dW not finite, or a weight that cannot hold it:
+                quantised, sharded, shared with other modules, computed from others, or of a layer that was replaced.
         """
         model = self._need("merge")
         if self.merged:
             raise AttachError("the adapter is merged already; unmerge() first, or leave it.")
+        check_switched_on(self.name, self._enabled)
         self._put_back()
         check_mergeable(model, list(self._targets.values()))
         try:
@@ -299,12 +288,12 @@ class Tuned(Placed):
 
     def _switch(self) -> None:
         for adapter in self._adapters():
-            adapter.active = self._enabled and not (self.merged or self._disabled)
+            adapter.active = self._acts
             adapter.strengthen(self._strength)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within this context the model computes as its base, also while merged."""
+        """Within this context the model computes as its base, also where it was merged; a merge within it is one."""
         was_merged = self.merged
         if was_merged:
             self.unmerge()

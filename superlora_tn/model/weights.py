@@ -296,6 +296,17 @@ def freeze(parameter: nn.Parameter, holder: Holder) -> None:
     parameter.requires_grad_(False)
 
 
+def hold_on(frozen: Sequence[tuple[str, nn.Parameter, bool]], holder: Holder) -> None:
+    """Let a copied handle hold what it froze: copies of parameters have no record."""
+    for _, parameter, wanted in frozen:
+        record: dict[str, Any] | None = parameter.__dict__.get(FROZEN)
+        if record is None:
+            record = {"wanted": wanted, "holders": []}
+            setattr(parameter, FROZEN, record)
+        if holder not in record["holders"]:
+            record["holders"].append(holder)
+
+
 def thaw(parameter: nn.Parameter, holder: Holder, wanted: bool) -> None:
     """Let go of a parameter; the last to do so gives it back the requires_grad it had.
 

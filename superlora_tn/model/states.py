@@ -1,0 +1,56 @@
+"""What of a handle is in state dicts and in copies of a model: whether it acts, and what it froze."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from superlora_tn.model.targets import AttachError
+from superlora_tn.model.weights import Holder, hold_on
+from superlora_tn.update.placed import Placed
+
+
+class Stated(Placed):
+    """A handle's state beside its nodes.
+
+    Attributes:
+        merged: whether dW is in the weights now.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merged = False
+        self._disabled = 0
+        self._enabled = True
+        self._holder = Holder()
+        self._frozen: list[tuple[str, nn.Parameter, bool]] = []
+
+    @property
+    def _acts(self) -> bool:
+        """Whether dW is added to what the model computes, beside what is in the weights."""
+        return self._enabled and not (self.merged or self._disabled)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The nodes; nothing while merged, as dW is in the weights then and must not count twice."""
+        if not self.merged:
+            return super().state_dict(*args, **kwargs)
+        return kwargs.get("destination", args[0] if args else {})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Also where it was taken while merged."""
+        own = [key for key in state_dict if key.startswith(f"{prefix}adapters.")]
+        if self.merged and own:
+            raise AttachError(
+                "the adapter is merged, so its nodes in a state dict would count beside the dW that is in the weights; "
+                "unmerge() first, then load."
+            )
+        if self.merged:  # its own nodes stay, and none is missed
+            state_dict.update(super().state_dict(prefix=prefix))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy: it holds what it froze, and what a context switched off at the time can be switched on."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        hold_on(self._frozen, self._holder)
+        self._enabled, self._disabled = self._enabled and not self._disabled, 0
