@@ -11,6 +11,7 @@ from superlora_tn.declare.checks import near
 from superlora_tn.declare.fold import Shape
 from superlora_tn.network.budget import fit
 from superlora_tn.network.catalogue import VARIANTS, size_setting
+from superlora_tn.network.kernels import Kernels
 from superlora_tn.network.spec import AdapterSpec
 
 Add = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
@@ -57,18 +58,22 @@ def extract(args: argparse.Namespace) -> None:
     if args.budget is not None and bought is None:
         raise UsageError(f"{variant} has no rank or count that a budget could buy; choose another variant.")
 
-    def declared(shapes: Mapping[str, Shape]) -> AdapterSpec:
+    def declared(shapes: Mapping[str, Shape], kernels: Kernels) -> AdapterSpec:
         if args.spec:
             return read_spec(args.spec)
         own = given | ({} if args.rank is None else {"rank": str(args.rank)})
         if args.budget is None:
             return variant_spec(variant, own, shapes)
-        return fit(lambda size: variant_spec(variant, own | {f"{bought}": str(size)}, shapes), args.budget, shapes).spec
+
+        def sized(size: int) -> AdapterSpec:
+            return variant_spec(variant, own | {f"{bought}": str(size)}, shapes)
+
+        return fit(sized, args.budget, shapes, kernels).spec
 
     found = tools.extract(args.base, args.tuned, declared, args.targets, steps=args.steps)
     found.adapter.write(args.out)
     if args.json:
-        facts = {"folder": args.out, "parameters": found.adapter.spec.count(found.adapter.shapes), "error": found.adapter.error}
+        facts = {"folder": args.out, "parameters": found.adapter.num_parameters, "error": found.adapter.error}
         print(json.dumps({**facts, "errors": found.adapter.errors, "left": found.left}, indent=1))
     else:
         print(f"{found}\nsaved: {args.out}")

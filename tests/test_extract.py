@@ -177,3 +177,78 @@ def test_a_conversion_takes_the_bases_own_values_from_the_model(tmp_path: Path) 
     assert found.error < 1e-9  # W rounds once in float64, and least squares solve with the squares of its values
     for name, delta in found.deltas().items():
         torch.testing.assert_close(delta, deltas[name], rtol=1e-7, atol=1e-9)
+
+
+class Convs(nn.Module):
+    """Kernels of two sizes, of one position and of none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.wide, self.point, self.head = nn.Conv1d(8, 4, 5), nn.Conv2d(8, 8, 1), nn.Linear(8, 6)
+
+
+def convolved(folder: Path, spec: sl.AdapterSpec, targets: list[str]) -> dict[str, torch.Tensor]:
+    """Checkpoints in float64 whose difference `attach` made of a declaration; dW of each weight, as it is stored."""
+    model = seeded(0, Convs).double()
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    save_file(base, folder / "base.safetensors")
+    tuned = sl.attach(model, spec, targets, seed=1, dtype=torch.float64)
+    perturb(tuned)
+    after = tuned.bake().state_dict()
+    save_file(after, folder / "tuned.safetensors")
+    return {name: after[name] - base[name] for name in base if bool((after[name] != base[name]).any())}
+
+
+def test_the_kernel_is_taken_from_the_parameters_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Channels split 2 x 4: W1 of 4 numbers, W2 = B (4 x 2) A (2 x 36); lokr leaves W2 dense, as 2 is half of 4 channels."""
+    delta = convolved(tmp_path, sl.conv_lokr(2), ["conv.0", "conv.1"])["conv.0.weight"]
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps(sl.conv_lokr(2).to_dict()))
+    words = ["extract", *files, "--targets", "conv.0", "conv.1", "--out", str(tmp_path / "out"), "--json"]
+    sizes = {("--spec", str(spec)): 4 + 4 * 2 + 2 * 36, ("--variant", "lokr", "--rank", "2"): 4 + 4 * 36}
+    for more, size in sizes.items():
+        assert main([*words, *more]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["parameters"] == 2 * size
+        assert facts["error"] < 1e-9
+        model = seeded(0, Convs).double()
+        loaded = sl.load(model, tmp_path / "out")
+        assert loaded.num_parameters == facts["parameters"]
+        torch.testing.assert_close(loaded.delta("conv.0").double(), delta.flatten(1), rtol=1e-6, atol=1e-7)
+    assert main(["probe", *files, "--variants", "lokr", "--budgets", str(facts["parameters"]), "--json"]) == 0
+    [point] = json.loads(capsys.readouterr().out)["points"]
+    assert point["parameters"] == facts["parameters"]
+    assert point["energy"] == pytest.approx(1, abs=1e-9)
+    assert main([*words, "--variant", "lokr", "--budget", "300"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == facts["parameters"]
+
+
+def test_weights_of_several_kernels_are_made_into_one_adapter(tmp_path: Path) -> None:
+    """A Kronecker product of channels, whatever kernel stands behind them; the linear layer and the point have none."""
+    names = ["conv.0", "conv.1", "wide", "point", "head"]
+    deltas = convolved(tmp_path, sl.krona(), names)
+    before = seeded(0, Convs).double()
+    found = sl.extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", sl.krona())
+    counts = {"conv": 2 * (4 + 16 * 9), "wide": 4 + 2 * 4 * 5, "point": 4 + 16, "head": 2 * 2 + 3 * 4}
+    assert found.adapter.num_parameters == sum(counts.values())
+    assert found.adapter.error < 1e-12
+    assert {entry.spec.fold.kernel for entry in found.adapter.entries} == {None, (3, 3), (5,)}
+    assert sl.attach(seeded(0, Convs), sl.krona(), names).num_parameters == found.adapter.num_parameters
+    found.adapter.write(tmp_path / "out", torch.float64)
+    loaded = sl.load(before, tmp_path / "out")
+    for name in names:
+        wanted = deltas[f"{name}.weight"].flatten(1)
+        # The nearest product by singular values of the rearranged dW, in float64.
+        torch.testing.assert_close(loaded.delta(name), wanted, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found.adapter.deltas()[name], wanted, rtol=1e-9, atol=1e-12)
+        kernel = before.get_submodule(name).weight[0, 0].numel()
+        (o, i) = halves(wanted.shape[0]), halves(wanted.shape[1] // kernel)
+        blocks = wanted.reshape(*o, *i, kernel).permute(0, 2, 1, 3, 4).reshape(o[0] * i[0], -1)
+        assert float(torch.linalg.svdvals(blocks)[1:].norm()) < 1e-12
+
+
+def halves(side: int) -> tuple[int, int]:
+    """A side split most evenly, the smaller factor first."""
+    return {4: (2, 2), 6: (2, 3), 8: (2, 4)}[side]

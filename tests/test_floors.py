@@ -31,6 +31,7 @@ HOUSE = {
         ["based", "applied"],
         ["expand"],
         ["spec"],
+        ["kernels"],
         ["budget", "sums", "joined"],
         ["variants", "relatives", "convolved"],
         ["mapped"],

@@ -23,7 +23,7 @@ from superlora_tn.model.beside import also_trained
 from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.chosen import placed
 from superlora_tn.model.joins import bound, enters
-from superlora_tn.model.kernels import by_kernel, closed
+from superlora_tn.model.kernels import by_kernel
 from superlora_tn.model.kinds import Held
 from superlora_tn.model.merging import forget_compiled
 from superlora_tn.model.places import declared
@@ -35,6 +35,7 @@ from superlora_tn.model.trainer import admissions
 from superlora_tn.model.tuned import Tuned
 from superlora_tn.model.weights import check_alone, check_apart, freeze, was_trainable, weight_of
 from superlora_tn.network.budget import Budget
+from superlora_tn.network.kernels import closed
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Adapter, Settings
 from superlora_tn.update.make import make_adapter

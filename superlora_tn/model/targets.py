@@ -65,6 +65,11 @@ class Target:
         """All layers that use the weight, this one first."""
         return (self, *self.tied)
 
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The sizes of its kernel, which `in` holds behind the channels; () for a matrix."""
+        return self.kind.kernel(self.layer)
+
     def weight(self) -> Tensor:
         """The weight as it is now, (out, in).
 

@@ -17,6 +17,7 @@ from superlora_tn.declare.maps import Compose, Fastfood, Projection, Shuffle
 from superlora_tn.declare.nodes import Node
 from superlora_tn.declare.parts import CP, Network, Part, SpecError, inner_parts
 from superlora_tn.network.graph import Graph
+from superlora_tn.network.kernels import Kernels, count, lay_out
 from superlora_tn.network.spec import AdapterSpec
 
 Shapes = Mapping[str, Shape] | Sequence[Shape]
@@ -161,7 +162,7 @@ def within(budget: int, shapes: Shapes, formula: Formula, **settings: Any) -> Ch
     return Budget(budget, formula, **settings).choose(shapes)
 
 
-def fit(maker: Callable[[int], AdapterSpec], budget: int, shapes: Shapes) -> Choice:
+def fit(maker: Callable[[int], AdapterSpec], budget: int, shapes: Shapes, kernels: Kernels | None = None) -> Choice:
     """The rank of a preset whose count is the largest not above the budget; the smallest such rank where counts tie.
 
     Args:
@@ -169,15 +170,17 @@ def fit(maker: Callable[[int], AdapterSpec], budget: int, shapes: Shapes) -> Cho
             rank rises; the exception the library knows, `CP(dense_if_large=True)`, is searched rank by rank.
         budget: the most trainable parameters, at least 1.
         shapes: (out, in) of each target, by module name, or as a list taken as one weight a layer, in order.
+        kernels: the sizes of the kernels of those targets that are convolutions, by name: `attach` takes them from the layers,
+            and the count is then what it attaches. None counts all as matrices.
 
     Raises:
         SpecError: the smallest possible count is above the budget (the message says how much it is), or `maker`
             makes nothing that fits the shapes.
     """
-    return best([maker], budget, shapes)
+    return best([maker], budget, shapes, kernels)
 
 
-def best(makers: Iterable[Callable[[int], AdapterSpec]], budget: int, shapes: Shapes) -> Choice:
+def best(makers: Iterable[Callable[[int], AdapterSpec]], budget: int, shapes: Shapes, kernels: Kernels | None = None) -> Choice:
     """The best `fit` over several makers; the first of them, and its smallest rank, where counts tie.
 
     Raises:
@@ -190,7 +193,7 @@ def best(makers: Iterable[Callable[[int], AdapterSpec]], budget: int, shapes: Sh
     above: Priced | None = None
     for maker in makers:
         try:
-            found = _Ranks(maker, shapes).around(budget)
+            found = _Ranks(maker, shapes, kernels).around(budget)
         except SpecError as error:
             refused = refused or error
             continue
@@ -213,8 +216,8 @@ def _count(priced: Priced) -> int:
 class _Ranks:
     """The counts of one maker over its ranks, each computed once."""
 
-    def __init__(self, maker: Callable[[int], AdapterSpec], shapes: Shapes) -> None:
-        self.maker, self.shapes = maker, _named(shapes)
+    def __init__(self, maker: Callable[[int], AdapterSpec], shapes: Shapes, kernels: Kernels | None) -> None:
+        self.maker, self.shapes, self.kernels = maker, _named(shapes), kernels
         self.known: dict[int, Priced | None] = {}
         self.counts: dict[AdapterSpec, int] = {}  # a maker may give the same spec at every rank
 
@@ -224,7 +227,7 @@ class _Ranks:
             try:
                 spec = self.maker(rank)
                 if spec not in self.counts:
-                    self.counts[spec] = spec.count(self.shapes)
+                    self.counts[spec] = count(spec, self.shapes, self.kernels)
                 self.known[rank] = (self.counts[spec], spec)
             except SpecError:
                 self.known[rank] = None
@@ -233,7 +236,7 @@ class _Ranks:
     def around(self, budget: int) -> tuple[Priced | None, Priced | None]:
         """The largest count not above the budget and the smallest above it, each at its smallest rank."""
         first = self.maker(1)
-        first.count(self.shapes)  # a setting that is wrong at every rank says why
+        count(first, self.shapes, self.kernels)  # a setting that is wrong at every rank says why
         scanned = self._irregular(first) if _turns_dense(first.network) else 0
         prices = [p for rank in range(1, scanned + 1) if (p := self.price(rank))]
         prices += self._bisected(scanned + 1, budget)
@@ -244,7 +247,7 @@ class _Ranks:
     def _irregular(self, first: AdapterSpec) -> int:
         """The last rank before all is dense that may be, until when the count may fall from rank to rank."""
         # A part turns dense at half its longest side, and no side is longer than the mode it splits.
-        limit = max(-(-mode.size // 2) for group, _ in first.lay_out(self.shapes) for mode in group.modes)
+        limit = max(-(-mode.size // 2) for _, group, _ in lay_out(first, self.shapes, self.kernels) for mode in group.modes)
         final = self._graphs(limit)
         low, high = 0, limit
         while final is not None and high - low > 1:
@@ -254,7 +257,7 @@ class _Ranks:
 
     def _graphs(self, rank: int) -> list[Graph] | None:
         try:
-            return [graph for _, graph in self.maker(rank).lay_out(self.shapes)]
+            return [graph for _, _, graph in lay_out(self.maker(rank), self.shapes, self.kernels)]
         except SpecError:
             return None
 

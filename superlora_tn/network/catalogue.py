@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from superlora_tn.network import variants
 from superlora_tn.network.budget import Budget, Choice, Shapes, fit
+from superlora_tn.network.kernels import Kernels
 from superlora_tn.network.mapped import MAPPED
 from superlora_tn.network.relatives import RELATIVES
 from superlora_tn.network.spec import AdapterSpec
@@ -23,8 +24,12 @@ def size_setting(variant: str) -> str | None:
     return next((name for name in ("count", "rank") if name in known), None)
 
 
-def bought(variant: str, budget: int, shapes: Shapes) -> Choice:
+def bought(variant: str, budget: int, shapes: Shapes, kernels: Kernels | None = None) -> Choice:
     """The setting of a variant with the most parameters that a budget allows; its other settings are the defaults.
+
+    Args:
+        variant: its name.
+        budget, shapes, kernels: see `fit`.
 
     Raises:
         SpecError: there is none, see `fit`.
@@ -36,4 +41,4 @@ def bought(variant: str, budget: int, shapes: Shapes) -> Choice:
         assert isinstance(made, AdapterSpec)  # a Budget is made of budget= alone
         return made
 
-    return fit(sized, budget, shapes)
+    return fit(sized, budget, shapes, kernels)

@@ -16,6 +16,7 @@ from superlora_tn.declare.parts import BASED, SpecError, check_count
 from superlora_tn.files.own import Entry, tensor_name, write
 from superlora_tn.network.budget import Budget, words
 from superlora_tn.network.graph import Graph
+from superlora_tn.network.kernels import Kernels, apart, count, lay_out
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.tools.fitting import FOUND, Fit, Settings, fit
 from superlora_tn.tools.frames import Frame, Load, frame
@@ -56,6 +57,7 @@ class Decomposition:
             the fit is not zero.
         error: of all weights together.
         fits: how each network was found; a flat fold has one for each of its groups.
+        kernels: the sizes of the kernels of those that are convolutions, where they were known.
     """
 
     spec: AdapterSpec
@@ -64,6 +66,7 @@ class Decomposition:
     errors: Mapping[str, float]
     error: float
     fits: tuple[Fit, ...]
+    kernels: Kernels | None = None
 
     @property
     def is_exact(self) -> bool:
@@ -71,9 +74,15 @@ class Decomposition:
         return self.error < FOUND
 
     @property
-    def entry(self) -> Entry:
-        """The declaration with its weights, as files have it."""
-        return Entry(self.spec, dict(self.shapes))
+    def entries(self) -> tuple[Entry, ...]:
+        """The declaration with its weights, as files have it: once for each kernel, where it leaves that open."""
+        parts = apart(self.spec, tuple(self.shapes), self.kernels)
+        return tuple(Entry(own, {name: self.shapes[name] for name in names}) for own, names in parts)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers train."""
+        return count(self.spec, self.shapes, self.kernels)
 
     def as_type(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The nodes in another dtype; rounding to float32 adds about 1e-7 to the relative error."""
@@ -86,11 +95,11 @@ class Decomposition:
             folder: made where it does not exist.
             dtype: of the saved nodes.
         """
-        write(folder, [self.entry], self.as_type(dtype))
+        write(folder, self.entries, self.as_type(dtype))
 
     def deltas(self) -> dict[str, Tensor]:
         """dW of each weight from the nodes, (out, in), scale included."""
-        return dict(deltas(self.spec, self.shapes, self.tensors))
+        return dict(deltas(self.spec, self.shapes, self.tensors, self.kernels))
 
     def __str__(self) -> str:
         kinds: dict[str, list[float]] = {}
@@ -104,7 +113,7 @@ class Decomposition:
         steps = [f.steps for f in self.fits]
         return "\n".join(
             [
-                f"{self.spec.count(self.shapes):,} parameters: {words(self.spec)}",
+                f"{self.num_parameters:,} parameters: {words(self.spec)}",
                 *table(rows, "weights error mean largest"),
                 f"in all the relative error is {self.error:.3g}; {len(self.fits)} fits from {', '.join(found)}, "
                 f"{sum(steps)} steps (the longest {max(steps)})",
@@ -169,6 +178,7 @@ def fit_weights(
     start: Mapping[str, Tensor] | None = None,
     progress: Callable[[Progress], None] | None = None,
     ready: Ready | None = None,
+    kernels: Kernels | None = None,
 ) -> Decomposition:
     """`decompose` for weights that are loaded when their group's turn comes, and again for its error.
 
@@ -177,13 +187,14 @@ def fit_weights(
         load: dW of a weight by name.
         ready: writes a group's nodes where they need no fit, and says how; None where they do. It is given the group's frame
             and its nodes with their first values.
+        kernels: of the weights, where they are known; a declaration that leaves its kernel open takes them.
     """
     _check(settings, start)
     if isinstance(spec, Budget):
         spec = spec.choose(shapes).spec
     if spec.scale == 0:
         raise FitError(f"the declaration has alpha={spec.alpha}, so its dW is zero whatever its nodes; choose another alpha.")
-    frames = [frame(group, spec, graph) for group, graph in spec.lay_out(shapes)]
+    frames = [frame(group, own, graph) for own, group, graph in lay_out(spec, shapes, kernels)]
     given = _given(frames, seed, start or {})
     generator = torch.Generator().manual_seed(seed)
     tensors, fits = dict[str, Tensor](), list[Fit]()
@@ -205,17 +216,18 @@ def fit_weights(
             weight = read(name)
             missed[name], wanted[name] = float((weight - delta).norm()), float(weight.norm())
     errors = {name: _relative(missed[name], wanted[name]) for name in shapes}
-    return Decomposition(
-        spec, dict(shapes), tensors, errors, _relative(math.hypot(*missed.values()), math.hypot(*wanted.values())), tuple(fits)
-    )
+    error = _relative(math.hypot(*missed.values()), math.hypot(*wanted.values()))
+    return Decomposition(spec, dict(shapes), tensors, errors, error, tuple(fits), kernels)
 
 
-def deltas(spec: AdapterSpec, shapes: Mapping[str, Shape], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def deltas(
+    spec: AdapterSpec, shapes: Mapping[str, Shape], tensors: Mapping[str, Tensor], kernels: Kernels | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """dW of each weight, group by group, from nodes by ``group<k>.<node>``; float64, scale included."""
     with torch.no_grad():
-        for k, (group, graph) in enumerate(spec.lay_out(shapes)):
+        for k, (own, group, graph) in enumerate(lay_out(spec, shapes, kernels)):
             nodes = [tensors[tensor_name(k, node)].double() for node in graph.nodes]
-            yield from frame(group, spec, graph).deltas(nodes).items()
+            yield from frame(group, own, graph).deltas(nodes).items()
 
 
 def _check(settings: Settings, start: Mapping[str, Tensor] | None) -> None:

@@ -14,6 +14,7 @@ from superlora_tn.declare.fold import PhysicalGroup, Shape
 from superlora_tn.files.base_model import BaseModel, base_model, within
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.own import tensor_name
+from superlora_tn.network.kernels import Kernels, lay_out
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.based import Read, base_values
 
@@ -25,12 +26,14 @@ class Difference:
     Attributes:
         base, tuned: the checkpoints.
         shapes: (out, in) of the weights that differ and are among the targets, by module.
+        kernels: the sizes of the kernels of those that are convolutions, by module.
         left: parameters that differ beside these.
     """
 
     base: BaseModel
     tuned: BaseModel
     shapes: Mapping[str, Shape]
+    kernels: Kernels
     left: tuple[str, ...]
 
     def delta(self, name: str) -> Tensor:
@@ -43,21 +46,22 @@ class Difference:
         Raises:
             SpecError: the declaration does not fit the shapes.
         """
-        return resting(spec, self.shapes, lambda name: self.base.weight(name).double())
+        return resting(spec, self.shapes, lambda name: self.base.weight(name).double(), self.kernels)
 
 
-def resting(spec: AdapterSpec, shapes: Mapping[str, Shape], read: Read) -> dict[str, Tensor]:
+def resting(spec: AdapterSpec, shapes: Mapping[str, Shape], read: Read, kernels: Kernels | None = None) -> dict[str, Tensor]:
     """The nodes of a declaration that hold the base's own values, by name, in float64.
 
     Args:
         shapes: of the weights.
         read: W of a weight, (out, in), in float64; asked only where there are such nodes.
+        kernels: of the weights, where they are known.
 
     Raises:
         SpecError: the declaration does not fit the shapes.
     """
     found = dict[str, Tensor]()
-    for k, (group, graph) in enumerate(spec.lay_out(shapes)):
+    for k, (_, group, graph) in enumerate(lay_out(spec, shapes, kernels)):
         members = group.members if isinstance(group, PhysicalGroup) else {}
         for number, select, value in base_values(graph, members, read):
             node = graph.nodes[number]
@@ -85,7 +89,8 @@ def difference(base: str | PathLike[str], tuned: str | PathLike[str], targets: S
             raise CheckpointError(f"{base} has no weight by the names {', '.join(targets)}; {near(targets[0], ends)}")
         of = f" of the targets {', '.join(targets)}" if targets else ""
         raise CheckpointError(f"no weight{of} differs between {base} and {tuned}, so there is nothing to make an adapter of.")
-    return Difference(first, second, shapes, tuple(n for n in changed if n.removesuffix(".weight") not in shapes))
+    left = tuple(n for n in changed if n.removesuffix(".weight") not in shapes)
+    return Difference(first, second, shapes, {n: k for n, k in first.kernels.items() if n in shapes}, left)
 
 
 def _check_alike(first: BaseModel, second: BaseModel, base: str, tuned: str) -> None:

@@ -15,13 +15,14 @@ from superlora_tn.files.own import Saved
 from superlora_tn.files.read import read
 from superlora_tn.model.tuned import Tuned
 from superlora_tn.network.budget import Budget
+from superlora_tn.network.kernels import Kernels, closed
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.tools.convert import convert as convert_entries
 from superlora_tn.tools.decompose import Decomposition, Progress, fit_weights
 from superlora_tn.tools.difference import difference
 from superlora_tn.tools.fitting import Settings
 
-Declared = AdapterSpec | Budget | Callable[[Mapping[str, Shape]], AdapterSpec]
+Declared = AdapterSpec | Budget | Callable[[Mapping[str, Shape], Kernels], AdapterSpec]
 
 
 def convert(
@@ -119,7 +120,8 @@ def extract(
 
     Args:
         base, tuned: safetensors files, or folders of them, with the same parameters.
-        to: the declaration, a budget, or what gives one for the weights' shapes.
+        to: the declaration, a budget, or what gives one for the weights' shapes (out, in) and the kernels of the convolutions.
+            As in `attach`, a declaration that leaves its kernel open takes those of the weights.
         targets: names of modules or their endings; none takes all matrices and kernels that differ.
         steps, tolerance, restarts, seed, progress: see `decompose`.
 
@@ -128,7 +130,9 @@ def extract(
         SpecError: the declaration does not fit.
     """
     found = difference(base, tuned, targets)
-    made = to if isinstance(to, AdapterSpec | Budget) else to(found.shapes)
-    spec = made.choose(found.shapes).spec if isinstance(made, Budget) else made
+    given = to if isinstance(to, AdapterSpec | Budget) else to(found.shapes, found.kernels)
+    spec = closed(given.choose(found.shapes).spec) if isinstance(given, Budget) else given
     settings = Settings(steps, tolerance, restarts)
-    return Extracted(fit_weights(found.shapes, found.delta, spec, settings, seed, found.start(spec), progress), found.left)
+    start = found.start(spec)
+    made = fit_weights(found.shapes, found.delta, spec, settings, seed, start, progress, kernels=found.kernels)
+    return Extracted(made, found.left)

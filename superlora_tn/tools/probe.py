@@ -15,6 +15,7 @@ from superlora_tn.declare.checks import near
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import SpecError, check_count
 from superlora_tn.network.catalogue import VARIANTS, bought
+from superlora_tn.network.kernels import Kernels
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.tools import draw
 from superlora_tn.tools.decompose import FitError, decompose, fit_weights
@@ -143,13 +144,17 @@ def probe_checkpoints(
     settings = Settings(steps, tolerance, restarts)
 
     def held(spec: AdapterSpec) -> float:
-        return fit_weights(found.shapes, found.delta, spec, settings, seed, found.start(spec)).error
+        return fit_weights(found.shapes, found.delta, spec, settings, seed, found.start(spec), kernels=found.kernels).error
 
-    return _probed(found.shapes, budgets, variants, held)
+    return _probed(found.shapes, budgets, variants, held, found.kernels)
 
 
 def _probed(
-    shapes: Mapping[str, Shape], budgets: Sequence[int] | None, variants: Sequence[str], missed: Callable[[AdapterSpec], float]
+    shapes: Mapping[str, Shape],
+    budgets: Sequence[int] | None,
+    variants: Sequence[str],
+    missed: Callable[[AdapterSpec], float],
+    kernels: Kernels | None = None,
 ) -> Probe:
     """A point for each structure and number of parameters; `missed` fits one and gives its relative error."""
     numbers = sum(d_out * d_in for d_out, d_in in shapes.values())
@@ -163,7 +168,7 @@ def _probed(
         counts = dict[int, AdapterSpec]()
         for budget in wanted:
             try:
-                choice = bought(name, budget, shapes)
+                choice = bought(name, budget, shapes, kernels)
                 counts.setdefault(choice.count, choice.spec)
             except SpecError as error:
                 refused[name] = error
