@@ -150,6 +150,88 @@ def test_gradients_are_those_of_the_dense_formula(join: str, at: Any) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("more", [{"at": "weight"}, {"route": "apply"}, {"route": "delta"}], ids=str)
+def test_a_weight_that_trains_beside_gets_the_gradient_of_the_dense_formula(join: str, more: dict[str, Any]) -> None:
+    model, x = layers(), torch.randn(4, IN, dtype=torch.float64)
+    tuned = moved(attached(model, declared(SPECS["lora"], JOINS[join]), ["0"], also=["0.weight", "0.bias"], **more))
+    stored: Any = model[0]._parameters["weight"]
+    own = [stored, model[0].bias, *tuned.adapters.parameters()]
+    named = dict(tuned.named_parameters())
+    network = named["adapters.0.node_factor_out"] @ named["adapters.0.node_factor_in"].T * tuned.spec.scale
+    if isinstance(JOINS[join], sl.Magnitude):
+        whole = stored + network
+        norms = whole.square().sum(1).sqrt()
+        changed = named["adapters.0.magnitude"][:, None] * whole / (norms.detach() if join == "magnitude" else norms)[:, None]
+    else:
+        turn = network + torch.eye(len(network), dtype=network.dtype) * JOINS[join].residual
+        changed = turn @ stored if "left" in join else stored @ turn
+        changed = named["adapters.0.magnitude"][:, None] * changed if "scaled" in join else changed
+    loss = torch.randn(4, IN, dtype=torch.float64)
+    expected = torch.autograd.grad(((torch.tanh(x @ changed.T + model[0].bias) @ model[2].weight.T) * loss).sum(), own)
+    for _ in range(2):  # nothing that a first call keeps is taken for the second's
+        found = torch.autograd.grad((model(x) * loss).sum(), own)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)  # the same products in another order, float64
+
+
+@pytest.mark.parametrize("join", ["magnitude", "differentiated"])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_a_weight_that_trains_beside_does_so_under_dropout(join: str, kind: str) -> None:
+    """Dropout takes elements of the whole change's input, ``y + drop(x) (W' - W)^T``."""
+    torch.manual_seed(6)
+    model = nn.Sequential(nn.Linear(IN, OUT) if kind == "linear" else nn.Conv2d(IN, OUT, 1)).double()
+    x = torch.randn(7, IN, dtype=torch.float64)
+    given = x if kind == "linear" else x[:, :, None, None]
+    spec = replace(sl.lora(3, dropout=0.5), join=JOINS[join])
+    tuned = moved(attached(model, spec, ["0"], also=["0.weight"])).train()
+    model.train()
+    named, stored = dict(tuned.named_parameters()), model[0].weight
+    own, weight = [stored, *tuned.adapters.parameters()], stored.flatten(1)
+    torch.manual_seed(8)
+    found = torch.autograd.grad(model(given).square().sum(), own)
+    torch.manual_seed(8)
+    dropped = nn.functional.dropout(given, 0.5).flatten(1)
+    whole = weight + named["adapters.0.node_factor_out"] @ named["adapters.0.node_factor_in"].T
+    norms = whole.square().sum(1).sqrt()
+    changed = named["adapters.0.magnitude"][:, None] * whole / (norms.detach() if join == "magnitude" else norms)[:, None]
+    y = x @ weight.T + model[0].bias + dropped @ (changed - weight).T
+    for one, other in zip(found, torch.autograd.grad(y.square().sum(), own), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+# torch's own forward-mode rules compile with torch.jit.script when they are first used.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("detached", [True, False])
+@pytest.mark.parametrize("more", [{"at": "weight"}, {"route": "apply"}, {"route": "delta"}], ids=str)
+def test_tangents_of_magnitudes_are_the_gradient_along_the_way(detached: bool, more: dict[str, Any]) -> None:
+    """A norm that is held where it is has no tangent, as it has no gradient."""
+    model, x = layers(), torch.randn(3, IN, dtype=torch.float64)
+    moved(attached(model, sl.dora(sl.lora(2), detached), ["0"], also=["0.weight"], **more))
+    model(x)
+    values = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    ways = {n: torch.randn_like(p) for n, p in values.items()}
+    names = {n.rpartition(".")[2]: n for n in values}
+    assert names.keys() == {"node_factor_out", "node_factor_in", "magnitude", "weight"}
+
+    def run(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, values, (x,)).square().sum()
+
+    def formula(values: dict[str, Tensor]) -> Tensor:
+        up, down, magnitude, weight = (values[names[n]] for n in ("node_factor_out", "node_factor_in", "magnitude", "weight"))
+        whole = weight + up @ down.T
+        norms = whole.square().sum(1).sqrt()
+        changed = magnitude[:, None] * whole / (norms.detach() if detached else norms)[:, None]
+        return (torch.tanh(x @ changed.T + model[0].bias) @ model[2].weight.T).square().sum()
+
+    leaves = {n: v.clone().requires_grad_() for n, v in values.items()}
+    slopes = torch.autograd.grad(formula(leaves), list(leaves.values()))
+    wanted = sum((slope * ways[n]).sum() for slope, n in zip(slopes, leaves, strict=True))
+    reverse = torch.func.grad(run)(values)
+    torch.testing.assert_close(sum((reverse[n] * ways[n]).sum() for n in values), wanted, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(torch.func.jvp(run, (values,), (ways,))[1], wanted, rtol=1e-9, atol=1e-11)
+
+
 def dora_of_peft(layer: nn.Module, rank: int, **more: Any) -> nn.Module:
     peft = library("peft")
     torch.manual_seed(5)

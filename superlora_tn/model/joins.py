@@ -16,7 +16,7 @@ from superlora_tn.model.tables import Table, TableRows
 from superlora_tn.model.targets import AttachError, Place, Target, bind
 from superlora_tn.update.base import Member
 from superlora_tn.update.eager import is_eager
-from superlora_tn.update.joined import Norms, factors, multiplied, unkept
+from superlora_tn.update.joined import Norms, differentiates, factors, multiplied, unkept
 from superlora_tn.update.joined import joined as weight_of
 
 
@@ -31,8 +31,9 @@ class Scaled:
         kind, weight = self.kind, _whole(self.kind, layer, member)
         if isinstance(kind, Linear | RowsOf) and x.is_nested:
             return _nested(kind, layer, member, x, y)
-        # A recorded program finds them anew: nothing is kept beside it.
-        norms = self.norms.of(weight, list((kind.owners(layer) or {}).values())) if is_eager() else None
+        # Kept norms have no gradient, and a recorded program finds them anew: nothing is kept beside it.
+        kept = is_eager() and not (weight.requires_grad and differentiates(member))
+        norms = self.norms.of(weight, list((kind.owners(layer) or {}).values())) if kept else None
         scale = factors(member, weight, norms)
         if member.adapter.spec.dropout and layer.training and not isinstance(kind, Table):
             return self._dropped(layer, member, x, y, weight, scale)
@@ -188,10 +189,10 @@ def _nested(kind: Linear | RowsOf, layer: Any, member: Member, x: Tensor, y: Ten
 
 
 def _whole(kind: Kind, layer: Any, member: Member) -> Tensor:
-    """W (out, in) as it is now; its rows' norms, and the products with it, need all of it."""
+    """W (out, in) as it is now, noted for a gradient where it trains; norms of rows and products with it need all of it."""
     join = member.adapter.spec.join
     try:
-        weight = kind.read(layer).detach()
+        weight = kind.read(layer)
     except LayerError as error:
         raise LayerError(f"magnitudes (DoRA) on '{member.name}' need the norms of the weight's rows: {error}") from error
     shape = tuple(weight.shape)

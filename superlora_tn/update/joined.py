@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def joined(member: Member, weight: Tensor, network: Tensor) -> Tensor:
     weight, network = weight.to(wide), network.to(wide)
     if isinstance(join, Magnitude):
         whole = weight + network
-        with torch.no_grad() if join.detached else nullcontext():
+        with _held(join.detached):
             norms = row_norms(whole)
         return whole * _factors(member, norms)[:, None].to(wide)
     whole = multiplied(member, join, weight, network)
@@ -84,9 +85,7 @@ def factors(member: Member, weight: Tensor, norms: Tensor | None) -> Tensor:
         weight: W (out, in).
         norms: those of W's rows; None has them found anew.
     """
-    join = member.adapter.spec.join
-    assert isinstance(join, Magnitude)
-    with torch.no_grad() if join.detached else nullcontext():
+    with _held(not differentiates(member)):
         more = member.adapter.more(member, weight)
         if more is None:
             delta = member.current()
@@ -98,8 +97,22 @@ def factors(member: Member, weight: Tensor, norms: Tensor | None) -> Tensor:
     return _factors(member, found)
 
 
+def differentiates(member: Member) -> bool:
+    """Whether the norms of a member with magnitudes are differentiated, those of W too where it trains."""
+    join = member.adapter.spec.join
+    assert isinstance(join, Magnitude)
+    return not join.detached
+
+
+def _held(detached: bool) -> AbstractContextManager[Any]:
+    """Where norms that get no gradient are found: nothing is noted for one. Tangents need `_factors` to be stopped."""
+    return torch.no_grad() if detached else nullcontext()
+
+
 def _factors(member: Member, norms: Tensor) -> Tensor:
     magnitude = member.magnitude()
+    if not differentiates(member):
+        norms = norms.detach()  # no_grad stops no tangents
     # In the magnitudes' dtype first: at the start both are the same numbers, and their quotient is one.
     norms = norms.to(magnitude.dtype)
     return magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny)
