@@ -296,6 +296,40 @@ def test_new_tokens_alone(spec: sl.AdapterSpec, options: dict[str, Any], tmp_pat
     assert torch.equal(model.state_dict()["layer.weight"], before)
 
 
+@pytest.mark.parametrize("make", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize(
+    ("spec", "at"), [(sl.lora(2), "weight"), (sl.oft(4), None), (sl.boft(2), None), (sl.hra(2), None)], ids=str
+)
+def test_a_sparse_gradient_of_what_is_computed_is_refused_with_the_remedy(make: Any, spec: sl.AdapterSpec, at: Any) -> None:
+    model, numbers = nn.Sequential(make(12, 8, sparse=True)), torch.tensor([[1, 2, 1]])
+    before = model(numbers)
+    with pytest.raises(sl.AttachError, match=r"'0' is an Embedding(Bag)? with sparse=True.*Set its sparse to False"):
+        sl.attach(model, spec, ["0"], at=at)
+    assert torch.equal(model(numbers), before)
+    model[0].sparse = False
+    tuned = sl.attach(model, spec, ["0"], at=at)
+    model(numbers).square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in tuned.parameters())
+
+
+@pytest.mark.parametrize("make", [nn.Embedding, nn.EmbeddingBag])
+def test_a_sparse_table_is_adapted_at_its_output_and_trains_beside(make: Any) -> None:
+    """The table's own gradient stays sparse; that of the nodes is that of a dense table."""
+    grads = []
+    for sparse in (True, False):
+        torch.manual_seed(2)
+        model = nn.Sequential(make(12, 8, sparse=sparse)).double()
+        tuned = sl.attach(model, sl.lora(2), ["0"], also=["0.weight"], dtype=torch.float64, seed=0)
+        with torch.no_grad():
+            for p in tuned.adapters.parameters():
+                p.add_(torch.ones_like(p))
+        model(torch.tensor([[1, 2, 1]])).square().sum().backward()
+        assert model[0].weight.grad.is_sparse == sparse
+        grads.append([model[0].weight.grad.to_dense(), *(p.grad for p in tuned.adapters.parameters())])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_some_rows_of_what_is_no_plain_table_are_refused_by_name() -> None:
     for layer in (nn.Embedding(NUM, DIM, max_norm=1.0), Shifted(NUM, DIM)):
         with pytest.raises(

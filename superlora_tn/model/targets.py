@@ -220,6 +220,8 @@ def bind(name: str, place: Place, at: str | None = None) -> Target:
         tied = tuple(Target(name, other.home, other.module, _turned(kind_of(other.module, at), place)) for other in place.tied)
         target = Target(name, place.home, place.module, kind, tied)
         _check_whole(target, place)
+        for side in target.sides:
+            _check_dense(side)
     except (LayerError, SpecError) as error:
         raise AttachError(f"'{name}' {error}") from error
     return target
@@ -302,6 +304,17 @@ def _check_whole(target: Target, place: Place) -> None:
         raise LayerError(
             "has a weight that is a DTensor (tensor parallel, or sharded apart from its layer); an adapter cannot be added "
             "to a shard. Attach before the model is parallelised, or leave it out."
+        )
+
+
+def _check_dense(target: Target) -> None:
+    """Raise for a table of which lookups give a sparse gradient, where they look rows of W + dW up, which is computed."""
+    layer: Any = target.layer
+    if isinstance(target.kind, Held) and isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
+        raise LayerError(
+            f"is an {type(layer).__name__} with sparse=True, which would be adapted where its weight is read, and torch takes "
+            "no sparse gradient for a computed W + dW. Set its sparse to False, which changes no output; or add dW at its "
+            "output (an update without a join, and no at='weight')."
         )
 
 
