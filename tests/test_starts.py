@@ -124,6 +124,8 @@ SAVED = {
     "lotr": (sl.lotr(3), sl.pissa(), torch.float64),
     "flat": (sl.lorta(2, groups=2), sl.pissa(), torch.float64),
     "no departure": (sl.lora(RANK), sl.orthogonal(2), torch.float64),
+    "the base's vectors": (sl.lora_xs(RANK), sl.pissa(), torch.float64),
+    "the base's values too": (sl.svft(RANK), sl.pissa(), torch.float32),
 }
 
 
@@ -350,10 +352,29 @@ def test_pissa_of_other_networks_starts_nearest_to_the_weights(name: str) -> Non
         assert float((tuned.delta(k).detach() - weight).norm()) < float(weight.norm())
 
 
-@pytest.mark.parametrize("spec", [sl.lokr(2), sl.loha(2), sl.vera(2)], ids=["lokr", "loha", "vera"])
+@pytest.mark.parametrize("spec", [sl.lora_xs(3, alpha=2), sl.svft(3)], ids=["lora_xs", "svft"])
+def test_pissa_of_nodes_of_the_base_keeps_them(spec: sl.AdapterSpec) -> None:
+    """The nearest to W has its largest singular values between its own vectors; LoRA-XS holds these frozen too, U S R V^T."""
+    model, x = net(), noise(5, 12, seed=9, dtype=torch.float64)
+    before = model(x)
+    tuned = sl.start(attached(model, spec), sl.pissa())
+    torch.testing.assert_close(model(x), before)
+    for k, (name, own) in zip((0, 2), tuned.adapters.named_parameters(), strict=True):
+        values = np.linalg.svd(model[k].weight.detach().numpy())[1][:3]
+        wanted = np.eye(3) if name.endswith("node_R") else values
+        np.testing.assert_allclose(own.detach().numpy() * spec.scale, wanted, rtol=1e-9, atol=1e-12)
+    perturb(tuned)
+    trained = [p.detach().clone() for p in tuned.parameters()]
+    assert float(tuned.delta("0").detach().norm()) > 1e-3
+    tuned.reset_parameters()
+    torch.testing.assert_close(model(x), before)
+    assert not any(torch.equal(p, q) for p, q in zip(tuned.parameters(), trained, strict=True))
+
+
+@pytest.mark.parametrize("spec", [sl.lokr(2), sl.loha(2), sl.vera(2), sl.hira(2)], ids=["lokr", "loha", "vera", "hira"])
 def test_products_have_no_such_start(spec: sl.AdapterSpec) -> None:
     tuned = attached(net(), spec)
-    with pytest.raises(sl.SpecError):
+    with pytest.raises(sl.SpecError, match=r"no network of their form|falls apart into products"):
         sl.start(tuned, sl.pissa())
     assert not [n for n, _ in tuned.named_buffers() if "origin" in n]
 
@@ -371,6 +392,9 @@ def test_what_cannot_start_says_why() -> None:
         sl.start(attached(net(), sl.lora(8)), sl.lora_ga(batches(), loss))
     with pytest.raises(sl.SpecError, match="plain low-rank pairs"):
         sl.start(attached(net(), sl.AdapterSpec(sl.Tucker(2))), sl.olora())
+    twice = sl.AdapterSpec(sl.Sum(sl.Dense(), sl.Dense()))
+    with pytest.raises(sl.SpecError, match=r"'out in -> out in \+ out in -> out in' is another"):
+        sl.start(attached(net(), twice), sl.eva(batches()))
     with pytest.raises(sl.SpecError, match="choose of ArBr"):
         sl.lora_ga([], loss, direction="up")
     held = sl.attach(net(), sl.lora(2), ["0"], at="weight", dtype=torch.float64)

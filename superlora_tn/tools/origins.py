@@ -25,11 +25,13 @@ from superlora_tn.model.targets import AttachError
 from superlora_tn.model.tuned import Tuned
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
-from superlora_tn.network.sums import summed
+from superlora_tn.network.sums import blocks, summed
 from superlora_tn.tools.decompose import fit_weights
+from superlora_tn.tools.difference import resting
 from superlora_tn.tools.fitting import Settings
 from superlora_tn.tools.looks import gradients, inputs
 from superlora_tn.update.base import Adapter
+from superlora_tn.update.based import Read
 
 Pair = tuple[Tensor, Tensor]
 Batches = Iterable[Any]
@@ -74,7 +76,7 @@ def pissa() -> Start:
     """PiSSA: B and A from the largest singular values of W, dW0 its best approximation (Meng et al. 2024, arXiv 2404.02948).
 
     ``scale B A = U_r S_r V_r^T``, B and A with the roots of S. Networks other than B A start as the one nearest to W that
-    `decompose` finds: of LoTR, a Tucker of all weights that share it.
+    `decompose` finds: of LoTR, a Tucker of all weights that share it. Frozen nodes of the base's values (LoRA-XS, SVFT) stay.
     """
     return _Pissa()
 
@@ -271,6 +273,9 @@ def start(tuned: Tuned, how: Start) -> Tuned:
         entry.spec.check_added("starts are")
     # Of what cannot depart, before anything is looked at.
     departed = [replace(e, spec=summed([e.spec] * 2), trains=e.spec) for e in tuned.entries] if how.departs else []
+    for entry in departed:
+        for _, graph in entry.spec.lay_out(entry.targets):
+            blocks(graph, ())
     known = how.look(tuned)
     values = [_values(tuned, how, adapter, known) for adapter in adapters]
     if how.departs:
@@ -307,13 +312,13 @@ def _values(tuned: Tuned, how: Start, adapter: Adapter, known: Mapping[str, Tens
             f"{type(how).__name__.strip('_').lower()}() is for plain low-rank pairs B A, one for each weight; the network "
             f"'{adapter.graph.equation()}' is another. Use lora(rank), or pissa(), which starts nearest to W."
         )
-    return _fitted(adapter.spec, wanted, adapter.graph)
+    return _fitted(adapter.spec, wanted, adapter.graph, read)
 
 
 def _plain(graph: Graph) -> tuple[int, int, tuple[str, ...]] | None:
     """Numbers of B and of A, and their bond, where the network is such a pair of trained nodes."""
     out, inward = set(graph.open("out")), set(graph.open("in"))
-    if len(graph.nodes) != 2 or graph.open("member") or not all(node.trainable for node in graph.nodes):
+    if graph.terms or len(graph.nodes) != 2 or graph.open("member") or not all(node.trainable for node in graph.nodes):
         return None
     own = [set(node.indices) for node in graph.nodes]
     for b, a in ((0, 1), (1, 0)):
@@ -333,9 +338,9 @@ def _placed(graph: Graph, plain: tuple[int, int, tuple[str, ...]], b: Tensor, a:
     return found
 
 
-def _fitted(spec: AdapterSpec, wanted: Mapping[str, Tensor | None], graph: Graph) -> list[Tensor]:
-    """The nodes for which the network is nearest to these matrices."""
+def _fitted(spec: AdapterSpec, wanted: Mapping[str, Tensor | None], graph: Graph, read: Read) -> list[Tensor]:
+    """The nodes for which the network is nearest to these matrices; what frozen ones hold of the base stays theirs."""
     matrices = {name: matrix for name, matrix in wanted.items() if matrix is not None}
     shapes: dict[str, Shape] = {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in matrices.items()}
-    fit = fit_weights(shapes, matrices.__getitem__, spec, Settings(200, 1e-5, 3))
+    fit = fit_weights(shapes, matrices.__getitem__, spec, Settings(200, 1e-5, 3), start=resting(spec, shapes, read))
     return [fit.tensors[tensor_name(0, node)] for node in graph.nodes]

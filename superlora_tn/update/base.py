@@ -138,7 +138,8 @@ class Adapter(Magnitudes, ABC):
             return
         with torch.inference_mode(False), torch.no_grad():
             self._measure(read)
-            physical = self.group.members if isinstance(self.group, PhysicalGroup) else {}
+            # The values that an adapter departs from have the base's among them.
+            physical = self.group.members if isinstance(self.group, PhysicalGroup) and self._pads is None else {}
             for k, place, value in base_values(self.graph, physical, read):
                 own[k][place].copy_(value)
 
