@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from superlora_tn.declare.fold import FlatGroup, Shape
 from superlora_tn.declare.parts import SpecError, check_count, check_number
-from superlora_tn.files.own import tensor_name
+from superlora_tn.files.own import Entry, tensor_name
 from superlora_tn.model.saved import depart
 from superlora_tn.model.targets import AttachError
 from superlora_tn.model.tuned import Tuned
@@ -271,11 +271,7 @@ def start(tuned: Tuned, how: Start) -> Tuned:
         raise AttachError("the adapter departs from a start already; detach() it and attach another.")
     for entry in tuned.entries:
         entry.spec.check_added("starts are")
-    # Of what cannot depart, before anything is looked at.
-    departed = [replace(e, spec=summed([e.spec] * 2), trains=e.spec) for e in tuned.entries] if how.departs else []
-    for entry in departed:
-        for _, graph in entry.spec.lay_out(entry.targets):
-            blocks(graph, ())
+    departed = [_departed(entry, how) for entry in tuned.entries] if how.departs else []  # before anything is looked at
     known = how.look(tuned)
     values = [_values(tuned, how, adapter, known) for adapter in adapters]
     if how.departs:
@@ -285,6 +281,25 @@ def start(tuned: Tuned, how: Start) -> Tuned:
         for adapter, nodes in zip(adapters, values, strict=True):
             adapter.write(nodes)
     return tuned
+
+
+def _departed(entry: Entry, how: Start) -> Entry:
+    """The declaration of twice the ranks, of which the given one trains."""
+    try:
+        whole = summed([entry.spec] * 2)
+        for _, graph in whole.lay_out(entry.targets):
+            blocks(graph, ())
+    except SpecError as error:
+        raise SpecError(
+            f"{_name(how)}() takes its dW0 off again, as one network of twice the ranks, which this one has not: {error} "
+            "Attach a network whose bonds hang together, such as lora(rank) or a Tucker."
+        ) from error
+    return replace(entry, spec=whole, trains=entry.spec)
+
+
+def _name(how: Start) -> str:
+    """What the start is called."""
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in type(how).__name__).strip("_")
 
 
 def _values(tuned: Tuned, how: Start, adapter: Adapter, known: Mapping[str, Tensor]) -> list[Tensor]:
@@ -309,7 +324,7 @@ def _values(tuned: Tuned, how: Start, adapter: Adapter, known: Mapping[str, Tens
     wanted = {name: how.nearest(read(name)) for name in names}
     if any(matrix is None for matrix in wanted.values()):
         raise SpecError(
-            f"{type(how).__name__.strip('_').lower()}() is for plain low-rank pairs B A, one for each weight; the network "
+            f"{_name(how)}() is for plain low-rank pairs B A, one for each weight; the network "
             f"'{adapter.graph.equation()}' is another. Use lora(rank), or pissa(), which starts nearest to W."
         )
     return _fitted(adapter.spec, wanted, adapter.graph, read)
