@@ -21,6 +21,8 @@ from superlora_tn.declare.parts import Network, SpecError
 from superlora_tn.network.budget import Budget
 from superlora_tn.network.catalogue import VARIANTS
 from superlora_tn.network.joined import joined
+from superlora_tn.network.kernels import Kernels, lay_out
+from superlora_tn.network.kernels import count as trained
 from superlora_tn.network.spec import AdapterSpec
 
 RANK, MODES = 8, "out in"  # where none are given
@@ -141,20 +143,20 @@ def _shapes(args: argparse.Namespace) -> dict[str, Shape]:
     return {f"layer.{k}.weight": shape for k in range(args.weights)}
 
 
-def _targets(args: argparse.Namespace) -> tuple[dict[str, Shape], str]:
-    """The weights of ``--model``, or of ``--shape`` and ``--weights``, and what they are in words."""
+def _targets(args: argparse.Namespace) -> tuple[dict[str, Shape], Kernels | None, str]:
+    """The weights of ``--model``, or of ``--shape`` and ``--weights``, with what is known of kernels, and in words."""
     if args.model is None:
         if args.targets:
             raise UsageError("--targets chooses of a model; give --model too, or --shape and --weights.")
-        return _shapes(args), f"{args.weights} weights of {args.shape}"
+        return _shapes(args), None, f"{args.weights} weights of {args.shape}"
     from superlora_tn.tools.shapes import model_shapes
 
-    shapes = model_shapes(args.model, args.targets)
+    shapes, kernels = model_shapes(args.model, args.targets)
     if not shapes:
         named = f" by the names {', '.join(args.targets)}" if args.targets else ""
         raise UsageError(f"{args.model} has no weight that could be adapted{named}.")
     elements = sum(d_out * d_in for d_out, d_in in shapes.values())
-    return shapes, f"{len(shapes)} weights of {args.model}, {elements:,} numbers"
+    return shapes, kernels, f"{len(shapes)} weights of {args.model}, {elements:,} numbers"
 
 
 def _named(args: argparse.Namespace) -> str:
@@ -276,7 +278,7 @@ def draw(args: argparse.Namespace) -> None:
 
 def list_variants(args: argparse.Namespace) -> None:
     """List the variants with their network and count; one that does not fit the weights, with the reason."""
-    shapes, words = _targets(args)
+    shapes, kernels, words = _targets(args)
     rows = [("variant", "parameters", "from", "network of one weight")]
     data: list[dict[str, Any]] = []
     refused = {}
@@ -285,7 +287,8 @@ def list_variants(args: argparse.Namespace) -> None:
         summary = (inspect.getdoc(maker) or "").split("\n")[0]
         spec = variant_spec(name, {"rank": f"{rank}"} if "rank" in settings_of(name) else {}, shapes)
         try:
-            count, equation = spec.count(shapes), spec.lay_out(shapes)[0][1].equation(fixed=True)
+            count = trained(spec, shapes, kernels)
+            equation = lay_out(spec, shapes, kernels)[0][2].equation(fixed=True)
         except SpecError as error:
             refused[name] = str(error)
             data.append({"variant": name, "refused": str(error), "summary": summary})
@@ -307,7 +310,8 @@ def suggest(args: argparse.Namespace) -> None:
 
     if args.device not in DEVICES:
         raise UsageError(f"there is no device profile '{args.device}'; {near(args.device, DEVICES)}")
-    made = suggest(_targets(args)[0], args.budget, tokens=args.tokens, device=DEVICES[args.device])
+    shapes, kernels, _ = _targets(args)
+    made = suggest(shapes, args.budget, tokens=args.tokens, device=DEVICES[args.device], kernels=kernels)
     if args.json:
         rows = [{"variant": s.variant, "parameters": s.count, **asdict(s.cost), "spec": s.spec.to_dict()} for s in made.found]
         show_json({"budget": made.budget, "found": rows, "refused": dict(made.refused)})

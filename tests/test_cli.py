@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch import nn
 
 import superlora_tn as sl
 from superlora_tn import commands, make_plan, superlora
@@ -125,6 +126,26 @@ def test_variants_says_why_one_does_not_fit(capsys):
     rows = {row["variant"]: row for row in strict(capsys.readouterr().out)}
     assert set(rows) == set(VARIANTS)
     assert "64" in rows["c3a"]["refused"]
+
+
+def test_variants_and_suggest_take_the_kernels_of_a_files_parameters(tmp_path, capsys):
+    model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 128, 3))
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    assert main(["variants", "--rank", "2", "--model", str(tmp_path / "a.safetensors"), "--json"]) == 0
+    rows = {row["variant"]: row for row in strict(capsys.readouterr().out)}
+    krona = 64 + 64 * 9 + 64 + 128 * 9  # channels 8 x 8 and 8 x 16, the kernel with the second
+    lokr = 64 + 2 * (8 + 72) + 64 + 2 * (16 + 72)
+    lonkr = 2 * 16 + 4 * 4 * 9 + 16 + 4 * 4 + 2 * (8 + 36)  # channels 4 x 4 x 4 and 4 x 4 x 8; dense where 2 is half of them
+    assert {n: rows[n]["parameters"] for n in ("krona", "lokr", "lonkr")} == {"krona": krona, "lokr": lokr, "lonkr": lonkr}
+    for name, spec in (("krona", sl.krona()), ("lokr", sl.lokr(2)), ("lonkr", sl.lonkr(2))):
+        tuned = sl.attach(model, spec, ["0", "1"])
+        assert tuned.num_parameters == rows[name]["parameters"]
+        tuned.detach()
+    assert main(["suggest", "700", "--model", str(tmp_path / "a.safetensors"), "--json"]) == 0
+    for row in strict(capsys.readouterr().out)["found"]:
+        tuned = sl.attach(model, sl.AdapterSpec.from_dict(row["spec"]), ["0", "1"])
+        assert tuned.num_parameters == row["parameters"] <= 700
+        tuned.detach()
 
 
 def test_variants_and_suggest_take_a_models_weights(tmp_path, capsys):

@@ -127,6 +127,18 @@ def test_a_folder_is_learnt_and_the_adapter_is_the_merged_model(kind: str, bases
         assert any(name.startswith("classifier") for name in report["beside"])
 
 
+def test_a_budget_of_a_convolution_is_what_is_attached(bases: Path, tmp_path: Path) -> None:
+    """lokr(1) of Conv2d(3, 16, 8): channels 4 x 4 and 1 x 3, so W1 of 4 numbers, and a column of 4 by a row of 3 x 64."""
+    from superlora_tn.finetune.job import prepare
+
+    path = written(tmp_path, lines(bases, "image-classification", tmp_path / "out"))
+    job = prepare(read_config(path, {"targets": "[projection]", "variant": "lokr", "budget": "300"}))
+    assert [entry.spec.fold.kernel for entry in job.tuned.entries] == [(8, 8)]
+    assert job.tuned.num_parameters == 4 + 4 + 3 * 64
+    with pytest.raises(sl.SpecError, match="smallest possible count, 200"):
+        prepare(read_config(path, {"targets": "[projection]", "variant": "lokr", "budget": "130"}))
+
+
 KILL = """
 import os, signal, sys
 import superlora_tn.finetune.run as run

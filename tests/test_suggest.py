@@ -57,6 +57,28 @@ def test_a_model_and_its_shapes_are_suggested_the_same():
     assert {one.variant: one.count for one in halved.found}["lora"] == 6 * 4 * 80
 
 
+@pytest.mark.parametrize("budget", [600, 1900, 2400])
+def test_a_budget_of_convolutions_is_what_is_attached(budget):
+    """Their kernels stay whole: krona's 8 x 8 and 8 x 8 x 9 of one, 8 x 8 and 16 x 8 x 9 of the other."""
+
+    def convolutions() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 128, 3))
+
+    made = sl.suggest(convolutions(), budget, ["0", "1"])
+    counts = {one.variant: one.count for one in made.found}
+    assert {"lokr", "lonkr"} <= set(counts)
+    assert counts.get("krona") == (None if budget < 1856 else 64 + 576 + 64 + 1152)
+    for one in made.found:
+        assert sl.attach(convolutions(), one.spec, ["0", "1"]).num_parameters == one.count <= budget
+    shapes, kernels = {"0": (64, 576), "1": (128, 576)}, {"0": (3, 3), "1": (3, 3)}
+    assert sl.suggest(shapes, budget, kernels=kernels) == made
+    for rank in (1, 2, 5):  # no rank between is left out
+        found = sl.attach(convolutions(), sl.lokr(rank), ["0", "1"]).num_parameters
+        assert found > budget or found <= counts["lokr"]
+    with pytest.raises(sl.SpecError, match="the model shows its own"):
+        sl.suggest(convolutions(), budget, ["0"], kernels=kernels)
+
+
 def test_the_cost_of_a_step_is_that_of_its_plans():
     (_, graph), *rest = sl.lora(3).lay_out(SHAPES)
     assert len(rest) == 7

@@ -19,6 +19,7 @@ from superlora_tn.finetune.declared import NOTATION, network, value
 from superlora_tn.network.budget import Budget, fit
 from superlora_tn.network.catalogue import VARIANTS, size_setting
 from superlora_tn.network.joined import JOIN_NAMES, joined
+from superlora_tn.network.kernels import Kernels
 from superlora_tn.network.spec import AdapterSpec
 
 TASKS = ("image-classification", "text-classification", "causal-lm", "diffusion")
@@ -94,8 +95,8 @@ class Config:
         left_out = ("output", "format", "keep", "log", *(["join"] if self.join == "add" else []))  # earlier runs had no join
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
-    def declared(self, shapes: Mapping[str, Shape]) -> AdapterSpec:
-        """The declaration, for a model's targets: name -> (out, in).
+    def declared(self, shapes: Mapping[str, Shape], kernels: Kernels | None = None) -> AdapterSpec:
+        """The declaration, for a model's targets: name -> (out, in), and name -> the sizes of its kernel.
 
         Raises:
             SpecError: it does not fit them, or nothing fits the budget.
@@ -106,7 +107,7 @@ class Config:
             return joined(network(self.network), self.join)
         if self.budget and self.variant != "superlora":
             bought = size_setting(self.variant)
-            return fit(lambda size: self._variant({f"{bought}": size}, shapes), self.budget, shapes).spec
+            return fit(lambda size: self._variant({f"{bought}": size}, shapes), self.budget, shapes, kernels).spec
         return self._variant({"budget": self.budget} if self.budget else {}, shapes)
 
     def _variant(self, more: Mapping[str, Any], shapes: Mapping[str, Shape]) -> AdapterSpec:

@@ -116,7 +116,8 @@ def adapted(model: Any, config: Config, fresh: Sequence[str]) -> tuple[Tuned, tu
     heads = {name.rpartition(".")[0] for name in fresh}  # what is new trains as it is, not as its adapter
     targets = config.targets[0] if config.targets == ["all-linear"] else config.targets
     names = [name for name in match(model, targets, config.exclude) if name not in heads]
-    spec = config.declared({name: bind(name, known[name]).shape for name in names})
+    bound = [bind(name, known[name]) for name in names]
+    spec = config.declared({one.name: one.shape for one in bound}, {one.name: one.kernel for one in bound})
     tuned = attach(model, spec, names, also=[*config.also, *fresh], seed=config.seed)
     beside = tuple(n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(f"{tuned.name}."))
     return tuned, beside

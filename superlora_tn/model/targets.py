@@ -227,10 +227,10 @@ def bind(name: str, place: Place, at: str | None = None) -> Target:
     return target
 
 
-def target_shapes(model: nn.Module, targets: Targets) -> dict[str, Shape]:
-    """(out, in) of the targets of a model, by name; see `match`."""
+def targets_of(model: nn.Module, targets: Targets) -> list[Target]:
+    """The targets of a model, bound to their layers; see `match`."""
     known = places(model, declared(model, targets))
-    return {name: bind(name, known[name]).shape for name in match(model, targets)}
+    return [bind(name, known[name]) for name in match(model, targets)]
 
 
 def _block(kind: Kind, place: Place) -> Kind:

@@ -1,4 +1,4 @@
-"""The shapes of a model's weights from its folder alone: no weight is read, no memory is taken."""
+"""The shapes and kernels of a model's weights from its folder alone: no weight is read, no memory is taken."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from superlora_tn.declare.fold import Shape
 from superlora_tn.files.base_model import base_model, within
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.folder import place_of
-from superlora_tn.model.targets import target_shapes
+from superlora_tn.model.targets import targets_of
 
 
-def model_shapes(path: str | PathLike[str], targets: Sequence[str] = ()) -> dict[str, Shape]:
-    """(out, in) of a model's weights, by module.
+def model_shapes(path: str | PathLike[str], targets: Sequence[str] = ()) -> tuple[dict[str, Shape], dict[str, tuple[int, ...]]]:
+    """(out, in) of a model's weights, and the sizes of the kernels of those that are convolutions, by module.
 
     Args:
         path: a folder whose ``config.json`` transformers reads (the model is built without memory), or any safetensors file or
@@ -37,5 +37,7 @@ def model_shapes(path: str | PathLike[str], targets: Sequence[str] = ()) -> dict
                 model = AutoModel.from_config(AutoConfig.from_pretrained(place))
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"transformers makes no model of {config}: {error}") from error
-        return target_shapes(model, list(targets) or "all-linear")
-    return {name: shape for name, shape in base_model(place).shapes.items() if within(name, targets)}
+        bound = targets_of(model, list(targets) or "all-linear")
+        return {target.name: target.shape for target in bound}, {target.name: target.kernel for target in bound}
+    found = base_model(place)
+    return {name: shape for name, shape in found.shapes.items() if within(name, targets)}, found.kernels

@@ -13,9 +13,10 @@ from superlora_tn.contraction.search import PlanError
 from superlora_tn.declare.checks import near
 from superlora_tn.declare.fold import PhysicalGroup, Shape
 from superlora_tn.declare.parts import SpecError, check_count
-from superlora_tn.model.targets import Targets, target_shapes
+from superlora_tn.model.targets import Targets, targets_of
 from superlora_tn.network.budget import words
 from superlora_tn.network.catalogue import VARIANTS, bought
+from superlora_tn.network.kernels import Kernels, lay_out
 from superlora_tn.network.spec import AdapterSpec
 
 
@@ -90,6 +91,7 @@ def suggest(
     tokens: int = 1024,
     device: Device = CPU,
     variants: Sequence[str] = tuple(VARIANTS),
+    kernels: Kernels | None = None,
 ) -> Suggestions:
     """Every variant at the rank that a number of parameters buys, with what a step is predicted to cost.
 
@@ -102,6 +104,7 @@ def suggest(
         tokens: rows of x in a step.
         device: what to price for.
         variants: which to look at, by name; all by default.
+        kernels: beside shapes, the sizes of the kernels of those that are convolutions, by name; a model shows its own.
 
     Returns:
         Suggestions, the cheapest step first.
@@ -115,32 +118,40 @@ def suggest(
     unknown = [name for name in variants if name not in VARIANTS]
     if unknown:
         raise SpecError(f"suggest was given the variant '{unknown[0]}'; {near(unknown[0], VARIANTS)}")
-    shapes = _shapes(where, targets)
+    shapes, kernels = _weights(where, targets, kernels)
     found, refused = list[Suggestion](), dict[str, str]()
     for name in variants:
         try:
-            choice = bought(name, budget, shapes)
-            found.append(Suggestion(name, choice.spec, choice.count, cost(choice.spec, shapes, tokens, device)))
+            choice = bought(name, budget, shapes, kernels)
+            found.append(Suggestion(name, choice.spec, choice.count, cost(choice.spec, shapes, tokens, device, kernels)))
         except (SpecError, PlanError) as error:
             refused[name] = str(error)
     found.sort(key=lambda one: one.cost.seconds)
     return Suggestions(budget, tuple(found), refused, tokens, device.name)
 
 
-def _shapes(where: nn.Module | Mapping[str, Shape] | Sequence[Shape], targets: Targets | None) -> dict[str, Shape]:
+def _weights(
+    where: nn.Module | Mapping[str, Shape] | Sequence[Shape], targets: Targets | None, kernels: Kernels | None
+) -> tuple[dict[str, Shape], Kernels | None]:
+    """The weights' shapes, and what is known of their kernels."""
     if isinstance(where, nn.Module):
+        if kernels is not None:
+            raise SpecError("suggest was given a model and kernels; the model shows its own, so leave kernels=None.")
         if targets is None:
             raise SpecError("suggest was given a model without targets; name the layers, such as targets=['q_proj', 'v_proj'].")
-        return target_shapes(where, targets)
+        bound = targets_of(where, targets)
+        return {target.name: target.shape for target in bound}, {target.name: target.kernel for target in bound}
     if targets is not None:
         raise SpecError("suggest was given shapes and targets; targets choose of a model, so give the shapes of those alone.")
     named = where if isinstance(where, Mapping) else {f"layer.{k}.weight": shape for k, shape in enumerate(where)}
     if not named:
         raise SpecError("suggest was given no weight; give at least one shape (out, in).")
-    return {name: (int(d_out), int(d_in)) for name, (d_out, d_in) in named.items()}
+    return {name: (int(d_out), int(d_in)) for name, (d_out, d_in) in named.items()}, kernels
 
 
-def cost(spec: AdapterSpec, shapes: Mapping[str, Shape], tokens: int, device: Device = CPU) -> Cost:
+def cost(
+    spec: AdapterSpec, shapes: Mapping[str, Shape], tokens: int, device: Device = CPU, kernels: Kernels | None = None
+) -> Cost:
     """What a step costs, from plans alone.
 
     Args:
@@ -148,13 +159,14 @@ def cost(spec: AdapterSpec, shapes: Mapping[str, Shape], tokens: int, device: De
         shapes: (out, in) by module name.
         tokens: rows of x.
         device: what to price for.
+        kernels: of the weights, where they are known.
 
     Raises:
         SpecError: the declaration does not fit the shapes.
         PlanError: dW has no affordable path.
     """
     seconds, state, peak = 0.0, 0, 0
-    for group, graph in spec.lay_out(shapes):
+    for _, group, graph in lay_out(spec, shapes, kernels):
         trained = graph.num_parameters
         state += ITEM * (4 * trained + graph.num_numbers - trained)
         if isinstance(group, PhysicalGroup):
