@@ -399,3 +399,67 @@ def test_a_weight_that_changed_while_merged_is_not_thrown_away() -> None:
         model.base_model.model.layers[0].up.base_layer.weight.add_(1.0)
     with pytest.raises(ValueError, match="changed while adapters were merged"):
         model.unmerge_adapter()
+
+
+CONVOLVED = {"lokr": sl.lokr(2), "krona": sl.krona(), "conv_lokr": sl.conv_lokr(2), "conv_lora": sl.conv_lora(2, tucker=True)}
+
+
+def convolutions() -> nn.Module:
+    """A kernel of 3 x 3, one of a single position, and a linear layer behind."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 8, 1), nn.Flatten(), nn.Linear(8 * 9, 16)).eval()
+
+
+@pytest.mark.parametrize("name", CONVOLVED)
+def test_convolutions_get_the_network_that_attach_gives_them(name: str, tmp_path: Path) -> None:
+    """The same nodes under a seed, the same numbers from one step to the next, and files that come back."""
+    plain, given = convolutions(), noise(2, 64, 5, 5)
+    handle = sl.attach(plain, CONVOLVED[name], ["0", "1", "3"], seed=5)
+    model = peft.get_peft_model(convolutions(), Config(spec=CONVOLVED[name], target_modules=["0", "1", "3"], seed=5))
+    own = {tuple(a.group.members): a for a in model.base_model._adapters("default")}
+    assert list(own) == [("0",), ("1",), ("3",)]  # numbered as the model has them, which older files rely on
+    for theirs in handle.adapters:
+        mine = own[tuple(theirs.group.members)]
+        assert mine.spec == theirs.spec
+        for k, (one, other) in enumerate(zip(mine.tensors(), theirs.tensors(), strict=True)):
+            assert torch.equal(one, other)
+            with torch.no_grad():
+                one.copy_(noise(*one.shape, seed=k))
+                other.copy_(one)
+    expected = plain(given)
+    close(model(given), expected)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(convolutions(), tmp_path)
+    torch.testing.assert_close(again(given), expected, **ROUNDING)
+    torch.testing.assert_close(again.merge_and_unload()(given), expected, rtol=1e-4, atol=1e-4)  # dW is rounded with W
+
+
+def test_a_kernel_is_left_whole_as_pefts_own_lokr_leaves_it() -> None:
+    """dW = W1 (x) W2 over channels, the kernel behind, in float64; as many numbers as PEFT's LoKr of the same rank."""
+    layer = nn.Sequential(nn.Conv2d(64, 64, 3)).double()
+    theirs = peft.get_peft_model(copy.deepcopy(layer), peft.LoKrConfig(r=2, target_modules=["0"]))
+    ours = peft.get_peft_model(copy.deepcopy(layer), Config(spec=sl.lokr(2), target_modules=["0"]))
+    assert sum(map(Tensor.numel, trained_values(theirs).values())) == 64 + 2 * 8 + 2 * 72
+    assert sum(map(Tensor.numel, trained_values(ours).values())) == 64 + 2 * 8 + 2 * 72
+    model = peft.get_peft_model(layer, Config(spec=sl.krona(), target_modules=["0"], init_weights=False, seed=3))
+    one, two = (p.detach().double() for p in trained_values(model).values())
+    assert (one.shape, two.shape) == ((8, 8), (8, 72))
+    delta = torch.einsum("ab,cdk->acbdk", one, two.reshape(8, 8, 9)).reshape(64, 64, 3, 3)
+    conv = model.base_model.model[0]
+    torch.testing.assert_close(conv.get_delta_weight("default").double(), delta, rtol=1e-12, atol=1e-14)
+    x, base = noise(2, 64, 5, 5, dtype=torch.float64), conv.base_layer
+    wanted = nn.functional.conv2d(x, base.weight + delta, base.bias)
+    torch.testing.assert_close(model(x), wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.skipif(Version("0.21") > RELEASE, reason="PEFT asks a method about a file's keys from 0.21 on")
+def test_a_file_of_split_kernels_is_refused(tmp_path: Path) -> None:
+    """As they were saved once: krona's 8 x 24 and 8 x 24 of (64, 576)."""
+    safetensors = library("safetensors.torch")
+    peft.get_peft_model(convolutions(), Config(spec=sl.krona(), target_modules=["0"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    first, second = sorted(safetensors.load_file(file))
+    safetensors.save_file({first: torch.ones(8, 24), second: torch.ones(8, 24)}, file)
+    for more in ({}, {"low_cpu_mem_usage": True}):
+        with pytest.raises(ValueError, match=r"of shape \(8, 24\) in it, and \(8, 8\) by the config .* kernels were split"):
+            peft.PeftModel.from_pretrained(convolutions(), tmp_path, **more)

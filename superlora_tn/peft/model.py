@@ -21,6 +21,7 @@ from superlora_tn.model.kinds import Held
 from superlora_tn.model.site import BeginHook, EndHook
 from superlora_tn.model.targets import AttachError, Target, near, places
 from superlora_tn.model.weights import check_mergeable
+from superlora_tn.network.kernels import lay_out
 from superlora_tn.peft.config import NAME, SuperLoraConfig
 from superlora_tn.peft.layer import BASE, SuperLoraLayer, wrapped
 from superlora_tn.update.base import Adapter
@@ -120,21 +121,27 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
         return found
 
     def _make(self, config: SuperLoraConfig, adapter_name: str, empty: bool) -> None:
-        spec, targets = config.adapter_spec, self._targets
+        """Make the adapters that `attach` makes, in its order; groups are numbered as their first weights come in the model."""
+        targets = self._targets
         generator = None if config.seed is None else torch.Generator().manual_seed(config.seed)
-        for k, (group, graph) in enumerate(spec.lay_out({name: target.shape for name, target in targets.items()})):
+        shapes = {name: target.shape for name, target in targets.items()}
+        laid = lay_out(config.adapter_spec, shapes, {name: target.kernel for name, target in targets.items()})
+        places, made = list(targets), dict[int, Adapter]()
+        for spec, group, graph in laid:
             device, dtype = _device_and_dtype(targets[next(iter(group.members))])
             device = torch.device("meta") if empty else device
             adapter = make_adapter(spec, group, graph, dtype, device, generator, passes=self._passes)
             adapter.rest_on(lambda name: targets[name].weight())
             if not config.init_weights and not empty:
                 _wake(adapter, generator)
+            made[places.index(next(iter(group.members)))] = adapter
+        for k, place in enumerate(sorted(made)):
             container = self._modules.get(f"{PREFIX}{k}")
             if container is None:
                 container = nn.ModuleDict()
                 self.add_module(f"{PREFIX}{k}", container)
             assert isinstance(container, nn.ModuleDict)
-            container[adapter_name] = adapter
+            container[adapter_name] = made[place]
 
     def _create_and_replace(
         self,
@@ -293,17 +300,24 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
         """Keys of a file as those of the model; PEFT itself only warns of missing keys, and drops others.
 
         Raises:
-            ValueError: nodes that are missing, or that the declaration does not have.
+            ValueError: nodes that are missing, of another shape, or that the declaration does not have.
         """
         found: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         mark = f".{adapter_name}."
-        own = {key for key in model.state_dict() if key.startswith(f"base_model.{PREFIX}") and mark in key}
-        given = {key for key in found if key.startswith(f"base_model.{PREFIX}")}
-        if own != given:
-            missing, strange = sorted(own - given), sorted(given - own)
+        nodes = {key: value for key, value in model.state_dict().items() if key.startswith(f"base_model.{PREFIX}")}
+        own = {key: tuple(value.shape) for key, value in nodes.items() if mark in key}
+        given = {key: tuple(value.shape) for key, value in found.items() if key.startswith(f"base_model.{PREFIX}")}
+        why = "It was cut, mixed up with another adapter's, saved while convolutions' kernels were split, or the base has other"
+        if own.keys() != given.keys():
+            missing, strange = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
             raise ValueError(
                 f"the file does not fit its config: missing are {missing[:4]} ({len(missing)}), unknown are {strange[:4]} "
-                f"({len(strange)}). It was cut, mixed up with another adapter's, or the base has other layers."
+                f"({len(strange)}). {why} layers."
+            )
+        if wrong := [key for key in own if own[key] != given[key]]:
+            raise ValueError(
+                f"the file does not fit its config: '{wrong[0]}' is of shape {given[wrong[0]]} in it, and {own[wrong[0]]} by "
+                f"the config ({len(wrong)} such). {why} layers."
             )
         return found
 
