@@ -385,3 +385,16 @@ def test_the_json_says_what_the_folder_holds(saved: Path) -> None:
     body = body_of(saved)
     assert sorted(body) == ["buffers", "digest", "entries", "format", "schema", "tensors", "tensors_sha256"]
     assert body["tensors"] == f"adapter-{body['tensors_sha256'][:16]}.safetensors"
+
+
+@pytest.mark.parametrize(("format", "whose"), [("superlora", "this library's own format"), ("peft", "PEFT's")])
+def test_a_folder_is_not_called_as_a_file(format: Any, whose: str, tmp_path: Path) -> None:
+    tuned = sl.attach(nn.Sequential(nn.Linear(8, 8)), sl.lora(2), ["0"])
+    place = tmp_path / "x.safetensors"
+    with pytest.raises(sl.CheckpointError, match=f"is the name of a file, and {whose} is a folder; name a folder such as 'x'"):
+        tuned.save(place, format=format)
+    assert not place.exists()
+    place.mkdir()
+    tuned.save(place, format=format)  # a folder that is there under such a name is one
+    (file,) = tuned.save(place, format="kohya").files
+    assert file == place / "lora.safetensors"

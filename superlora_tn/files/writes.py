@@ -40,6 +40,7 @@ FILES = {
     "diffusers": "pytorch_lora_weights.safetensors",
     "gguf": "lora.gguf",
 }
+ENDINGS = (".safetensors", ".gguf")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ERRORS = "superlora_tn_errors"
 
@@ -134,6 +135,7 @@ def save_as(
     """
     if format not in FORMATS:
         raise CheckpointError(f"'{format}' is no format; choose one of {', '.join(FORMATS)}.")
+    _check_folder(place_of(path), format)
     wish, more = Wish(rank, error, dtype), beside or Beside()
     if format == "superlora":
         if wish != Wish():
@@ -154,6 +156,17 @@ def save_as(
         for one in filled(entries, held, kernels or {}, joined=True)
     ]
     return save_weights(weights, path, format, wish, prefix, more, architecture or Architecture(), kept=False)
+
+
+def _check_folder(place: Path, format: str) -> None:
+    """Raise where a format of a folder would go under a file's name, unless such a folder is there."""
+    if format in FILES or place.suffix not in ENDINGS or place.is_dir():
+        return
+    whose = "this library's own format" if format == "superlora" else "PEFT's"
+    raise CheckpointError(
+        f"'{place}' is the name of a file, and {whose} is a folder; name a folder such as '{place.stem}', or give the format "
+        "'kohya' or 'lycoris', which are one file."
+    )
 
 
 def save_weights(
@@ -182,7 +195,7 @@ def save_weights(
         text = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
         files = {place / TENSORS[0]: save(_own(made.tensors), {"format": "pt", **words}), place / CONFIG: text}
     else:
-        file = place if place.suffix in (".safetensors", ".gguf") else place / FILES[format]
+        file = place if place.suffix in ENDINGS and not place.is_dir() else place / FILES[format]
         if format == "gguf":
             data = gguf.packed(replace(made, metadata={**made.metadata, **words}))
         else:
