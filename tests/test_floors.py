@@ -67,7 +67,7 @@ HOUSE = {
         ["structured", "peft_methods", "gguf"],
         ["peft"],
         ["read", "writes"],
-        ["base_model", "show"],
+        ["base_model", "show", "standing"],
         ["convert"],
         ["command"],
     ],

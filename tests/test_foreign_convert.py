@@ -360,6 +360,58 @@ def test_what_is_refused_is_one_line_and_status_2(case: str, tmp_path: Path, cap
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("spec", [sl.lotr(2), sl.lorta(2), sl.lokr(2), sl.AdapterSpec(sl.Sum(sl.CP(1), sl.CP(2)))], ids=str)
+def test_show_counts_each_tensor_once(spec: sl.AdapterSpec, tmp_path: Path) -> None:
+    """Nodes that several weights share are none's alone, and are in the whole once."""
+    adapter = made(spec, LAYERS)
+    save(adapter, tmp_path, "superlora")
+    contents = show(tmp_path)
+    numbers = sum(tensor.numel() for tensor in adapter.tensors.values())
+    assert contents.numbers == sum(w.size for w in contents.weights) + contents.shared == numbers
+    assert (contents.shared > 0) == (spec in (sl.lotr(2), sl.lorta(2)))
+    assert f"{numbers:,} numbers (float32), {4 * numbers:,} bytes" in str(contents)
+    assert {"numbers": numbers, "shared": contents.shared}.items() <= contents.data().items()
+
+
+def test_convert_replaces_no_file_that_holds_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(made(sl.lora(2), LAYERS), tmp_path / "lora", "superlora")
+    base = tmp_path / "base.safetensors"
+    save_file(Net().state_dict(), base)
+    before = base.read_bytes()
+    words = ["convert", str(tmp_path / "lora"), str(base), "--to", "kohya"]
+    assert main(words) == 2
+    assert "base.safetensors is there and holds no adapter; name another target, or replace it" in capsys.readouterr().err
+    assert base.read_bytes() == before
+    assert main([*words, "--force"]) == 0
+    assert main(words) == 0  # an adapter replaces an adapter
+    assert "is what is read, too" in str(refusal(base, base, "lycoris"))
+
+
+def test_convert_leaves_one_adapter_in_a_folder(tmp_path: Path) -> None:
+    place = tmp_path / "lora"
+    save(made(sl.lora(2), LAYERS), place, "superlora")
+    assert "holds an adapter in the format superlora (adapter.json)" in str(refusal(place, place, "peft"))
+    assert "is what is read, too" not in str(refusal(place, place, "peft"))
+    convert(place, place, "peft", force=True)
+    assert show(place).origin == "peft"
+    assert sorted(file.name for file in place.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    for format, held in (("superlora", "adapter_config.json"), ("kohya", "adapter_config.json")):
+        assert f"in the format peft ({held})" in str(refusal(place, place, format))
+    assert "is what is read, too" in str(refusal(place, place, "peft"))
+    convert(place, tmp_path / "one", "gguf")
+    convert(place, tmp_path / "one", "gguf")
+    assert "in the format gguf (lora.gguf)" in str(refusal(place, tmp_path / "one", "kohya"))
+    (tmp_path / "one" / "lora.gguf").write_bytes(b"GGUF, and not an adapter")
+    assert "holds no adapter" in str(refusal(place, tmp_path / "one", "gguf"))
+
+
+def refusal(source: Path, target: Path, to: Any) -> CheckpointError:
+    """Why nothing was converted."""
+    with pytest.raises(CheckpointError) as found:
+        convert(source, target, to)
+    return found.value
+
+
 def test_show_says_what_only_a_model_knows(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     peft_folder(peft.VeraConfig(target_modules=["to_q", "ff.0"], r=4), Net(), tmp_path)

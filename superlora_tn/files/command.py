@@ -35,6 +35,8 @@ def add_commands(add: Add) -> tuple[argparse.ArgumentParser, argparse.ArgumentPa
     making.add_argument("--error", type=float, metavar="E", help="the largest relative error of a weight: likewise")
     making.add_argument("--dtype", choices=DTYPES, help="of the numbers")
     making.add_argument("--prefix", metavar="NAME", help="in front of the weights' names, where not the format's own")
+    words = "replace what stands at TARGET, also what is no adapter, or one in another format"
+    making.add_argument("--force", action="store_true", help=words)
     making.add_argument("--architecture", default="", metavar="NAME", help="of GGUF, such as llama or qwen2")
     making.add_argument("--heads", type=int, nargs=2, metavar="N", help="of q and of k, for GGUF's llama")
     return looking, making
@@ -68,6 +70,7 @@ def convert_command(args: argparse.Namespace) -> None:
         dtype=DTYPES.get(args.dtype),
         prefix=args.prefix,
         architecture=Architecture(args.architecture, tuple(args.heads) if args.heads else None),
+        force=args.force,
     )
     if args.json:
         rows = [{**vars(row), "ranks": list(row.ranks)} for row in report.rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
+from typing import Any
 
 import torch
 
@@ -16,8 +17,9 @@ from superlora_tn.files.names import label
 from superlora_tn.files.own import Saved
 from superlora_tn.files.plain import Wish
 from superlora_tn.files.read import read
+from superlora_tn.files.standing import check_replaceable, left_over
 from superlora_tn.files.thin import of_weight
-from superlora_tn.files.writes import Beside, Format, Report, save_as, save_weights
+from superlora_tn.files.writes import FORMATS, Beside, Format, Report, save_as, save_weights
 
 # How kohya's files call the parts of a pipeline.
 KOHYA = {
@@ -42,6 +44,7 @@ def convert(
     dtype: torch.dtype | None = None,
     prefix: str | None = None,
     architecture: Architecture | None = None,
+    force: bool = False,
 ) -> Report:
     """Read an adapter and write it in another format.
 
@@ -52,18 +55,38 @@ def convert(
         base: the base model; needed where names have '_' for '.' and the format has dots, and for DoRA and VeRA.
         part: one part of a pipeline's adapter alone, such as "unet".
         rank, error, dtype, prefix, architecture: as in `writes.save_as`.
+        force: replace what stands at the target, whatever it is; of a folder, the adapter that it holds in another format.
 
     Raises:
-        CheckpointError: the source is not understood, needs the base model, or the format cannot hold it.
+        CheckpointError: the source is not understood, needs the base model, or the format cannot hold it; or the target is a
+            file that holds no adapter, the source, or a folder that holds another format.
     """
+    if to in FORMATS and not force:
+        check_replaceable(source, target, to)
     found = read(source)
     more = {"rank": rank, "error": error, "dtype": dtype, "prefix": prefix, "architecture": architecture}
+    report = _converted(found, source, target, to, base, part, more)
+    for file in left_over(target, to) if force else ():
+        file.unlink(missing_ok=True)
+    return report
+
+
+def _converted(
+    found: Parsed | Saved,
+    source: str | PathLike[str],
+    target: str | PathLike[str],
+    to: Format,
+    base: BaseModel | None,
+    part: str | None,
+    more: dict[str, Any],
+) -> Report:
+    """What was read, written in the format."""
     if isinstance(found, Saved):
         if part is not None:
             raise CheckpointError(f"{source} is of this library and has no parts; leave part={part!r} out.")
         beside = Beside(replaced=found.buffers)
         kernels = base.kernels if base else None
-        return save_as(found.entries, found.tensors, target, to, kernels=kernels, beside=beside, **more)  # type: ignore[arg-type]
+        return save_as(found.entries, found.tensors, target, to, kernels=kernels, beside=beside, **more)
     if part is not None:
         found = found.only(part)
     if base is not None:
@@ -73,10 +96,10 @@ def convert(
             fitted = Fitted(saved.entries, saved.tensors, {}, saved.buffers, fitted.kernels, fitted.embeddings)
         return _from_fitted(fitted, target, to, more)
     if to in ("lycoris", "kohya"):
-        return _as_named(found, target, to, Wish(rank, error, dtype), prefix)
-    if to == "diffusers" and prefix is None:
-        prefix = found.parts[0] if found.parts[0] not in ("", "denoiser") else None
-    return _from_fitted(found.plain(), target, to, {**more, "prefix": prefix})
+        return _as_named(found, target, to, Wish(more["rank"], more["error"], more["dtype"]), more["prefix"])
+    if to == "diffusers" and more["prefix"] is None:
+        more = {**more, "prefix": found.parts[0] if found.parts[0] not in ("", "denoiser") else None}
+    return _from_fitted(found.plain(), target, to, more)
 
 
 def _from_fitted(fitted: Fitted, target: str | PathLike[str], to: Format, more: Mapping[str, object]) -> Report:
