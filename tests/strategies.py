@@ -35,6 +35,7 @@ from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Adapter, Settings
 from superlora_tn.update.make import make_adapter
+from superlora_tn.verification.draws import rooted
 
 Array = np.ndarray
 Shapes = dict[str, tuple[int, int]]
@@ -372,7 +373,8 @@ def _specs(draw: st.DrawFn, fold: object, shapes: Shapes, projection: object, de
     elif summed and not equal:
         drawn = sums(drawn)
     part = draw(drawn)
-    spec = replace(dense, network=part, alpha=draw(st.sampled_from([None, 1.0, 3.0])), rslora=draw(st.booleans()))
+    spec = replace(dense, network=part, alpha=draw(st.sampled_from([None, 1.0, 3.0])))
+    spec = rooted(spec, draw(st.booleans()))
     for group in groups:
         try:
             lower_group(part, group)

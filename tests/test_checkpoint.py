@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,15 @@ def test_unknown_fields_raise(folder: Path) -> None:
 def test_an_edited_json_raises(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     edit_json(folder, change, sign=False)
     refuse(folder, "does not match its own digest", "edited or damaged")
+
+
+def test_rslora_that_did_nothing_still_loads(folder: Path) -> None:
+    """Earlier releases took and kept it without an alpha; the declaration means the same without it."""
+    before = read(folder).spec
+    edit_entry(folder, lambda entry: entry["spec"].update(alpha=None, rslora=True))
+    assert read(folder).spec == replace(before, alpha=None)
+    edit_entry(folder, lambda entry: entry["spec"].update(alpha=4.0))
+    assert read(folder).spec == replace(before, alpha=4.0, rslora=True)
 
 
 @pytest.mark.parametrize("name", ["../adapter-0000000000000000.safetensors", "adapter.safetensors", "/etc/passwd", None, 3, []])

@@ -195,6 +195,18 @@ DECLARATIONS: list[tuple[str, Make, list[str]]] = [
     ("dropout negative", lambda: sl.lora(2, dropout=-0.1), ["dropout=-0.1"]),
     ("dropout None", lambda: sl.lora(2, dropout=None), ["dropout=None"]),
     ("rslora no bool", lambda: sl.lora(2, rslora=1), ["rslora=1", "True or False"]),
+    (
+        "rslora of a network",
+        lambda: AdapterSpec(sl.Network("o i", {"r": 2}, B="o r", A="r i"), alpha=16, rslora=True),
+        ["Network declares none", "alpha itself", "Leave rslora out"],
+    ),
+    (
+        "a preset that caps no rank",
+        lambda: sl.abba(16).count({"w": (10, 12)}),
+        ["Choose rank <= 10;", "where the part itself is declared, CP(16, over='cap')"],
+    ),
+    ("rslora of dense", lambda: sl.dense(alpha=16, rslora=True), ["Dense declares none"]),
+    ("rslora without alpha", lambda: sl.lora(2, rslora=True), ["alpha=None scales by 1", "give alpha"]),
     ("superlora splits 0", lambda: sl.superlora(2, splits=0), ["splits=0", "from 1 to 32"]),
     ("superlora order text", lambda: sl.superlora(2, order="2"), ["order='2'"]),
     ("superlora order 0", lambda: sl.superlora(2, order=0), ["order=0"]),

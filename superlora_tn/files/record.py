@@ -11,11 +11,11 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from superlora_tn.declare.fold import Group, Shape
-from superlora_tn.declare.parts import SpecError
+from superlora_tn.declare.parts import SpecError, reference_rank
 from superlora_tn.declare.rows import Span
 from superlora_tn.files.bounds import Bounds, parse, shown
 from superlora_tn.files.errors import CheckpointError
@@ -187,13 +187,21 @@ def entries_of(record: Record) -> tuple[Entry, ...]:
 
 
 def _entry(one: Mapping[str, Any]) -> Entry:
-    spec, trains = AdapterSpec.from_dict(one["spec"]), None
+    spec, trains = _spec(one["spec"]), None
     targets, rows = _targets(one["targets"]), _rows(one.get("rows", {}), one["targets"])
     if "trains" in one:
-        trains = AdapterSpec.from_dict(one["trains"])
+        trains = _spec(one["trains"])
         if summed([trains] * 2) != spec:
             raise SpecError(f"'trains' is {trains.network}, and the sum of two of these is not the declaration {spec.network}.")
     return Entry(spec, targets, rows, trains)
+
+
+def _spec(data: Any) -> AdapterSpec:
+    """A declaration that was saved; earlier releases kept rslora=True also where it does nothing."""
+    if isinstance(data, Mapping) and data.get("rslora") is True:
+        plain = AdapterSpec.from_dict({**data, "rslora": False})
+        return replace(plain, rslora=plain.alpha is not None and reference_rank(plain.network) is not None)
+    return AdapterSpec.from_dict(data)
 
 
 def buffers_of(record: Record) -> dict[str, tuple[int, ...]]:

@@ -231,7 +231,8 @@ def _within(
         if one > limit and part.over == "refuse":
             raise SpecError(
                 f"{type(part).__name__} was given rank={one} over modes of sizes {tuple(sizes)}; there a rank above {limit} "
-                f"adds nothing. Choose rank <= {limit}, or say over='cap'."
+                f"adds nothing. Choose rank <= {limit}; where the part itself is declared, "
+                f"{type(part).__name__}({one}, over='cap') takes it."
             )
     return ranks
 

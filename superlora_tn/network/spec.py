@@ -48,9 +48,10 @@ class AdapterSpec:
         network: `Dense`, `Base`, `CP`, `Tucker`, `TensorTrain`, `Kronecker`, `Hadamard`, `Sum` or `Network`, nested at will.
         fold: which weights share the network, and how they become its modes.
         projection: a fixed map from the network's vector to the group's; only with a `FlatFold`.
-        alpha: dW is scaled by alpha / rank; None scales by 1. A network without a declared rank counts as rank 1.
+        alpha: dW is scaled by alpha / rank, the largest that the parts declare; None scales by 1. Of a network without a
+            declared rank (`Dense`, `Base`, `Network`) alpha is the scale itself.
         dropout: probability of dropping an element of the adapter's input while training, as LoRA's.
-        rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023).
+        rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023); only where there is an alpha and a declared rank.
         join: how dW joins the weight: None adds it; `Magnitude` is DoRA, `Multiply` multiplies from a side.
 
     Raises:
@@ -88,7 +89,20 @@ class AdapterSpec:
                 f"AdapterSpec was given dropout={shown(self.dropout)}; a probability from 0 up to, not including, 1."
             )
         check_flag("AdapterSpec", "rslora", self.rslora)
+        if self.rslora:
+            self._check_rslora()
         self._check_join()
+
+    def _check_rslora(self) -> None:
+        if reference_rank(self.network) is None:
+            raise SpecError(
+                f"rslora=True divides alpha by the root of a rank, and {type(self.network).__name__} declares none: its scale "
+                "is alpha itself. Leave rslora out, and give as alpha what dW is to be scaled by."
+            )
+        if self.alpha is None:
+            raise SpecError(
+                "rslora=True divides alpha by the root of the rank, but alpha=None scales by 1; give alpha, or no rslora."
+            )
 
     def _check_join(self) -> None:
         if self.join is not None and not isinstance(self.join, JOINS):

@@ -34,6 +34,7 @@ from superlora_tn.declare.parts import (
     TensorTrain,
     Tucker,
     inner_parts,
+    reference_rank,
 )
 from superlora_tn.network import variants
 from superlora_tn.network.catalogue import VARIANTS
@@ -144,7 +145,13 @@ def rescaled(draw: st.DrawFn, spec: AdapterSpec) -> AdapterSpec:
         return spec
     if isinstance(spec.join, Multiply) and not spec.join.residual:
         return spec  # R itself has no scale
-    return replace(spec, alpha=draw(st.sampled_from(ALPHAS)), rslora=draw(st.booleans()))
+    scaled = replace(spec, alpha=draw(st.sampled_from(ALPHAS)), rslora=False)
+    return rooted(scaled, draw(st.booleans()))
+
+
+def rooted(spec: AdapterSpec, wanted: bool) -> AdapterSpec:
+    """The spec with rslora, where it is wanted and there is an alpha and a rank to take the root of."""
+    return replace(spec, rslora=True) if wanted and spec.alpha and reference_rank(spec.network) else spec
 
 
 def named(shapes: Mapping[str, Shape] | Sequence[Shape] | None) -> list[Shapes]:
@@ -172,9 +179,9 @@ def superloras(draw: st.DrawFn) -> AdapterSpec:
     splits = draw(counts(1, 2)) if order <= 2 else 1
     groups: int | str = draw(st.just("weight") | counts(1, 3))
     projection = draw(maps)
-    spec = variants.superlora(draw(counts(1, 2)), order, groups, splits, projection, draw(alphas), draw(rslora))
+    spec = variants.superlora(draw(counts(1, 2)), order, groups, splits, projection, draw(alphas))
     assert isinstance(spec.fold, FlatFold) or projection is None
-    return spec
+    return rooted(spec, draw(rslora))
 
 
 @st.composite
@@ -223,7 +230,7 @@ def sums(draw: st.DrawFn) -> AdapterSpec:
         part = draw(st.sampled_from((Kronecker, Hadamard)))(part, draw(parts(1, networks=False)))
     fold = PhysicalFold(modes) if modes else FlatFold(draw(counts(2, 3)), draw(st.just("weight") | counts(1, 2)))
     projection = draw(maps) if isinstance(fold, FlatFold) else None
-    return _able(AdapterSpec(part, fold, projection, alpha=draw(alphas), rslora=draw(rslora)))
+    return _able(rooted(AdapterSpec(part, fold, projection, alpha=draw(alphas)), draw(rslora)))
 
 
 @st.composite
@@ -237,7 +244,7 @@ def crops(draw: st.DrawFn) -> AdapterSpec:
     modes = draw(st.sampled_from(("out in", "out in", "in out", "member out in")))
     drawn = products if modes == "member out in" else products | networks
     part = draw(drawn | st.builds(Hadamard, products) | added(drawn | inner))
-    return _able(AdapterSpec(part, PhysicalFold(modes), alpha=draw(alphas), rslora=draw(rslora)))
+    return _able(rooted(AdapterSpec(part, PhysicalFold(modes), alpha=draw(alphas)), draw(rslora)))
 
 
 # Weights of what is drawn from the language: few, as each declaration is met once and would look through all others.
@@ -257,20 +264,26 @@ def settings_of(maker: Callable[..., Any]) -> st.SearchStrategy[AdapterSpec]:
     """Small settings of a variant of the catalogue, by the names of its arguments; others stay at their defaults."""
     drawn: dict[str, st.SearchStrategy[Any]] = {"rank": counts(1, 3), "splits": counts(2, 3)}
     drawn |= {"size": st.sampled_from((2, 3, 4)), "count": st.sampled_from((1, 3, 6))}
-    drawn |= {"seed": st.sampled_from((0, 777)), "alpha": alphas, "rslora": rslora}
+    drawn |= {"seed": st.sampled_from((0, 777)), "alpha": alphas}
     drawn |= {"factors": counts(1, 2), "vectors": st.just(3), "length": st.just(2), "hybrid": counts(0, 2)}
     taken = {name: drawn[name] for name in signature(maker).parameters if name in drawn}
     return st.builds(maker, **taken)
 
 
+@st.composite
+def with_roots(draw: st.DrawFn, specs: st.SearchStrategy[AdapterSpec]) -> AdapterSpec:
+    """Specs, some of them with rslora."""
+    return rooted(draw(specs), draw(rslora))
+
+
 WRITTEN: dict[str, st.SearchStrategy[AdapterSpec]] = {
-    "dense": st.builds(variants.dense, alphas, rslora),
-    "lora": st.builds(variants.lora, counts(1, 4), alphas, rslora),
-    "loha": st.builds(variants.loha, counts(1, 4), alphas, rslora),
-    "lokr": st.builds(variants.lokr, counts(1, 3), st.sampled_from((-1, 2, 3, 4)), st.booleans(), alphas, rslora),
-    "lotr": st.builds(variants.lotr, counts(1, 3), alphas, rslora),
-    "lonkr": st.builds(variants.lonkr, counts(1, 2), counts(2, 4), alphas, rslora),
-    "lorta": st.builds(variants.lorta, counts(1, 2), counts(3, 5), counts(1, 3), maps, alphas, rslora),
+    "dense": st.builds(variants.dense, alphas),
+    "lora": with_roots(st.builds(variants.lora, counts(1, 4), alphas)),
+    "loha": with_roots(st.builds(variants.loha, counts(1, 4), alphas)),
+    "lokr": with_roots(st.builds(variants.lokr, counts(1, 3), st.sampled_from((-1, 2, 3, 4)), st.booleans(), alphas)),
+    "lotr": with_roots(st.builds(variants.lotr, counts(1, 3), alphas)),
+    "lonkr": with_roots(st.builds(variants.lonkr, counts(1, 2), counts(2, 4), alphas)),
+    "lorta": with_roots(st.builds(variants.lorta, counts(1, 2), counts(3, 5), counts(1, 3), maps, alphas)),
     "superlora": superloras(),
     "vera": st.builds(variants.vera, counts(1, 4), alphas),
     "adalora": st.builds(papers.adalora, counts(1, 4), alphas),
