@@ -150,7 +150,9 @@ def main(argv: Sequence[str] | None = None, program: str = "superlora-tn") -> in
         The exit status: 0; 1 where something verified does not hold; 2 for what is refused; 130 where it was stopped.
     """
     args, left = parser(program).parse_known_args(argv)
-    if left:
+    if left and "words" in args:  # flags in front of the file, whose keys are not this grammar's
+        args.words[:0] = left
+    elif left:
         args.wrong(f"unrecognized arguments: {' '.join(left)}")
     try:
         status = args.run(args) or 0

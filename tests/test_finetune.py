@@ -23,7 +23,8 @@ library("PIL")
 tokenizers = library("tokenizers")
 library("matplotlib")
 
-from superlora_tn.finetune.config import Config, ConfigError, read_config  # noqa: E402
+from superlora_tn.finetune.config import Config, read_config  # noqa: E402
+from superlora_tn.finetune.named import ConfigError  # noqa: E402
 
 WORDS = ["[PAD]", "[UNK]", "[END]", "good", "bad", "film", "a", "the", "very", "was", "it", "not", "plot", "cast", "and", "end"]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -256,6 +257,11 @@ MISTAKES = [
     ("decay: much", ":14: decay is 'much', and has to be a number."),
     ("accumulate: 0", ":14: accumulate is 0, and has to be at least 1."),
     ("also: 3", ":14: also is 3, and has to be a list of words."),
+    ("variant: lokr\nspec: no.json", ":15: spec is in place of a variant; leave out variant."),
+    (
+        "variant: lokr\nnetwork: {result: out in, nodes: {a: out in}}",
+        ":15: network is in place of a variant; leave out variant.",
+    ),
     ("network: {result: out in, nods: {a: out in}}", ":14: a network has no 'nods'; did you mean nodes"),
     ("network: {result: out in, nodes: {a: out q}}", ":14: "),
     ("spec: no.json", ":14: spec is 'no.json', which is not there"),
@@ -294,6 +300,59 @@ def test_a_missing_file_is_refused_with_near_names(bases: Path, tmp_path: Path) 
         read_config(written(tmp_path, lines(bases, "causal-lm", tmp_path)), {"model": str(bases / "bort")})
     with pytest.raises(ConfigError, match=r"'task' is missing"):
         read_config(written(tmp_path, "model: some/name\ndata: other/name\n"), {})
+
+
+def test_a_mistyped_place_is_not_asked_of_the_hub(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither near names, nor paths, nor what is there but of another kind."""
+    monkeypatch.chdir(bases)
+    text = lines(bases, "causal-lm", tmp_path / "out")
+    path = written(tmp_path, text)
+    said = {
+        "model=lama": "--model: model is 'lama', which is not there; did you mean llama? What is the hub's goes by OWNER/NAME.",
+        "model=models/llama": "--model: model is 'models/llama', which is not there.",
+        "model=lama/": "model is 'lama/', which is not there; did you mean llama?",
+        "model=words.txt": "--model: model is 'words.txt', which is a file; give the folder that save_pretrained wrote.",
+        "data=picture": "--data: data is 'picture', which is not there; did you mean pictures?",
+        "data=picture/class0": "data is 'picture/class0', which is not there; did you mean pictures/class0?",
+        "spec=pictures": "--spec: spec is 'pictures', which is a folder; give a JSON file",
+        "model=run.yml": f"did you mean {tmp_path}/run.yaml?",  # beside the configuration
+    }
+    for flag, answer in said.items():
+        assert main(["finetune", path, f"--{flag}"]) == 2
+        assert answer in capsys.readouterr().err
+    own = written(tmp_path, text.replace(str(bases / "llama"), "lama"))
+    assert main(["finetune", own]) == 2
+    assert "run.yaml:1: model is 'lama', which is not there; did you mean llama?" in capsys.readouterr().err
+    assert read_config(path, {"model": "gpt2", "data": "owner/name"}).model == "gpt2"
+
+
+def test_a_pipeline_is_a_model_of_diffusion_alone(bases: Path, tmp_path: Path) -> None:
+    """It has an index of its parts in place of a config.json."""
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    path = written(tmp_path, lines(bases, "causal-lm", tmp_path / "out"))
+    words = {"model": str(tmp_path / "pipeline"), "task": "diffusion"}
+    assert read_config(path, words).model == words["model"]
+    with pytest.raises(ConfigError, match=r"pipeline holds no config\.json; give"):
+        read_config(path, {**words, "task": "causal-lm"})
+
+
+def test_flags_stand_on_either_side_of_the_file(bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, lines(bases, "causal-lm", tmp_path / "out"))
+    for words in (["--rate", "0.01", "--steps=0", path, "--epochs", "0"], [path, "--steps", "0", "--epochs=0"]):
+        assert main(["finetune", *words]) == 2
+        assert "--epochs: steps and epochs are both 0" in capsys.readouterr().err
+    for words, said in (
+        (["--rate", "0.01"], "no file was given"),
+        ([], "no file was given"),
+        ([path, "other.yaml"], "'other.yaml' follows no key"),
+        (["--rate=1", path, "--rate", "2"], "--rate is given twice"),
+        ([path, "--rate"], "--rate has no value"),
+    ):
+        assert main(["finetune", *words]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_flags_go_before_the_file(bases: Path, tmp_path: Path) -> None:

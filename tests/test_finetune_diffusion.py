@@ -21,8 +21,9 @@ library("matplotlib")
 diffusers = library("diffusers")
 
 from superlora_tn.finetune import diffusion, run  # noqa: E402
-from superlora_tn.finetune.config import Config, ConfigError  # noqa: E402
+from superlora_tn.finetune.config import Config  # noqa: E402
 from superlora_tn.finetune.denoiser import load  # noqa: E402
+from superlora_tn.finetune.named import ConfigError  # noqa: E402
 
 # Of diffusers, not ours: Euler's schedule makes an array of a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

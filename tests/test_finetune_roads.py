@@ -23,8 +23,9 @@ library("yaml")
 tokenizers = library("tokenizers")
 library("matplotlib")
 
-from superlora_tn.finetune.config import Config, ConfigError  # noqa: E402
+from superlora_tn.finetune.config import Config  # noqa: E402
 from superlora_tn.finetune.data import read_rows  # noqa: E402
+from superlora_tn.finetune.named import ConfigError  # noqa: E402
 from superlora_tn.finetune.run import finetune  # noqa: E402
 
 WORDS = ["[UNK]", "[END]", "good", "bad", "film", "a", "the", "was", "it"]

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 from superlora_tn.declare.checks import near
-from superlora_tn.finetune.config import Config, ConfigError, read_config
+from superlora_tn.finetune.config import Config, read_config
+from superlora_tn.finetune.named import ConfigError
 
 Add = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
 WORDS = "fine-tune a model by an adapter, as a YAML file says; a run that was stopped goes on"
@@ -17,16 +18,18 @@ WORDS = "fine-tune a model by an adapter, as a YAML file says; a run that was st
 def add_command(add: Add) -> argparse.ArgumentParser:
     """Add the command to a command line; `add` makes one from its name, its function and what it is for."""
     made = add("finetune", run, WORDS)
-    made.add_argument("config", metavar="CONFIG.yaml", help="lines of 'key: value'")
-    made.add_argument("flags", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help="any key; it goes before the file's")
+    made.usage = "%(prog)s [-h] [--json] CONFIG.yaml [--KEY VALUE ...]"
+    words = "lines of 'key: value', and any key as a flag, before or behind the file's name; flags override the file"
+    made.add_argument("words", nargs=argparse.REMAINDER, metavar="CONFIG.yaml --KEY VALUE", help=words)
     made.epilog = "Keys: " + "; ".join(f"{f.name}, {f.metadata['words']}" for f in fields(Config)) + "."
     return made
 
 
 def run(args: argparse.Namespace) -> None:
     """Check the configuration, run it, and print what came out."""
-    as_json = args.json or "--json" in args.flags
-    config = read_config(args.config, flags([word for word in args.flags if word != "--json"]))
+    as_json = args.json or "--json" in args.words
+    path, words = split(args.words)
+    config = read_config(path, flags(words))
     from superlora_tn.finetune.run import finetune
 
     report = finetune(config)
@@ -41,6 +44,26 @@ def run(args: argparse.Namespace) -> None:
     print(f"evaluation: {', '.join(scores)}" if scores else "no evaluation")
     pictures = [report["samples"]] if "samples" in report else []
     print("\n".join(["written:", *report["files"], *pictures, f"{config.output}/report.json"]))
+
+
+def split(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The configuration's file, and its flags, which stand on either side of it.
+
+    Raises:
+        ConfigError: no file, or several.
+    """
+    files, found, left = list[str](), list[str](), [word for word in words if word != "--json"]
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--"):
+            files.append(word)
+            continue
+        found.append(word)
+        if "=" not in word and left:
+            found.append(left.pop(0))
+    if not files:
+        raise ConfigError("no file was given; write superlora-tn finetune CONFIG.yaml, and keys as flags: --rate 1e-3.")
+    return files[0], [*found, *files[1:]]
 
 
 def flags(words: Sequence[str]) -> dict[str, str]:

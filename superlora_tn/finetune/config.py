@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import SpecError
 from superlora_tn.files.writes import FORMATS
 from superlora_tn.finetune.declared import NOTATION, network, value
+from superlora_tn.finetune.named import ConfigError, check_there
 from superlora_tn.network.budget import Budget, fit
 from superlora_tn.network.catalogue import VARIANTS, size_setting
 from superlora_tn.network.joined import JOIN_NAMES, joined
@@ -25,12 +25,7 @@ from superlora_tn.network.spec import AdapterSpec
 TASKS = ("image-classification", "text-classification", "causal-lm", "diffusion")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
-FILES = (".jsonl", ".json", ".csv", ".txt")
 RANK = 8
-
-
-class ConfigError(UsageError):
-    """A configuration that cannot be meant; the message says where and what to write."""
 
 
 def facts(words: str, choices: Sequence[str] = (), least: float | None = None) -> dict[str, Any]:
@@ -150,20 +145,9 @@ def read_config(path: str | None, flags: Mapping[str, str]) -> Config:
         if name not in found and one.default is MISSING and one.default_factory is MISSING:
             raise ConfigError(f"{path or 'the flags'}: '{name}' is missing: {one.metadata['words']}.")
     config = Config(**{name: _checked(where, own[name], value) for name, (where, value) in found.items()})
-    _check(config, lambda name: found[name][0] if name in found else path or "the flags")
+    beside = Path(path).parent if path else Path()
+    _check(config, lambda name: found[name][0] if name in found else path or "the flags", "variant" in found, beside)
     return config
-
-
-def unreachable(key: str, name: str, error: Exception) -> ConfigError:
-    """The refusal of a hub's name, or of a folder, from which nothing could be had."""
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if Path(name).exists():
-        return ConfigError(f"{key} is '{name}', which cannot be read: {first}")
-    repo = f"hf download {name}{' --repo-type dataset' if key == 'data' else ''} --local-dir FOLDER"
-    return ConfigError(
-        f"{key} is '{name}', which is no file or folder here, and could not be had from the hub: {first} Where there is no "
-        f"network, get it elsewhere ('{repo}') and give the folder."
-    )
 
 
 def _lines(path: str) -> Iterator[tuple[str, tuple[str, Any]]]:
@@ -214,9 +198,15 @@ def _checked(where: str, own: Field[Any], value: Any) -> Any:
     return value
 
 
-def _check(config: Config, where: Callable[[str], str]) -> None:
-    """What keys mean together, and the files that they name."""
-    ways = [name for name in ("network", "spec", "settings", "budget") if getattr(config, name)]
+def _check(config: Config, where: Callable[[str], str], chosen: bool, beside: Path) -> None:
+    """What keys mean together, and the files that they name.
+
+    Args:
+        where: a key's place.
+        chosen: whether a variant is named, and not the usual one taken.
+        beside: the folder of the configuration.
+    """
+    ways = ["variant"] * chosen + [name for name in ("network", "spec", "settings", "budget") if getattr(config, name)]
     for name in ("network", "spec"):
         others = [other for other in ways if other != name]
         if name in ways and others:
@@ -244,9 +234,12 @@ def _check(config: Config, where: Callable[[str], str]) -> None:
     if not (config.steps or config.epochs):
         raise ConfigError(f"{where('epochs')}: steps and epochs are both 0, so nothing would be learnt; give one.")
     for name in ("model", "data", "eval_data", "spec"):
-        _check_there(name, getattr(config, name), where(name))
-    if Path(config.model).is_dir() and not Path(config.model, "config.json").is_file():
-        raise ConfigError(f"{where('model')}: {config.model} holds no config.json; give a folder that save_pretrained wrote.")
+        check_there(name, getattr(config, name), where(name), beside)
+    files = ["config.json", *(["model_index.json"] if config.task == "diffusion" else [])]
+    if Path(config.model).is_dir() and not any(Path(config.model, name).is_file() for name in files):
+        raise ConfigError(
+            f"{where('model')}: {config.model} holds no {' or '.join(files)}; give a folder that save_pretrained wrote."
+        )
     _check_declared(config, where)
 
 
@@ -265,17 +258,3 @@ def _check_declared(config: Config, where: Callable[[str], str]) -> None:
             named = next((name for name in ("network", "spec", "settings") if getattr(config, name)), "variant")
             at = where("join" if str(error).startswith("join ") else named)
             raise ConfigError(f"{at}: {error}") from error
-
-
-def _check_there(name: str, path: str, where: str) -> None:
-    """Raise for a path that is not there; a name that may be the hub's is left."""
-    if not path or Path(path).exists():
-        return
-    place = Path(path)
-    parent = place.parent
-    is_path = name == "spec" or place.is_absolute() or path.startswith((".", "~")) or place.suffix in FILES
-    if is_path or (len(place.parts) > 1 and parent.is_dir()) or len(place.parts) > 2:
-        names = [other.name for other in parent.iterdir()] if parent.is_dir() else []
-        close = get_close_matches(place.name, names, n=3)
-        meant = f"; did you mean {' or '.join(str(parent / c) for c in close)}?" if close else ""
-        raise ConfigError(f"{where}: {name} is '{path}', which is not there{meant or '.'}")

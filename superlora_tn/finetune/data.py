@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from superlora_tn.declare.checks import near
-from superlora_tn.finetune.config import Config, ConfigError, unreachable
+from superlora_tn.finetune.config import Config
+from superlora_tn.finetune.named import ConfigError, unreachable
 
 Row = dict[str, Any]
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")

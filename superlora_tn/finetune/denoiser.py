@@ -13,7 +13,8 @@ import diffusers
 import torch
 from torch import Tensor
 
-from superlora_tn.finetune.config import Config, ConfigError, unreachable
+from superlora_tn.finetune.config import Config
+from superlora_tn.finetune.named import ConfigError, unreachable
 
 Told = Mapping[str, Any]
 # What the denoisers are told beside image and time; they take (image, timestep, told) and predict an image.

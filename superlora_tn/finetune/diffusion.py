@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 
 from superlora_tn.declare.checks import near
-from superlora_tn.finetune.config import Config, ConfigError
+from superlora_tn.finetune.config import Config
 from superlora_tn.finetune.data import Row, in_order, read_rows
 from superlora_tn.finetune.denoiser import Denoiser, load
 from superlora_tn.finetune.job import Job, adapted
+from superlora_tn.finetune.named import ConfigError
 from superlora_tn.tools import draw
 from superlora_tn.trainers import AdapterTrainer
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 import transformers
 
-from superlora_tn.finetune.config import Config, ConfigError, unreachable
+from superlora_tn.finetune.config import Config
 from superlora_tn.finetune.data import Images, Rows, block_splits, labelled, read_rows
+from superlora_tn.finetune.named import ConfigError, unreachable
 from superlora_tn.model.attach import attach
 from superlora_tn.model.targets import bind, match, places
 from superlora_tn.model.tuned import Tuned
