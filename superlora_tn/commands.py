@@ -224,9 +224,15 @@ def _plan_data(choice: RouteChoice) -> dict[str, Any]:
 
 def bench(args: argparse.Namespace) -> None:
     """Measure both routes under several optimizers, beside what the cost model predicts."""
-    from superlora_tn.tools.measure import calibrate, measure_routes
+    from superlora_tn.tools.measure import calibrate, check_measurable, measure_routes
 
     specs = {width: make_spec(args, {"layer": (width, width)}) for width in args.widths}
+    if args.draw:
+        from superlora_tn.tools import draw
+
+        draw.check_ending(args.draw)
+    for width, spec in specs.items():
+        check_measurable(_named(args), spec, (width, width), args.optimizers, args.backend)
     say("measuring this machine")
     profile = calibrate()
     cases = [(w, t, o) for w in specs for t in args.tokens for o in args.optimizers]
@@ -249,8 +255,6 @@ def bench(args: argparse.Namespace) -> None:
         if any(spec.join is not None or spec.is_mapped for spec in specs.values()):
             print("what maps of nodes and joins do beside the contraction is measured and not predicted")
     if args.draw:
-        from superlora_tn.tools import draw
-
         points = [(m.predicted[r], m.measured[r], r) for m in found for r in m.predicted]
         say(f"drawn: {draw.predictions(points, args.draw)}")
 

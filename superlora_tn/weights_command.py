@@ -81,8 +81,11 @@ def extract(args: argparse.Namespace) -> None:
 
 def probe(args: argparse.Namespace) -> None:
     """Print how much of the difference of two checkpoints each structure holds at each number of parameters."""
+    from superlora_tn.tools import draw
     from superlora_tn.tools.probe import PROBED, probe_checkpoints
 
+    if args.plot:
+        draw.check_ending(args.plot)
     variants = args.variants or PROBED
     made = probe_checkpoints(args.base, args.tuned, args.targets, args.budgets, variants, steps=args.steps)
     if args.json:

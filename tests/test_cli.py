@@ -398,3 +398,28 @@ def test_a_picture_with_another_ending_is_refused_and_not_written(tmp_path, caps
     assert main(["draw", "lora", "--out", str(tmp_path / "new" / "net.xyz")]) != 0
     assert "end its name in .png, .svg or .pdf" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--optimizers", "optimal", "foo"], "optimize='foo' is no optimizer"),
+        (["--draw", "b.txt"], "a picture cannot be written as 'b.txt'"),
+        (["--backend", "fast"], "there is no backend 'fast'"),
+    ],
+)
+def test_bench_refuses_before_it_measures(words, said, capsys):
+    assert main(["bench", "lokr", "--widths", "17", "--tokens", "8", *words]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert "measuring" not in told
+    assert "1/" not in told
+
+
+def test_probe_and_show_refuse_a_picture_before_they_read(tmp_path, capsys):
+    nowhere = str(tmp_path / "nowhere")
+    for words in (["probe", nowhere, nowhere, "--plot", "p.txt"], ["show", nowhere, "--draw", "p.txt"]):
+        assert main(words) == 2
+        assert "a picture cannot be written as 'p.txt': end its name in .png" in capsys.readouterr().err
+    assert main(["probe", nowhere, nowhere, "--variants", "lor"]) == 2
+    assert "probe was given the variant 'lor'; did you mean" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from superlora_tn.files.base_model import base_model
 from superlora_tn.files.convert import convert
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.gguf import Architecture
-from superlora_tn.files.show import draw, show
+from superlora_tn.files.show import check_picture, draw, show
 from superlora_tn.files.writes import FORMATS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -44,6 +44,8 @@ def add_commands(add: Add) -> tuple[argparse.ArgumentParser, argparse.ArgumentPa
 
 def show_command(args: argparse.Namespace) -> None:
     """Print what a file holds."""
+    if args.draw:
+        check_picture(args.draw)
     contents = show(args.file, _progress if sys.stderr.isatty() else None)
     print(json.dumps(contents.data(), indent=1) if args.json else contents)
     if args.draw:

@@ -220,26 +220,35 @@ def _dtypes(tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:
     return tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
 
 
+def check_picture(path: str) -> Any:
+    """matplotlib's figure, where a picture can be written under this path; for a look before norms are computed.
+
+    Raises:
+        CheckpointError: matplotlib is not installed, or writes no such kind of picture.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CheckpointError(f"a picture needs matplotlib: pip install 'superlora_tn[demo]' ({error}).") from error
+    if (Path(path).suffix[1:].lower() or "png") not in FigureCanvasAgg.get_supported_filetypes():
+        raise CheckpointError(f"a picture cannot be written as '{Path(path).name}': end its name in .png, .svg or .pdf.")
+    return Figure
+
+
 def draw(contents: Contents, path: str) -> str:
     """The norms of dW as a picture, one bar a layer; returns the path.
 
     Raises:
         CheckpointError: matplotlib is not installed, or writes no such kind of picture.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CheckpointError(f"a picture needs matplotlib: pip install 'superlora_tn[demo]' ({error}).") from error
     layers = contents.layers()
-    figure = Figure(figsize=(7, 1.2 + 0.16 * len(layers)), layout="constrained")
+    figure = check_picture(path)(figsize=(7, 1.2 + 0.16 * len(layers)), layout="constrained")
     axes = figure.add_subplot()
     axes.barh(list(layers), list(layers.values()), color="#3b6ea5")
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=6)
     axes.set_xlabel("norm of dW")
     axes.set_title(f"{contents.path.name}: {contents.origin}, {len(contents.weights)} weights", fontsize=9)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:  # an ending that matplotlib does not know
-        raise CheckpointError(f"{path}: {error}") from error
+    figure.savefig(path, dpi=150)
     return path

@@ -56,14 +56,25 @@ def save(figure: Any, path: str | Path) -> Path:
     Raises:
         OSError: pictures cannot have such an ending.
     """
-    place = Path(path)
-    ending = place.suffix[1:].lower() or "png"
-    known = figure.canvas.get_supported_filetypes()
-    if ending not in known:
-        raise OSError(f"a picture cannot be written as '{place.name}': end its name in .png, .svg or .pdf.")
+    place, ending = Path(path), check_ending(path)
     place.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(place, format=ending)
     return place
+
+
+def check_ending(path: str | Path) -> str:
+    """The kind of picture that a path's ending says, PNG without one; for a look before work is done whose picture it is.
+
+    Raises:
+        OSError: pictures cannot have such an ending.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    place = Path(path)
+    ending = place.suffix[1:].lower() or "png"
+    if ending not in FigureCanvasAgg.get_supported_filetypes():
+        raise OSError(f"a picture cannot be written as '{place.name}': end its name in .png, .svg or .pdf.")
+    return ending
 
 
 def box(axes: Any, text: str, place: Any, size: int, face: Any, edge: str, style: str) -> None:

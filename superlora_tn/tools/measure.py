@@ -7,18 +7,20 @@ import datetime
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from superlora_tn.contraction.backend import backend as find_backend
 from superlora_tn.contraction.plan import Route, choose_each, crop_price
 from superlora_tn.contraction.profile import CPU, DEVICES, Device
 from superlora_tn.contraction.search import Optimizer, PlanError
 from superlora_tn.declare.fold import PhysicalGroup, Shape
 from superlora_tn.model.attach import attach
+from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 
 
@@ -103,6 +105,33 @@ class Measurement:
         return {**asdict(self), "agrees": self.agrees, "regret": self.regret}
 
 
+def check_measurable(label: str, spec: AdapterSpec, shape: Shape, optimizers: Sequence[Optimizer], name: str) -> None:
+    """Raise for what `measure_routes` would refuse, before anything is measured.
+
+    Args:
+        label: a name for the declaration.
+        spec: a declaration with a physical fold.
+        shape: (out, in) of the layer.
+        optimizers, name: which are to plan, and which backend is to run.
+
+    Raises:
+        PlanError: a flat fold, or no such optimizer.
+        BackendError: no such backend.
+    """
+    group, graph = _one_group(label, spec, shape)
+    for optimize in optimizers:
+        choose_each(graph, group.shape, 1, CPU, optimize)
+    find_backend(name)
+
+
+def _one_group(label: str, spec: AdapterSpec, shape: Shape) -> tuple[PhysicalGroup, Graph]:
+    """The group of one layer and its graph."""
+    [(group, graph)] = spec.lay_out({"layer": shape})
+    if not isinstance(group, PhysicalGroup):
+        raise PlanError(f"{label} has a flat fold and so one route alone; there is nothing to compare. Use a physical fold.")
+    return group, graph
+
+
 def measure_routes(
     label: str,
     spec: AdapterSpec,
@@ -124,9 +153,7 @@ def measure_routes(
         optimize, backend: as in `attach`.
         repeats: runs, of which the fastest counts.
     """
-    [(group, graph)] = spec.lay_out({"layer": shape})
-    if not isinstance(group, PhysicalGroup):
-        raise PlanError(f"{label} has a flat fold and so one route alone; there is nothing to compare. Use a physical fold.")
+    group, graph = _one_group(label, spec, shape)
     predicted: dict[str, float] = {"apply": 0.0, "delta": 0.0}
     for term, choice in choose_each(graph, group.shape, tokens, profile, optimize):
         assert choice.apply is not None

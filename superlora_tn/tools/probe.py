@@ -140,6 +140,7 @@ def probe_checkpoints(
         CheckpointError: see `extract`.
         SpecError, FitError: see `probe`.
     """
+    _check_known(variants)
     found = difference(base, tuned, targets)
     settings = Settings(steps, tolerance, restarts)
 
@@ -147,6 +148,11 @@ def probe_checkpoints(
         return fit_weights(found.shapes, found.delta, spec, settings, seed, found.start(spec), kernels=found.kernels).error
 
     return _probed(found.shapes, budgets, variants, held, found.kernels)
+
+
+def _check_known(variants: Sequence[str]) -> None:
+    if unknown := [name for name in variants if name not in VARIANTS]:
+        raise SpecError(f"probe was given the variant '{unknown[0]}'; {near(unknown[0], VARIANTS)}")
 
 
 def _probed(
@@ -158,8 +164,7 @@ def _probed(
 ) -> Probe:
     """A point for each structure and number of parameters; `missed` fits one and gives its relative error."""
     numbers = sum(d_out * d_in for d_out, d_in in shapes.values())
-    if unknown := [name for name in variants if name not in VARIANTS]:
-        raise SpecError(f"probe was given the variant '{unknown[0]}'; {near(unknown[0], VARIANTS)}")
+    _check_known(variants)
     wanted = sorted({max(1, numbers // part) for part in PARTS} if budgets is None else set(budgets))
     for budget in wanted:
         check_count("probe", "budgets", budget, 1 << 62)
