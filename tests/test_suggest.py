@@ -169,3 +169,11 @@ def test_the_command_suggests(capsys):
     assert main(["suggest", "2000", "--shape", "48x32", "--weights", "8"]) == 0
     assert "at most 2,000 parameters" in capsys.readouterr().out
     assert main(["suggest", "2000", "--device", "abacus"]) == 2
+
+
+def test_what_takes_more_than_dense_fine_tuning_is_left_out() -> None:
+    found = sl.suggest([(64, 64)] * 2, 20_000)
+    assert max(one.count for one in found.found) == 2 * 64 * 64
+    assert {"uni_lora", "tiny_lora", "lora_fa", "hra"} <= set(found.refused)
+    assert "more than the 8,192 of dense fine-tuning" in found.refused["hra"]
+    assert "left out: " in str(found)

@@ -60,7 +60,7 @@ class Suggestions:
     Attributes:
         budget: the most parameters that were allowed.
         found: those that fit.
-        refused: why others do not, by variant.
+        refused: why others are left out, by variant: none so small fits, or what fits is more than dense fine-tuning.
         tokens: rows of x that were planned for.
         device: the profile that was priced for, by name.
     """
@@ -79,7 +79,7 @@ class Suggestions:
         lines = table([(*row[:-1], row[-1][:80]) for row in rows], "parameters ms state peak")
         lines.append(f"at most {self.budget:,} parameters; a step of {self.tokens:,} tokens on {self.device}, predicted")
         if self.refused:
-            lines.append(f"not within it: {', '.join(self.refused)}")
+            lines.append(f"left out: {', '.join(self.refused)}")
         return "\n".join(lines)
 
 
@@ -119,10 +119,16 @@ def suggest(
     if unknown:
         raise SpecError(f"suggest was given the variant '{unknown[0]}'; {near(unknown[0], VARIANTS)}")
     shapes, kernels = _weights(where, targets, kernels)
+    whole = sum(d_out * d_in for d_out, d_in in shapes.values())
     found, refused = list[Suggestion](), dict[str, str]()
     for name in variants:
         try:
             choice = bought(name, budget, shapes, kernels)
+            if choice.count > whole:
+                raise SpecError(
+                    f"{choice.count:,} parameters are more than the {whole:,} of dense fine-tuning, which can do all that they "
+                    "can; lower the budget."
+                )
             found.append(Suggestion(name, choice.spec, choice.count, cost(choice.spec, shapes, tokens, device, kernels)))
         except (SpecError, PlanError) as error:
             refused[name] = str(error)
