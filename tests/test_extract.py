@@ -252,3 +252,41 @@ def test_weights_of_several_kernels_are_made_into_one_adapter(tmp_path: Path) ->
 def halves(side: int) -> tuple[int, int]:
     """A side split most evenly, the smaller factor first."""
     return {4: (2, 2), 6: (2, 3), 8: (2, 4)}[side]
+
+
+def test_an_adapter_of_convolutions_becomes_another_over_the_same_kernels(tmp_path: Path) -> None:
+    """A network in itself, in larger bonds and in one that contains it, from the handle and from its folder."""
+    pairs = [
+        (sl.krona(), sl.krona()),
+        (sl.lokr(1), sl.lokr(2)),
+        (sl.conv_lokr(1), sl.conv_lokr(2)),
+        (sl.conv_lokr(1), sl.krona()),
+        (sl.conv_lora(1, tucker=True), sl.conv_lora(2)),
+    ]
+    names = ["conv.0", "wide", "point", "head"]
+    for spec, to in pairs:
+        model = seeded(0, Convs).double()
+        tuned = sl.attach(model, spec, names, seed=1, dtype=torch.float64)
+        perturb(tuned)
+        tuned.save(tmp_path / "adapter")
+        deltas = {name: tuned.delta(name).detach() for name in names}
+        for source in (tuned, tmp_path / "adapter"):
+            found = sl.convert(source, to)
+            assert found.is_exact, (spec, to)
+            found.write(tmp_path / "converted", torch.float64)
+            loaded = sl.load(seeded(0, Convs).double(), tmp_path / "converted")
+            assert loaded.num_parameters == sl.attach(seeded(0, Convs), to, names).num_parameters == found.num_parameters
+            for name in names:
+                torch.testing.assert_close(loaded.delta(name), deltas[name], rtol=1e-8, atol=1e-10)
+
+
+def test_a_folder_that_does_not_tell_its_kernels_is_no_adapter_with_modes_for_them(tmp_path: Path) -> None:
+    """LoRA of a convolution says (out, in) alone; its layer says the kernel."""
+    tuned = sl.attach(seeded(0, Convs).double(), sl.lora(1), ["conv.0"], seed=1, dtype=torch.float64)
+    perturb(tuned)
+    tuned.save(tmp_path / "lora")
+    with pytest.raises(sl.SpecError, match="has modes for a kernel"):
+        sl.convert(tmp_path / "lora", sl.conv_lora(1))
+    found = sl.convert(tuned, sl.conv_lora(1))
+    assert found.is_exact
+    assert [entry.spec.fold.kernel for entry in found.entries] == [(3, 3)]

@@ -10,16 +10,17 @@ summed rank as high as its own, and an elementwise product takes one factor besi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from superlora_tn.declare.fold import Shape
+from superlora_tn.declare.fold import PhysicalFold, Shape
 from superlora_tn.declare.parts import BASED
 from superlora_tn.files.own import Entry, tensor_name
 from superlora_tn.network.budget import Budget
 from superlora_tn.network.graph import Graph
+from superlora_tn.network.kernels import Kernels, closed, is_open, lay_out
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.tools.decompose import Decomposition, FitError, Progress, fit_weights
 from superlora_tn.tools.difference import resting
@@ -39,6 +40,7 @@ def convert(
     seed: int = 0,
     progress: Callable[[Progress], None] | None = None,
     base: Read | None = None,
+    kernels: Kernels | None = None,
 ) -> Decomposition:
     """The adapter of another declaration with the same dW, or the nearest.
 
@@ -49,6 +51,7 @@ def convert(
         steps, tolerance, restarts, seed, progress: of the fits, where there are any; see `decompose`.
         base: W of a weight, (out, in), for nodes of the other declaration that hold values of it; None where W is not at hand
             but in the adapter's own nodes, which then have to be the same.
+        kernels: of the weights, where their layers are at hand; else they are what the declarations say of them.
 
     Returns:
         Nodes and errors: below 1e-10 (`Decomposition.is_exact`) where the other declaration contains this adapter.
@@ -59,10 +62,33 @@ def convert(
     """
     entries = [source] if isinstance(source, Entry) else list(source)
     known = Source(entries, tensors)
-    spec = to.choose(known.shapes).spec if isinstance(to, Budget) else to
-    start = known.rests(spec) if base is None else resting(spec, known.shapes, base)
+    spec = closed(to.choose(known.shapes).spec) if isinstance(to, Budget) else to
+    given = kernels_for(spec, known.shapes, kernels, known.kernels)
+    start = known.rests(spec, given) if base is None else resting(spec, known.shapes, base, given)
     settings = Settings(steps, tolerance, restarts)
-    return fit_weights(known.shapes, known.delta, spec, settings, seed, start, progress, known.grown)
+    return fit_weights(known.shapes, known.delta, spec, settings, seed, start, progress, known.grown, given)
+
+
+def kernels_for(
+    spec: AdapterSpec, names: Collection[str], layers: Kernels | None, said: Kernels
+) -> dict[str, tuple[int, ...]] | None:
+    """The kernels that a declaration of these weights takes; None where it has modes for such, and that of one is not known.
+
+    Args:
+        spec: the declaration.
+        names: of the weights.
+        layers: their layers' kernels; None where there are no layers.
+        said: what they were adapted with so far, which goes before.
+    """
+    known = {**(layers or {}), **said}
+    needed = isinstance(spec.fold, PhysicalFold) and spec.fold.kernel_modes
+    return None if needed and not all(name in known for name in names) else known
+
+
+def _said(spec: AdapterSpec) -> tuple[int, ...] | None:
+    """The kernel of a declaration's weights; one that waits for kernels, and was given none, took its weights for matrices."""
+    own = spec.fold.kernel if isinstance(spec.fold, PhysicalFold) else None
+    return () if own is None and is_open(spec) else own
 
 
 class Source:
@@ -70,10 +96,13 @@ class Source:
 
     Attributes:
         shapes: of all weights.
+        kernels: of those whose declarations tell.
     """
 
     def __init__(self, entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> None:
         self.shapes: dict[str, Shape] = {name: shape for entry in entries for name, shape in entry.targets.items()}
+        told = [(entry, kernel) for entry in entries if (kernel := _said(entry.spec)) is not None]
+        self.kernels = {name: kernel for entry, kernel in told for name in entry.targets}
         self._frames = [
             frame(group, entry.spec, graph) for entry in entries for group, graph in entry.spec.lay_out(entry.targets)
         ]
@@ -88,14 +117,14 @@ class Source:
             self._built = (group, self._frames[group].deltas(self._nodes[group]))
         return self._built[1][name]
 
-    def rests(self, spec: AdapterSpec) -> dict[str, Tensor]:
+    def rests(self, spec: AdapterSpec, kernels: Kernels | None) -> dict[str, Tensor]:
         """The adapter's own nodes for those of another declaration that hold the same of the base.
 
         Raises:
             FitError: one of them is no node of the adapter.
         """
         found = dict[str, Tensor]()
-        for k, (group, graph) in enumerate(spec.lay_out(self.shapes)):
+        for k, (_, group, graph) in enumerate(lay_out(spec, self.shapes, kernels)):
             own = self._of[next(iter(group.members))]
             held = dict(zip(self._frames[own].graph.nodes, self._nodes[own], strict=True))
             for node in graph.nodes:

@@ -43,6 +43,7 @@ def convert(
     Args:
         adapter: a handle, or the folder of a saved adapter of this library. What the other declaration takes of the base's
             weights (HiRA's, LoRA-XS's frozen nodes) comes from the handle's model; a folder has what its own nodes hold.
+            So do the kernels of convolutions, which of a folder are those that its declarations name.
         to: the other declaration, or a budget that buys one.
         steps, tolerance, restarts, seed, progress: of fits, where there are any; see `decompose`.
 
@@ -61,7 +62,9 @@ def convert(
         return own[name].weight().to(device="cpu", dtype=torch.float64)
 
     own = adapter._targets if isinstance(adapter, Tuned) and not adapter.merged else {}
-    return convert_entries(saved.entries, saved.tensors, to, base=base if own else None, **options)  # type: ignore[arg-type]
+    kernels = {n: t.kernel for n, t in adapter._targets.items()} if isinstance(adapter, Tuned) else None
+    rest = {"base": base if own else None, "kernels": kernels, **options}
+    return convert_entries(saved.entries, saved.tensors, to, **rest)  # type: ignore[arg-type]
 
 
 def _saved(adapter: Tuned | str | PathLike[str]) -> Saved:
