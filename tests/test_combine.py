@@ -355,3 +355,25 @@ def test_nodes_are_merged_weight_by_weight_whatever_their_order(tmp_path: Path) 
     in_two_orders(sl.lotr(2), tmp_path)
     with pytest.raises(sl.SpecError, match="number their weights in one order"):
         sl.combine({tmp_path / "ab": 2.0, tmp_path / "ba": 3.0}, "linear", on="nodes")
+
+
+@pytest.mark.parametrize("to", [sl.krona(), sl.conv_lokr()], ids=["krona", "conv_lokr"])
+def test_a_sum_over_kernels_is_fitted_with_the_kernels_whole(to: sl.AdapterSpec, tmp_path: Path) -> None:
+    """Twice a Kronecker product of channels is one; files tell their kernels, the model those of a LoRA."""
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv1d(8, 4, 5), nn.Linear(8, 6)).double()
+    tuned = sl.attach(model, sl.krona(), ["0", "1", "2"], name="style", dtype=torch.float64, seed=0)
+    perturb(tuned)
+    tuned.save(tmp_path / "style")
+    for found in (sl.combine({tmp_path / "style": 2.0}, "svd", to=to), sl.combine({"style": 2.0}, "svd", to=to, model=model)):
+        assert found.error < EXACT
+        assert {entry.spec.fold.kernel for entry in found.entries} >= {(3, 3), (5,)}
+        for name, delta in found.deltas().items():
+            np.testing.assert_allclose(delta.numpy(), 2 * tuned.delta(name).detach().numpy(), rtol=1e-9, atol=1e-11)
+    both = found.attach(model, "both", torch.float64)
+    for name in both.targets:
+        np.testing.assert_allclose(both.delta(name).detach(), 2 * tuned.delta(name).detach(), rtol=1e-9, atol=1e-11)
+    other = sl.attach(model, sl.lora(1), ["0"], name="low", dtype=torch.float64, seed=1)
+    perturb(other)
+    found = sl.combine({"low": 1.0}, "svd", to=sl.conv_lora(1), model=model)
+    assert found.entries[0].spec.fold.kernel == (3, 3)
+    np.testing.assert_allclose(found.deltas()["0"], other.delta("0").detach(), rtol=1e-9, atol=1e-11)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -14,13 +14,16 @@ from superlora_tn.network.spec import AdapterSpec
 Entries = tuple[tuple[AdapterSpec, tuple[str, ...]], ...]
 
 
+def kernels_in(model: nn.Module, names: Iterable[str], at: str | None, rows: Mapping[str, Span]) -> dict[str, tuple[int, ...]]:
+    """The sizes of the targets' kernels, by name; () for a matrix."""
+    known = places(model, rows)
+    return {name: bind(name, known[name], at).kernel for name in names}
+
+
 def by_kernel(
     model: nn.Module, entries: Sequence[tuple[AdapterSpec, tuple[str, ...]]], at: str | None, rows: Mapping[str, Span]
 ) -> Entries:
     """The declarations with their targets; one that leaves its kernel open stands there once for each kernel."""
-    known = places(model, rows) if any(is_open(spec) for spec, _ in entries) else {}
-    found: list[tuple[AdapterSpec, tuple[str, ...]]] = []
-    for spec, names in entries:
-        kernels = {name: bind(name, known[name], at).kernel for name in names} if is_open(spec) else None
-        found += apart(spec, names, kernels)
-    return tuple(found)
+    waiting = [name for spec, names in entries if is_open(spec) for name in names]
+    kernels = kernels_in(model, waiting, at, rows) if waiting else None
+    return tuple(part for spec, names in entries for part in apart(spec, names, kernels))

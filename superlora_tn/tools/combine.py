@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -26,14 +26,16 @@ from superlora_tn.files.own import CheckpointError, Entry, Saved, tensor_name, w
 from superlora_tn.files.read import read
 from superlora_tn.files.thin import Filled, filled, thin
 from superlora_tn.model.attach import load
+from superlora_tn.model.kernels import kernels_in
 from superlora_tn.model.saved import read_for
 from superlora_tn.model.several import handles
 from superlora_tn.model.targets import AttachError, near
 from superlora_tn.model.tuned import Tuned
+from superlora_tn.network.kernels import Kernels, is_open
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.network.sums import blocks, summed
 from superlora_tn.network.variants import dense, lora
-from superlora_tn.tools.convert import Source
+from superlora_tn.tools.convert import Source, kernels_for
 from superlora_tn.tools.decompose import deltas, fit_weights
 from superlora_tn.tools.fitting import Settings
 
@@ -63,7 +65,7 @@ class Combined:
 
     def deltas(self) -> dict[str, Tensor]:
         """dW of each weight, (out, in), scale included."""
-        return dict(_deltas(self.entries, self.tensors))
+        return dict(deltas(self.entries, self.tensors))
 
     def write(self, folder: str | PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Save as an adapter.
@@ -152,9 +154,11 @@ def combine(
         return merge(given, factors, density, generator)
 
     if not tensors:
-        tensors = dict(fit_weights(shapes, wanted, entries[0].spec, Settings(200, 1e-5, 3), seed).tensors)
+        spec, settings = entries[0].spec, Settings(200, 1e-5, 3)
+        made = fit_weights(shapes, wanted, spec, settings, seed, kernels=_kernels(spec, parts, rows, model))
+        entries, tensors = made.entries, dict(made.tensors)
     placed = tuple(Entry(e.spec, e.targets, {n: s for n, s in rows.items() if n in e.targets}) for e in entries)
-    errors = {name: _relative(delta, wanted(name)) for name, delta in _deltas(placed, tensors)}
+    errors = {name: _relative(delta, wanted(name)) for name, delta in deltas(placed, tensors)}
     return Combined(placed, tensors, errors)
 
 
@@ -179,14 +183,11 @@ def _check(weights: Mapping[Any, float], how: How, on: On, sized: bool, density:
         raise SpecError("combine(how='cat') is exact, of the ranks that takes; for other ranks choose how='svd'.")
 
 
-def _deltas(entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """dW of each weight, one group after the other."""
-    first = 0
-    for entry in entries:
-        laid = entry.spec.lay_out(entry.targets)
-        names = [(f"group{k}.{n.name}", f"group{first + k}.{n.name}") for k, (_, g) in enumerate(laid) for n in g.nodes]
-        yield from deltas(entry.spec, entry.targets, {own: tensors[name] for own, name in names})
-        first += len(laid)
+def _kernels(spec: AdapterSpec, parts: Sequence[_Part], rows: Mapping[str, Span], model: nn.Module | None) -> Kernels | None:
+    """The kernels that a declaration takes: what the adapters say of them, and else the model."""
+    names = {name for part in parts for name in part.source.shapes}
+    layers = None if model is None or not is_open(spec) else kernels_in(model, names, None, rows)
+    return kernels_for(spec, [part.source for part in parts], layers)
 
 
 class _Part:

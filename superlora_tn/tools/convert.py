@@ -10,7 +10,7 @@ summed rank as high as its own, and an elementwise product takes one factor besi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -63,26 +63,25 @@ def convert(
     entries = [source] if isinstance(source, Entry) else list(source)
     known = Source(entries, tensors)
     spec = closed(to.choose(known.shapes).spec) if isinstance(to, Budget) else to
-    given = kernels_for(spec, known.shapes, kernels, known.kernels)
+    given = kernels_for(spec, [known], kernels)
     start = known.rests(spec, given) if base is None else resting(spec, known.shapes, base, given)
     settings = Settings(steps, tolerance, restarts)
     return fit_weights(known.shapes, known.delta, spec, settings, seed, start, progress, known.grown, given)
 
 
-def kernels_for(
-    spec: AdapterSpec, names: Collection[str], layers: Kernels | None, said: Kernels
-) -> dict[str, tuple[int, ...]] | None:
+def kernels_for(spec: AdapterSpec, sources: Sequence[Source], layers: Kernels | None) -> Kernels | None:
     """The kernels that a declaration of these weights takes; None where it has modes for such, and that of one is not known.
 
     Args:
         spec: the declaration.
-        names: of the weights.
+        sources: the adapters that they have so far; what these say of kernels goes before.
         layers: their layers' kernels; None where there are no layers.
-        said: what they were adapted with so far, which goes before.
     """
-    known = {**(layers or {}), **said}
+    known = dict(layers or {})
+    for source in sources:
+        known |= source.kernels
     needed = isinstance(spec.fold, PhysicalFold) and spec.fold.kernel_modes
-    return None if needed and not all(name in known for name in names) else known
+    return None if needed and any(source.shapes.keys() - known for source in sources) else known
 
 
 def _said(spec: AdapterSpec) -> tuple[int, ...] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
@@ -99,7 +99,7 @@ class Decomposition:
 
     def deltas(self) -> dict[str, Tensor]:
         """dW of each weight from the nodes, (out, in), scale included."""
-        return dict(deltas(self.spec, self.shapes, self.tensors, self.kernels))
+        return dict(deltas(self.entries, self.tensors))
 
     def __str__(self) -> str:
         kinds: dict[str, list[float]] = {}
@@ -220,12 +220,11 @@ def fit_weights(
     return Decomposition(spec, dict(shapes), tensors, errors, error, tuple(fits), kernels)
 
 
-def deltas(
-    spec: AdapterSpec, shapes: Mapping[str, Shape], tensors: Mapping[str, Tensor], kernels: Kernels | None = None
-) -> Iterator[tuple[str, Tensor]]:
+def deltas(entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """dW of each weight, group by group, from nodes by ``group<k>.<node>``; float64, scale included."""
+    laid = [(entry.spec, *own) for entry in entries for own in entry.spec.lay_out(entry.targets)]
     with torch.no_grad():
-        for k, (own, group, graph) in enumerate(lay_out(spec, shapes, kernels)):
+        for k, (own, group, graph) in enumerate(laid):
             nodes = [tensors[tensor_name(k, node)].double() for node in graph.nodes]
             yield from frame(group, own, graph).deltas(nodes).items()
 
