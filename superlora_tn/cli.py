@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -45,6 +46,19 @@ EXTRAS = dict.fromkeys(("matplotlib", "PIL", "rich", "sklearn", "transformers"),
     "diffusers": "finetune",
     "yaml": "finetune",
 }
+
+
+# Arguments in the library's words, and the flags that say the same.
+FLAGS = (
+    (r"sizes=\{'(\w+)': 8\}", r"--size \1=8"),
+    (r"heads=\.\.\.", "--heads N"),
+    (r"crop=True\.$", "a declaration with crop=True (--spec FILE)."),
+    (r"base model; give it\.", "base model; give it: --base FILE."),
+    (r"(adapts the parts .*); choose one\.", r"\1; choose one: --part NAME."),
+    (r"part=\.\.\.", "--part NAME"),
+    (r"leave part='.*' out", "leave --part out"),
+    (r"force=True", "--force"),
+)
 
 
 class _Help(argparse.HelpFormatter):
@@ -161,7 +175,7 @@ def main(argv: Sequence[str] | None = None, program: str = "superlora-tn") -> in
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except REFUSALS as error:
-        return _refused(f"{program} {args.command}", _words(error), 2)
+        return _refused(f"{program} {args.command}", _as_flags(_words(error), args.command), 2)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
@@ -178,6 +192,13 @@ def _words(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
+
+
+def _as_flags(words: str, command: str) -> str:
+    """What the library says of its arguments, said of the flags; finetune's keys are lines of a file."""
+    for pattern, flags in () if command == "finetune" else FLAGS:
+        words = re.sub(pattern, flags, words)
+    return words
 
 
 def _refused(who: str, words: str, status: int) -> int:

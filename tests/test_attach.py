@@ -254,6 +254,7 @@ def test_peft_itself_matches_the_same(targets: str | list[str]) -> None:
         ({"targets": "(up"}, ["'(up'", "not a regular expression"]),
         ({"targets": ["norm"]}, ["'layers.0.norm'", "LayerNorm", "cannot be adapted", "Linear"]),
         ({"targets": ["attn"]}, ["'layers.0.attn'", "Attention", "Name the layers inside it"]),
+        ({"targets": ["all-linear"]}, ["'all-linear' is no entry of a list", "targets='all-linear'"]),
         ({"targets": ["up"], "name": "head"}, ["named 'head' already", "name="]),
         ({"targets": ["up"], "backend": "tensorly_torhc"}, ["no backend 'tensorly_torhc'", "tensorly_torch"]),
     ],

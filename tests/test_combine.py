@@ -236,6 +236,8 @@ def test_what_cannot_be_combined_says_why(tmp_path: Path) -> None:
             sl.combine(weights, how, model=model, **more)
     beside = sl.attach(net(), sl.lora(2), ["a"], also=["b.bias"])
     beside.save(tmp_path / "beside")
+    with pytest.raises(sl.SpecError, match=r"combine was given \['style', 'subject'\]; give weights by name"):
+        sl.combine(["style", "subject"], model=model)
     with pytest.raises(sl.CheckpointError, match="beside it"):
         sl.combine({str(tmp_path / "beside"): 1.0})
     beside.detach()

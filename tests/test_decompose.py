@@ -333,6 +333,8 @@ REFUSED = {
     "complex": ({"w": torch.zeros(3, 4, dtype=torch.complex64)}, lora(1), {}, FitError, "real numbers"),
     "infinite": ({"w": torch.full((3, 4), math.inf)}, lora(1), {}, FitError, "'w' has numbers that are not finite"),
     "no weight": ({}, lora(1), {}, SpecError, "at least one weight"),
+    "a bare matrix": (torch.ones(3, 4), lora(1), {}, FitError, "was given a Tensor; give dW by module name"),
+    "no declaration": ({"w": torch.ones(3, 4)}, "lora", {}, SpecError, "spec='lora'; give an AdapterSpec"),
     "a scale of zero": ({"w": torch.ones(3, 4)}, lora(1, alpha=0.0), {}, FitError, "alpha=0.0"),
     "no step": ({"w": torch.ones(3, 4)}, lora(1), {"steps": 0}, SpecError, "steps=0"),
     "a tolerance of one": ({"w": torch.ones(3, 4)}, lora(1), {"tolerance": 1.0}, SpecError, "tolerance=1.0"),

@@ -338,7 +338,7 @@ def test_show_and_convert_as_commands(tmp_path: Path, capsys: pytest.CaptureFixt
 REFUSED = {
     "no file": (["show", "{}/nowhere"], "is missing; give a file or folder that is there"),
     "no adapter": (["show", "{}/base"], "holds 2 files such as"),
-    "no base": (["convert", "{}/a", "{}/b", "--to", "peft"], "are known only with the base model"),
+    "no base": (["convert", "{}/a", "{}/b", "--to", "peft"], "are known only with the base model; give it: --base FILE."),
     "no part": (["convert", "{}/a", "{}/b", "--to", "kohya", "--part", "vae"], "has no part 'vae'"),
     "an error out of reach": (
         ["convert", "{}/a", "{}/b", "--to", "kohya", "--rank", "1", "--error", "1e-6"],
@@ -378,7 +378,7 @@ def test_convert_replaces_no_file_that_holds_no_adapter(tmp_path: Path, capsys: 
     before = base.read_bytes()
     words = ["convert", str(tmp_path / "lora"), str(base), "--to", "kohya"]
     assert main(words) == 2
-    assert "base.safetensors is there and holds no adapter; name another target, or replace it" in capsys.readouterr().err
+    assert "base.safetensors is there and holds no adapter; name another, or replace it (--force)." in capsys.readouterr().err
     assert base.read_bytes() == before
     assert main([*words, "--force"]) == 0
     assert main(words) == 0  # an adapter replaces an adapter

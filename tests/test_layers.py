@@ -163,6 +163,13 @@ def test_other_layers_raise_and_name_the_supported_ones(layer: nn.Module, kind: 
     assert not recognise.is_supported(layer)
 
 
+@pytest.mark.parametrize("given", [(nn.ReLU, "x"), ("ReLU", kinds.Linear()), (int, kinds.Linear())])
+def test_what_is_no_layer_type_or_no_kind_is_not_registered(given: tuple[type[nn.Module], kinds.Kind]) -> None:
+    with pytest.raises(sl.LayerError, match=r"give a subclass of nn\.Module, and a kind"):
+        recognise.register_layer(*given)
+    assert not recognise.is_supported(nn.ReLU())
+
+
 def test_a_new_layer_type_registers_a_kind() -> None:
     class Scale(nn.Module):
         """A layer of our own: its matrix is kept transposed."""

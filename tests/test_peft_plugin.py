@@ -272,7 +272,7 @@ def test_config_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     for change, words in (
         ({"rank_pattern": {}}, "'rank_pattern', which it does not know"),
         ({"schema": 2}, "has schema 2, and this release reads 1"),
-        ({"spec": {**saved["spec"], "twist": 1}}, "a spec has the fields"),
+        ({"spec": {**saved["spec"], "twist": 1}}, "a spec has no field 'twist'"),
     ):
         file.write_text(json.dumps({**saved, **change}))
         with pytest.raises(ValueError, match=words):
@@ -463,3 +463,10 @@ def test_a_file_of_split_kernels_is_refused(tmp_path: Path) -> None:
     for more in ({}, {"low_cpu_mem_usage": True}):
         with pytest.raises(ValueError, match=r"of shape \(8, 24\) in it, and \(8, 8\) by the config .* kernels were split"):
             peft.PeftModel.from_pretrained(convolutions(), tmp_path, **more)
+
+
+def test_a_layer_that_peft_wraps_is_named_as_such() -> None:
+    model = peft.get_peft_model(seeded(0, Tiny), peft.LoraConfig(target_modules=["up"]))
+    with pytest.raises(sl.AttachError, match=r"layers.0.up' is PEFT's wrapper of a layer .* model.merge_and_unload\(\)"):
+        sl.attach(model, sl.lora(2), ["up"])
+    assert len(sl.attach(model.merge_and_unload(), sl.lora(2), ["up"]).targets) == 2

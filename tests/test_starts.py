@@ -384,6 +384,13 @@ def test_what_cannot_start_says_why() -> None:
     sl.start(tuned, sl.pissa())
     with pytest.raises(sl.AttachError, match="departs from a start already"):
         sl.start(tuned, sl.pissa())
+    for given in ("pissa", sl.pissa):
+        with pytest.raises(sl.SpecError, match=r"start was given how=.*pissa.*; give pissa\(\), called"):
+            sl.start(attached(net()), given)
+    with pytest.raises(sl.SpecError, match=r"how='zero'; give one of pissa\(\), olora\(\)"):
+        sl.start(attached(net()), "zero")
+    with pytest.raises(sl.AttachError, match="start was given a Sequential; give the handle"):
+        sl.start(nn.Sequential(), sl.pissa())
     with pytest.raises(sl.AttachError, match="no batch reached '0'"):
         sl.start(attached(net()), sl.eva([]))
     with pytest.raises(sl.AttachError, match="given no batch"):

@@ -139,7 +139,11 @@ def test_the_command_takes_a_file_and_an_adapter(tmp_path: Path, capsys: pytest.
     tuned.save(tmp_path / "adapter")
     assert cli.main(["verify", str(tmp_path / "adapter"), "--examples", "1"]) == 0
     assert "HOLDS" in capsys.readouterr().out
-    for text, words in (("[1]", "a spec is a dict"), ("{", "holds no declaration"), ('{"alpha": 1}', "a spec has the fields")):
+    for text, words in (
+        ("[1]", "a spec is a dict"),
+        ("{", "holds no declaration"),
+        ('{"alpha": 1}', "a spec needs"),
+    ):
         place.write_text(text)
         assert cli.main(["verify", str(place)]) == 2
         assert words in (said := capsys.readouterr().err)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from superlora_tn.declare.bounds import MAX_DEPTH
+from superlora_tn.declare.checks import near
 from superlora_tn.declare.fold import FlatFold, PhysicalFold
 from superlora_tn.declare.joins import JOINS, Multiply
 from superlora_tn.declare.maps import PROJECTIONS, Compose
@@ -66,19 +67,29 @@ def decode(data: Any, depth: int = 0) -> Any:
     raise SpecError(f"a declaration holds {type(data).__name__}; it may hold dicts, lists, strings, numbers and null.")
 
 
+def check_fields(what: str, given: Mapping[str, Any], names: Set[str], optional: Set[str]) -> None:
+    """Raise for a field that is not known, else for those that are missing.
+
+    Args:
+        what: whose fields they are: the beginning of the message.
+        given: the fields.
+        names: of all that there are.
+        optional: those that may be missing.
+    """
+    unknown, missing = sorted(map(str, set(given) - names)), sorted(names - optional - set(given))
+    if unknown:
+        raise SpecError(f"{what} has no field {shown(unknown[0])}; {near(unknown[0], missing or sorted(names))}")
+    if missing:
+        raise SpecError(f"{what} needs the fields {', '.join(sorted(names - optional))}; missing are {', '.join(missing)}.")
+
+
 def _decode_kind(data: Mapping[str, Any], depth: int) -> Any:
     kind = KINDS.get(str(data.get("kind")))
     if kind is None:
         raise SpecError(f"unknown kind {shown(data.get('kind'))} in a declaration; known kinds are {', '.join(KINDS)}.")
     given = {k: v for k, v in data.items() if k != "kind"}
     names = {f.name for f in dataclasses.fields(kind)}
-    needed = names - LATER.get(kind.__name__, frozenset())
-    if not needed <= set(given) <= names:
-        wrong = sorted((set(given) - names) | (needed - set(given)))
-        raise SpecError(
-            f"{kind.__name__} in a declaration has fields {shown(sorted(given), 300)}, expected {sorted(names)}; "
-            f"look at {shown(wrong, 300)}."
-        )
+    check_fields(f"{kind.__name__} in a declaration", given, names, LATER.get(kind.__name__, frozenset()))
     values = {k: decode(v, depth + 1) for k, v in given.items()}
     try:
         if issubclass(kind, Network):

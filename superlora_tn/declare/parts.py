@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from superlora_tn.declare.bounds import MAX_DEPTH, MAX_LEAVES, MAX_NODES, MAX_PARTS, MAX_PLACES, MAX_SCALE
 from superlora_tn.declare.checks import SpecError as SpecError
@@ -281,6 +281,13 @@ class Network:
     nodes: tuple[tuple[str, Node], ...]
     sizes: tuple[tuple[str, int | str], ...]
     crop: bool = False
+
+    def __new__(cls, /, *given: object, **named: object) -> Self:
+        """An error in words for what Python would call an argument given twice."""
+        taken = [name for name, place in (("self", 0), ("modes", 1), ("sizes", 2)) if name in named and len(given) >= place]
+        if taken:
+            raise SpecError(f"a Network's node cannot be named '{taken[0]}', which is an argument of it; choose another name.")
+        return super().__new__(cls)
 
     def __init__(
         self, modes: str, sizes: Mapping[str, int | str] | None = None, *, crop: bool | str | Node = False, **nodes: str | Node

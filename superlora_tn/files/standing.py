@@ -31,7 +31,7 @@ def check_replaceable(source: str | PathLike[str], target: str | PathLike[str], 
             held = _files(place, other)[0].name
             raise CheckpointError(
                 f"{place} holds an adapter in the format {other} ({held}), and one in the format {to} beside it would be "
-                "taken for it; name another folder, or replace it (--force, force=True)."
+                "taken for it; name another folder, or replace it (force=True)."
             )
         files = _files(place, to)
     else:
@@ -39,12 +39,10 @@ def check_replaceable(source: str | PathLike[str], target: str | PathLike[str], 
     if to == "superlora":
         return  # a folder, whose save replaces an adapter of its own alone
     if read.exists() and any(file.samefile(read) for file in (place, *files) if file.exists()):
-        raise CheckpointError(f"{place} is what is read, too; name another target, or replace it (--force, force=True).")
+        raise CheckpointError(f"{place} is what is read, too; name another, or replace it (force=True).")
     for file in files:
         if file.name != CONFIG and not _is_adapter(file):
-            raise CheckpointError(
-                f"{file} is there and holds no adapter; name another target, or replace it (--force, force=True)."
-            )
+            raise CheckpointError(f"{file} is there and holds no adapter; name another, or replace it (force=True).")
 
 
 def left_over(target: str | PathLike[str], to: str) -> list[Path]:

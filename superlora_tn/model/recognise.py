@@ -50,7 +50,15 @@ def register_layer(layer: type[nn.Module], kind: Kind, *methods: str) -> None:
         layer: the type; subclasses are found through it.
         kind: how its weight is read, written and updated.
         methods: further methods that the kind relies on.
+
+    Raises:
+        LayerError: these are no type of layers and no kind.
     """
+    if not (isinstance(layer, type) and issubclass(layer, nn.Module) and isinstance(kind, Kind)):
+        raise LayerError(
+            f"register_layer was given {layer!r} and {kind!r}; give a subclass of nn.Module, and a kind: a value of a subclass "
+            "of superlora_tn.Kind."
+        )
     _KNOWN[layer] = _Known(kind, tuple((name, getattr(layer, name)) for name in ("forward", *methods)))
 
 

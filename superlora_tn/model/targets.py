@@ -156,6 +156,8 @@ def _named(model: nn.Module, targets: Targets, found: Mapping[str, Place], adapt
     wanted, endings = set[str](), _endings(found)
     for entry in _spelled(targets):
         own = [n for n in endings.get(entry, ()) if n == entry or "+" in entry or not found[n].tied]
+        if not own and entry == "all-linear":
+            raise AttachError("'all-linear' is no entry of a list; give it alone, targets='all-linear', or name layers.")
         if not own:
             raise AttachError(f"the target '{entry}' matches no module; {near(entry, adaptable)}.")
         wanted |= set(own)
@@ -193,6 +195,11 @@ def _output_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _check(name: str, place: Place) -> None:
+    if not place.is_supported and any(t.__module__.partition(".")[0] == "peft" for t in type(place.module).__mro__):
+        raise AttachError(
+            f"'{name}' is PEFT's wrapper of a layer ({type(place.module).__name__}), with an adapter in it. Merge it and take "
+            "PEFT off first, model.merge_and_unload(), or make a declaration a method of PEFT: superlora_tn.peft."
+        )
     if not place.is_supported:
         own = [n for n, parameter in place.module._parameters.items() if parameter is not None and parameter.ndim in (2, 3)]
         inside = f"its weights ({', '.join(f'{name}.{o}' for o in own[:4])})" if own else "the layers inside it"

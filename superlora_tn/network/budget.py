@@ -18,7 +18,7 @@ from superlora_tn.declare.nodes import Node
 from superlora_tn.declare.parts import CP, Network, Part, SpecError, inner_parts
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.kernels import Kernels, count, lay_out
-from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.network.spec import AdapterSpec, named_shapes
 
 Shapes = Mapping[str, Shape] | Sequence[Shape]
 Priced = tuple[int, AdapterSpec]
@@ -217,7 +217,7 @@ class _Ranks:
     """The counts of one maker over its ranks, each computed once."""
 
     def __init__(self, maker: Callable[[int], AdapterSpec], shapes: Shapes, kernels: Kernels | None) -> None:
-        self.maker, self.shapes, self.kernels = maker, _named(shapes), kernels
+        self.maker, self.shapes, self.kernels = maker, named_shapes(shapes), kernels
         self.known: dict[int, Priced | None] = {}
         self.counts: dict[AdapterSpec, int] = {}  # a maker may give the same spec at every rank
 
@@ -287,13 +287,6 @@ class _Ranks:
             middle = (inside + outside) // 2
             inside, outside = (middle, outside) if good(middle) else (inside, middle)
         return inside
-
-
-def _named(shapes: Shapes) -> Mapping[str, Shape]:
-    """Names for a list of shapes, as `AdapterSpec.count` gives them: one weight a layer."""
-    if isinstance(shapes, Mapping):
-        return shapes
-    return {f"layer.{k}.weight": (int(d_out), int(d_in)) for k, (d_out, d_in) in enumerate(shapes)}
 
 
 def _count_of(priced: Priced | None) -> int:

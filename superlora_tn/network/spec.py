@@ -17,7 +17,7 @@ from superlora_tn.declare.bounds import (
     TABLES_SPARE,
     TABLES_TIMES,
 )
-from superlora_tn.declare.codec import decode, encode
+from superlora_tn.declare.codec import check_fields, decode, encode
 from superlora_tn.declare.fold import FlatFold, FlatGroup, Fold, Group, Mode, PhysicalFold, Shape
 from superlora_tn.declare.joins import JOINS, Join, Multiply
 from superlora_tn.declare.maps import PROJECTIONS, Projection
@@ -206,9 +206,8 @@ class AdapterSpec:
         Args:
             shapes: (out, in) of each target, by module name, or as a list taken as one weight a layer, in order.
         """
-        if not isinstance(shapes, Mapping):
-            shapes = {f"layer.{k}.weight": (int(o), int(i)) for k, (o, i) in enumerate(shapes)}
-        return sum(graph.num_parameters + self.magnitudes(group) for group, graph in self.lay_out(shapes))
+        laid = self.lay_out(named_shapes(shapes))
+        return sum(graph.num_parameters + self.magnitudes(group) for group, graph in laid)
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain data, for JSON; without `join` where dW is added, so that earlier releases read it too."""
@@ -220,10 +219,25 @@ class AdapterSpec:
         """The spec that `to_dict` wrote; unknown or missing fields raise."""
         if not isinstance(data, Mapping):
             raise SpecError(f"a spec is a dict of its fields; it was given as {type(data).__name__}.")
-        names = {f.name for f in fields(cls)}
-        if set(data) | {"join"} != names:
-            raise SpecError(f"a spec has the fields {sorted(names)}; it was given {sorted(map(str, data))}.")
+        check_fields("a spec", data, {f.name for f in fields(cls)}, {"join"})
         return cls(**{name: decode(value) for name, value in data.items()})
+
+
+def named_shapes(shapes: Mapping[str, Shape] | Sequence[Shape]) -> Mapping[str, Shape]:
+    """Shapes (out, in) by name; a list is taken as one weight a layer, in order.
+
+    Raises:
+        SpecError: what is given are no such shapes.
+    """
+    if isinstance(shapes, Mapping):
+        return shapes
+    try:
+        return {f"layer.{k}.weight": (int(d_out), int(d_in)) for k, (d_out, d_in) in enumerate(shapes)}
+    except (TypeError, ValueError) as error:
+        raise SpecError(
+            f"the weights' shapes were given as {shown(shapes)}; give (out, in) of each, as [(768, 768)] or "
+            "{'q_proj': (768, 768)}. in of a convolution counts its kernel: (64, 64 * 9)."
+        ) from error
 
 
 def _is_mapped(part: Part) -> bool:

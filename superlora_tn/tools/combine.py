@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from superlora_tn.declare.fold import Shape
-from superlora_tn.declare.parts import CP, SpecError, check_number, check_rank, reference_rank
+from superlora_tn.declare.parts import CP, SpecError, check_number, check_rank, reference_rank, shown
 from superlora_tn.declare.rows import Span
 from superlora_tn.files.foreign import Fitted
 from superlora_tn.files.own import CheckpointError, Entry, Saved, tensor_name, write
@@ -172,8 +172,9 @@ def _check(weights: Mapping[Any, float], how: How, on: On, sized: bool, density:
         raise SpecError(f"combine(how={how!r}, on='nodes') merges nodes as they are, by linear, ties, dare and the like alone.")
     if on == "delta" and how == "linear":
         raise SpecError("combine(how='linear') adds nodes; say on='nodes', or take how='cat' or 'svd' for sums of dW.")
-    if not weights:
-        raise SpecError("combine was given no adapter; give weights such as {'style': 0.7, 'subject': 0.3}.")
+    if not weights or not isinstance(weights, Mapping):
+        given = shown(weights) if weights else "no adapter"
+        raise SpecError(f"combine was given {given}; give weights by name, such as {{'style': 0.7, 'subject': 0.3}}.")
     for name, weight in weights.items():
         check_number("combine", f"weight of '{name}'", weight)
     check_number("combine", "density", density)

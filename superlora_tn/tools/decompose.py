@@ -12,7 +12,7 @@ from torch import Tensor
 
 from superlora_tn.contraction.plan import table
 from superlora_tn.declare.fold import Shape, split_name
-from superlora_tn.declare.parts import BASED, SpecError, check_count
+from superlora_tn.declare.parts import BASED, SpecError, check_count, shown
 from superlora_tn.files.own import Entry, tensor_name, write
 from superlora_tn.network.budget import Budget, words
 from superlora_tn.network.graph import Graph
@@ -157,6 +157,12 @@ def decompose(
         FitError: weights that are no real matrices of finite numbers, or a declaration whose scale is zero.
         SpecError: the declaration does not fit the weights' shapes.
     """
+    if not isinstance(weights, Mapping):
+        raise FitError(f"decompose was given a {type(weights).__name__}; give dW by module name, such as {{'layer': delta}}.")
+    if not isinstance(spec, AdapterSpec | Budget):
+        raise SpecError(
+            f"decompose was given spec={shown(spec)}; give an AdapterSpec such as superlora_tn.lora(8), or a budget."
+        )
     for name, weight in weights.items():
         if weight.dim() != 2 or not weight.is_floating_point():
             raise FitError(

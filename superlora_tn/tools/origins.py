@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from superlora_tn.declare.fold import FlatGroup, Shape
-from superlora_tn.declare.parts import SpecError, check_count, check_number
+from superlora_tn.declare.parts import SpecError, check_count, check_number, shown
 from superlora_tn.files.own import Entry, tensor_name
 from superlora_tn.model.saved import depart
 from superlora_tn.model.targets import AttachError
@@ -35,6 +35,7 @@ from superlora_tn.update.based import Read
 
 Pair = tuple[Tensor, Tensor]
 Batches = Iterable[Any]
+STARTS = ("pissa", "olora", "orthogonal", "eva", "corda", "lora_ga")
 DIRECTIONS = ("ArBr", "A2rBr", "ArB2r")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 
@@ -263,6 +264,7 @@ def start(tuned: Tuned, how: Start) -> Tuned:
         AttachError: detached, merged, started before, or a layer that the start cannot look at.
         SpecError: a network that has no such start.
     """
+    _check_given(tuned, how)
     tuned._need("start")
     if tuned.merged:
         raise AttachError("the adapter is merged; unmerge() it, then start it.")
@@ -281,6 +283,16 @@ def start(tuned: Tuned, how: Start) -> Tuned:
         for adapter, nodes in zip(adapters, values, strict=True):
             adapter.write(nodes)
     return tuned
+
+
+def _check_given(tuned: object, how: object) -> None:
+    if not isinstance(tuned, Tuned):
+        raise AttachError(f"start was given a {type(tuned).__name__}; give the handle that attach returns.")
+    if not isinstance(how, Start):
+        named = how if isinstance(how, str) else getattr(how, "__name__", "")
+        known = ", ".join(f"{own}()" for own in STARTS)
+        meant = f"give {named}(), called" if named in STARTS else f"give one of {known}"
+        raise SpecError(f"start was given how={shown(how)}; {meant}, which says how an adapter starts.")
 
 
 def _departed(entry: Entry, how: Start) -> Entry:

@@ -17,7 +17,7 @@ from superlora_tn.model.targets import Targets, targets_of
 from superlora_tn.network.budget import words
 from superlora_tn.network.catalogue import VARIANTS, bought
 from superlora_tn.network.kernels import Kernels, lay_out
-from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.network.spec import AdapterSpec, named_shapes
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _weights(
         return {target.name: target.shape for target in bound}, {target.name: target.kernel for target in bound}
     if targets is not None:
         raise SpecError("suggest was given shapes and targets; targets choose of a model, so give the shapes of those alone.")
-    named = where if isinstance(where, Mapping) else {f"layer.{k}.weight": shape for k, shape in enumerate(where)}
+    named = named_shapes(where)
     if not named:
         raise SpecError("suggest was given no weight; give at least one shape (out, in).")
     return {name: (int(d_out), int(d_in)) for name, (d_out, d_in) in named.items()}, kernels
