@@ -222,7 +222,7 @@ def test_what_cannot_be_combined_says_why(tmp_path: Path) -> None:
     model = carrying(sl.lora(2), sl.dense())
     for weights, how, more, error, said in (
         ({"style": 1.0}, "sum", {}, sl.SpecError, "choose of cat, svd"),
-        ({}, "cat", {}, sl.SpecError, "no adapter"),
+        ({}, "cat", {}, sl.SpecError, r"given {}; give weights by name"),
         ({"styl": 1.0}, "cat", {}, sl.AttachError, "carries no adapter named 'styl'"),
         ({"style": float("nan")}, "cat", {}, sl.SpecError, "weight of 'style'"),
         ({"style": 1.0}, "ties", {"density": 0.0}, sl.SpecError, "above 0 and at most 1"),

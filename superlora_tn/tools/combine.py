@@ -173,8 +173,7 @@ def _check(weights: Mapping[Any, float], how: How, on: On, sized: bool, density:
     if on == "delta" and how == "linear":
         raise SpecError("combine(how='linear') adds nodes; say on='nodes', or take how='cat' or 'svd' for sums of dW.")
     if not weights or not isinstance(weights, Mapping):
-        given = shown(weights) if weights else "no adapter"
-        raise SpecError(f"combine was given {given}; give weights by name, such as {{'style': 0.7, 'subject': 0.3}}.")
+        raise SpecError(f"combine was given {shown(weights)}; give weights by name, such as {{'style': 0.7, 'subject': 0.3}}.")
     for name, weight in weights.items():
         check_number("combine", f"weight of '{name}'", weight)
     check_number("combine", "density", density)
