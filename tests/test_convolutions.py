@@ -329,7 +329,13 @@ def test_what_a_budget_bought_is_what_is_attached() -> None:
     model = nn.Sequential(nn.Conv2d(12, 20, 3), nn.Linear(12, 12))
     budget = sl.Budget(400, lambda rank, *_, **__: sl.lokr(rank))
     tuned = sl.attach(model, budget, ["0", "1"])
-    assert tuned.num_parameters == budget.choose(tuned.targets).count <= 400
+    assert tuned.num_parameters == budget.choose(tuned.targets, {"0": (3, 3)}).count <= 400
+    # Channels 4 x 5 by 3 x 4, and 3 x 4 by 3 x 4; all is dense at rank 3, which is half of 5 and more.
+    assert tuned.num_parameters == 4 * 3 + 5 * 4 * 9 + 3 * 3 + 4 * 4
+    assert [entry.spec.fold.kernel for entry in tuned.entries] == [None, (3, 3)]
+    tuned.detach()
+    made = sl.Budget(200, lambda rank, *_, **__: sl.conv_lora(rank))
+    assert sl.attach(model, made, ["0"]).num_parameters == 20 + 12 * 9
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,6 @@ from superlora_tn.model.trainer import admissions
 from superlora_tn.model.tuned import Tuned
 from superlora_tn.model.weights import check_alone, check_apart, freeze, was_trainable, weight_of
 from superlora_tn.network.budget import Budget
-from superlora_tn.network.kernels import closed
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Adapter, Settings
 from superlora_tn.update.make import make_adapter
@@ -155,10 +154,13 @@ def _bought(
 ) -> tuple[tuple[AdapterSpec, tuple[str, ...]], ...]:
     """The declarations, budgets turned into what they buy."""
     known = places(model, rows) if any(isinstance(spec, Budget) for spec, _ in named) else {}
-    return tuple(
-        (closed(spec.choose({n: bind(n, known[n], at).shape for n in names}).spec) if isinstance(spec, Budget) else spec, names)
-        for spec, names in named
-    )
+    found: list[tuple[AdapterSpec, tuple[str, ...]]] = []
+    for spec, names in named:
+        if isinstance(spec, Budget):
+            own = [bind(name, known[name], at) for name in names]
+            spec = spec.choose({t.name: t.shape for t in own}, {t.name: t.kernel for t in own}).spec
+        found.append((spec, names))
+    return tuple(found)
 
 
 def _attach(model: nn.Module, request: _Request) -> Tuned:

@@ -119,10 +119,13 @@ class Budget:
     projection: Projection | None = None
     alpha: float | None = None
 
-    def choose(self, shapes: Shapes) -> Choice:
+    def choose(self, shapes: Shapes, kernels: Kernels | None = None) -> Choice:
         """The setting whose count is the largest not above the budget; the first in the order searched where counts tie.
 
         Searched are lower orders, then fewer groups, then ratios nearer 1 first.
+
+        Args:
+            shapes, kernels: of the targets, see `fit`.
 
         Raises:
             SpecError: the smallest possible count is above the budget (the message says how much it is), or no
@@ -134,7 +137,7 @@ class Budget:
         groups = _free_groups(len(shapes)) if self.groups is None else (self.groups,)
         ratios = RATIOS if self.ratio is None else (self.ratio,)
         maps = [self._map(ratio) for ratio in ratios]
-        return best([self._maker(*setting) for setting in product(orders, groups, maps)], self.parameters, shapes)
+        return best([self._maker(*setting) for setting in product(orders, groups, maps)], self.parameters, shapes, kernels)
 
     def _maker(self, order: int, groups: int | str, projection: Projection | None) -> Callable[[int], AdapterSpec]:
         def make(rank: int) -> AdapterSpec:

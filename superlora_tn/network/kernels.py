@@ -60,12 +60,6 @@ def count(spec: AdapterSpec, shapes: Mapping[str, Shape], kernels: Kernels | Non
     return sum(graph.num_parameters + own.magnitudes(group) for own, group, graph in lay_out(spec, shapes, kernels))
 
 
-def closed(spec: AdapterSpec) -> AdapterSpec:
-    """What was bought for shapes (out, in): its products split these as they were counted, whatever kernel they hold."""
-    fold = _open(spec)
-    return spec if fold is None or fold.kernel_modes else replace(spec, fold=replace(fold, kernel=()))
-
-
 def is_open(spec: AdapterSpec) -> bool:
     """Whether a declaration waits for its weights' kernels."""
     return _open(spec) is not None

@@ -20,7 +20,7 @@ from superlora_tn.declare.parts import BASED
 from superlora_tn.files.own import Entry, tensor_name
 from superlora_tn.network.budget import Budget
 from superlora_tn.network.graph import Graph
-from superlora_tn.network.kernels import Kernels, closed, is_open, lay_out
+from superlora_tn.network.kernels import Kernels, is_open, lay_out
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.tools.decompose import Decomposition, FitError, Progress, fit_weights
 from superlora_tn.tools.difference import resting
@@ -62,7 +62,7 @@ def convert(
     """
     entries = [source] if isinstance(source, Entry) else list(source)
     known = Source(entries, tensors)
-    spec = closed(to.choose(known.shapes).spec) if isinstance(to, Budget) else to
+    spec = to.choose(known.shapes, {**(kernels or {}), **known.kernels}).spec if isinstance(to, Budget) else to
     given = kernels_for(spec, [known], kernels)
     start = known.rests(spec, given) if base is None else resting(spec, known.shapes, base, given)
     settings = Settings(steps, tolerance, restarts)

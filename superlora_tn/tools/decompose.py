@@ -197,7 +197,7 @@ def fit_weights(
     """
     _check(settings, start)
     if isinstance(spec, Budget):
-        spec = spec.choose(shapes).spec
+        spec = spec.choose(shapes, kernels).spec
     if spec.scale == 0:
         raise FitError(f"the declaration has alpha={spec.alpha}, so its dW is zero whatever its nodes; choose another alpha.")
     frames = [frame(group, own, graph) for own, group, graph in lay_out(spec, shapes, kernels)]

@@ -15,7 +15,7 @@ from superlora_tn.files.own import Saved
 from superlora_tn.files.read import read
 from superlora_tn.model.tuned import Tuned
 from superlora_tn.network.budget import Budget
-from superlora_tn.network.kernels import Kernels, closed
+from superlora_tn.network.kernels import Kernels
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.tools.convert import convert as convert_entries
 from superlora_tn.tools.decompose import Decomposition, Progress, fit_weights
@@ -134,7 +134,7 @@ def extract(
     """
     found = difference(base, tuned, targets)
     given = to if isinstance(to, AdapterSpec | Budget) else to(found.shapes, found.kernels)
-    spec = closed(given.choose(found.shapes).spec) if isinstance(given, Budget) else given
+    spec = given.choose(found.shapes, found.kernels).spec if isinstance(given, Budget) else given
     settings = Settings(steps, tolerance, restarts)
     start = found.start(spec)
     made = fit_weights(found.shapes, found.delta, spec, settings, seed, start, progress, kernels=found.kernels)
