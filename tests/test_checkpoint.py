@@ -405,6 +405,7 @@ def test_a_folder_is_not_called_as_a_file(format: Any, whose: str, tmp_path: Pat
         tuned.save(place, format=format)
     assert not place.exists()
     place.mkdir()
+    assert "0  saved as it is" in str(tuned.save(tmp_path / "own"))
     tuned.save(place, format=format)  # a folder that is there under such a name is one
     (file,) = tuned.save(place, format="kohya").files
     assert file == place / "lora.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -324,6 +325,11 @@ def test_it_prints() -> None:
     assert "attention.q_proj" in text
     assert f"{lora(2).count(SHAPES):,} parameters" in text
     assert "in all the relative error is 0." in text
+    assert text.endswith(f"; {len(decompose(noise(SHAPES), lora(2)).fits)} solved by SVD")
+    fitted = str(decompose(noise(SHAPES), loha(2), steps=2, restarts=1))
+    assert re.search(r"; \d+ fitted from [a-z ]+, \d+ steps", fitted), fitted
+    same = {"weight": torch.zeros(4, 4)}
+    assert str(decompose(same, lora(1))).endswith("1 with nothing to fit")
 
 
 REFUSED = {

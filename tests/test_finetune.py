@@ -269,7 +269,7 @@ MISTAKES = [
     ("budget: 90\nsettings: {rank: 3}", ":14: budget is in place of a rank"),
     ("exclude: [a", "this is no YAML"),
     ("join: doora", ":14: join is 'doora'; did you mean dora"),
-    ("variant: oft\njoin: dora", ":15: join 'dora' was given for a declaration that joins otherwise already (W' = W (N))"),
+    ("variant: oft\njoin: dora", ":15: join 'dora' was given for a declaration that joins otherwise already (W' = W N)"),
     ("variant: superlora\nbudget: 90\njoin: dora", ":16: what a budget of superlora buys is counted as added"),
     ("variant: c3a\nbudget: 90", ":15: c3a has no rank or count that a budget could buy"),
     ("variant: waveft\nbudget: 90\nsettings: {count: 3}", ":15: budget is in place of a count"),

@@ -534,7 +534,12 @@ def test_files_states_and_resets_carry_the_join(join: str, tmp_path: Path) -> No
     expected, state = model(x), {k: v.clone() for k, v in model.state_dict().items()}
     assert tuned.num_parameters == sum(p.numel() for p in tuned.parameters()) == tuned.spec.count(tuned.targets)
     tuned.save(tmp_path)
-    assert "joined as" in str(tuned)
+    said = {
+        "magnitude": "2 with rows scaled to trained magnitudes (DoRA)",
+        "left": "2 multiplied from the left by the network N: W' = ",
+        "right": "2 multiplied from the right by the network N, as OFT and the like do: W' = ",
+    }
+    assert said[join] in str(tuned)
     again = copy.deepcopy(model)
     torch.testing.assert_close(again(x), expected, rtol=0, atol=0)
     tuned.reset_parameters()

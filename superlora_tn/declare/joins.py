@@ -71,9 +71,9 @@ class Multiply:
         return side, side
 
     def __str__(self) -> str:
-        factor = "1 + N" if self.residual else "N"
+        factor = "(1 + N)" if self.residual else "N"
         scales = "s " if self.scaled else ""
-        return f"W' = {scales}({factor}) W" if self.side == "left" else f"W' = {scales}W ({factor})"
+        return f"W' = {scales}{factor} W" if self.side == "left" else f"W' = {scales}W {factor}"
 
 
 Join = Magnitude | Multiply

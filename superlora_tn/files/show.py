@@ -44,7 +44,7 @@ class Shown:
         norm: of dW (Frobenius), None where it follows from the base model.
         largest: the largest singular value of dW, likewise.
         dora: whether it has DoRA's norms, to which the rows of W + dW are scaled; dW is what is added before that.
-        join: how the network joins the weight, where it makes no dW that is added ("W' = (N) W"); "" where it does.
+        join: how the network joins the weight, where it makes no dW that is added ("W' = N W"); "" where it does.
     """
 
     name: str

@@ -42,6 +42,7 @@ FILES = {
 }
 ENDINGS = (".safetensors", ".gguf")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+OWN = "own"  # what becomes of a weight in this library's own format: nothing
 ERRORS = "superlora_tn_errors"
 
 
@@ -66,6 +67,9 @@ class Report:
         width = max((len(row.name) for row in self.rows), default=0)
         lines = [f"{', '.join(str(f) for f in self.files)}: {len(self.rows)} weights"]
         for row in self.rows:
+            if row.method == OWN:
+                lines.append(f"{row.name:{width}}  saved as it is")
+                continue
             ranks = " x ".join(map(str, row.ranks)) or "-"
             lines.append(f"{row.name:{width}}  {row.method:8} rank {ranks:9} error {row.error:.2e}")
         return "\n".join(lines)
@@ -142,7 +146,7 @@ def save_as(
             raise CheckpointError("this library's own files hold an adapter as it is; leave rank, error and dtype out.")
         _refuse(Beside(added=more.added), format)
         write_own(path, entries, tensors, more.replaced)
-        return Report((place_of(path),), tuple(Row(n, "own", (), 0.0) for e in entries for n in e.targets))
+        return Report((place_of(path),), tuple(Row(n, OWN, (), 0.0) for e in entries for n in e.targets))
     odd = next((name for entry in entries for name in entry.targets if name in entry.rows or "+" in name), None)
     if odd is not None:
         raise CheckpointError(

@@ -9,6 +9,7 @@ from torch import nn
 
 from superlora_tn.contraction.plan import choose, crop_price, padded_shape, table, weight_price
 from superlora_tn.declare.fold import FlatGroup, PhysicalFold, split_name
+from superlora_tn.declare.joins import Join, Multiply
 from superlora_tn.files.record import Entry, names_of
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Adapter
@@ -80,13 +81,21 @@ def names(number: int, adapter: Adapter) -> list[str]:
 
 def notes(entries: Sequence[Entry], held: Sequence[str]) -> list[str]:
     """Lines behind the table: how updates join weights where they are not added, and which are where the weight is read."""
-    found: dict[str, int] = {}
+    found: dict[Join, int] = {}
     for entry in entries:
         if entry.spec.join is not None:
-            found[str(entry.spec.join)] = found.get(str(entry.spec.join), 0) + len(entry.targets)
-    lines = [f"{count} joined as {words}" for words, count in found.items()]
+            found[entry.spec.join] = found.get(entry.spec.join, 0) + len(entry.targets)
+    lines = [f"{count} {_joined(join)}" for join, count in found.items()]
     more = ", ..." if len(held) > 1 else ""
     return lines + ([f"{len(held)} adapted where the weight is read ({held[0]}{more})"] if held else [])
+
+
+def _joined(join: Join) -> str:
+    """What becomes of weights to which nothing is added: to be read behind their number."""
+    if isinstance(join, Multiply):
+        like = ", as OFT and the like do" if join.side == "right" else ""
+        return f"multiplied from the {join.side} by the network N{like}: {join}"
+    return f"with {join}"
 
 
 def share_of(model: nn.Module, trained: int, also: Sequence[str]) -> str:

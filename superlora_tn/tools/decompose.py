@@ -22,6 +22,14 @@ from superlora_tn.tools.fitting import FOUND, Fit, Settings, fit
 from superlora_tn.tools.frames import Frame, Load, frame
 from superlora_tn.update.initialise import first_values
 
+# Starts in words: where a fit began, and what a network is that needed none.
+FROM = {"chance": "a random start", "one factor, the others at one": "one factor of the product"}
+SOLVED = {"singular values": "solved by SVD", "singular values of the slices": "solved by SVD of the slices"} | {
+    "the same network": "the same network, with its values",
+    "nothing wanted": "with nothing to fit",
+    "nothing better than zero": "left at zero, as no fit was better",
+    "chance": "solved by a random start",
+}
 Ready = Callable[[Frame, list[Tensor]], str | None]
 
 
@@ -109,16 +117,26 @@ class Decomposition:
         for kind, errors in kinds.items():
             mean = sum(errors) / len(errors)
             rows.append((f"{len(errors)}", kind, *(f"{value:.3g}" for value in (min(errors), mean, max(errors)))))
-        found = dict.fromkeys(f.start for f in self.fits)
-        steps = [f.steps for f in self.fits]
         return "\n".join(
             [
                 f"{self.num_parameters:,} parameters: {words(self.spec)}",
                 *table(rows, "weights error mean largest"),
-                f"in all the relative error is {self.error:.3g}; {len(self.fits)} fits from {', '.join(found)}, "
-                f"{sum(steps)} steps (the longest {max(steps)})",
+                f"in all the relative error is {self.error:.3g}; {_how(self.fits)}",
             ]
         )
+
+
+def _how(fits: Sequence[Fit]) -> str:
+    """How networks were found, alike ones together."""
+    found: dict[tuple[str, bool], list[int]] = {}
+    for one in fits:
+        found.setdefault((one.start, one.steps > 0), []).append(one.steps)
+    words = []
+    for (start, fitted), steps in found.items():
+        most = f" (the longest {max(steps)})" if len(steps) > 1 else ""
+        behind = f"fitted from {FROM.get(start, start)}, {sum(steps)} steps{most}"
+        words.append(f"{len(steps)} {behind if fitted else SOLVED.get(start, f'solved by {start}')}")
+    return ", ".join(words)
 
 
 def decompose(
