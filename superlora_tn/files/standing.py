@@ -30,8 +30,8 @@ def check_replaceable(source: str | PathLike[str], target: str | PathLike[str], 
         if other is not None:
             held = _files(place, other)[0].name
             raise CheckpointError(
-                f"{place} holds an adapter in the format {other} ({held}), and one in the format {to} beside it would be "
-                "taken for it; name another folder, or replace it (force=True)."
+                f"{place} holds an adapter in the format {other} ({held}), and of one in the format {to} beside it only one "
+                "would be read; name another folder, or replace it (force=True)."
             )
         files = _files(place, to)
     else:
