@@ -397,7 +397,7 @@ def test_the_json_says_what_the_folder_holds(saved: Path) -> None:
     assert body["tensors"] == f"adapter-{body['tensors_sha256'][:16]}.safetensors"
 
 
-@pytest.mark.parametrize(("format", "whose"), [("superlora", "this library's own format"), ("peft", "PEFT's")])
+@pytest.mark.parametrize(("format", "whose"), [("superlora", "this library's own format"), ("peft", "PEFT's format")])
 def test_a_folder_is_not_called_as_a_file(format: Any, whose: str, tmp_path: Path) -> None:
     tuned = sl.attach(nn.Sequential(nn.Linear(8, 8)), sl.lora(2), ["0"])
     place = tmp_path / "x.safetensors"

@@ -85,6 +85,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert facts["parameters"] <= 300
     assert 0 < facts["error"] < 1
     assert set(facts["errors"]) == set(sl.load(seeded(0, Tiny).double(), out).targets)
+    assert main(["extract", *files, "--variant", "lora", "--rank", "1", "--out", str(tmp_path / "x.safetensors")]) == 2
+    assert "is the name of a file, and this library's own format is a folder" in capsys.readouterr().err
     for words in ("--variant lorra", "--budget 9 --rank 2", "--variant krona --budget 9", "--budget 9"):
         assert main(["extract", *files, *words.split()]) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -34,6 +34,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 JSON = "adapter.json"
+ENDINGS = (".safetensors", ".gguf")  # of the formats that are one file
 TENSORS = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
 DRAFT = re.compile(r"\.adapter-[0-9a-f]{32}\.draft")
 OLD = 3600.0
@@ -59,6 +60,20 @@ def place_of(folder: str | os.PathLike[str]) -> Path:
     if not isinstance(path, str) or "\0" in path:
         raise CheckpointError(f"the folder of an adapter was given as {folder!r}; give a path such as 'adapter'.")
     return Path(path)
+
+
+def check_folder(place: Path, whose: str) -> None:
+    """Raise where a format that is a folder would go under a file's name, unless such a folder is there.
+
+    Args:
+        place: where.
+        whose: the format.
+    """
+    if place.suffix in ENDINGS and not place.is_dir():
+        raise CheckpointError(
+            f"'{place}' is the name of a file, and {whose} is a folder; name a folder such as '{place.stem}', or give the "
+            "format 'kohya' or 'lycoris', which are one file."
+        )
 
 
 @contextmanager

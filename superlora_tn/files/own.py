@@ -20,7 +20,7 @@ from torch import Tensor
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.rows import Span
 from superlora_tn.files.errors import CheckpointError, DiskError
-from superlora_tn.files.folder import JSON, commit, content, opened, place_of
+from superlora_tn.files.folder import JSON, check_folder, commit, content, opened, place_of
 from superlora_tn.files.record import (
     BOUNDS,
     Entry,
@@ -109,6 +109,7 @@ def write(
         DiskError: the folder or the disk refuses.
     """
     place = place_of(folder)
+    check_folder(place, "this library's own format")
     source = f"what is saved to {place}"
     prefixed = {buffer_name(name): tensor for name, tensor in buffers.items()}
     data = packed(source, tensors, prefixed, nodes_of(source, entries))

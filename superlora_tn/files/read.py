@@ -9,14 +9,13 @@ from pathlib import Path
 from superlora_tn.files import own, peft
 from superlora_tn.files.container import load
 from superlora_tn.files.errors import CheckpointError
-from superlora_tn.files.folder import JSON, TENSORS, place_of
+from superlora_tn.files.folder import ENDINGS, JSON, TENSORS, place_of
 from superlora_tn.files.foreign import Parsed
 from superlora_tn.files.own import Saved
 from superlora_tn.files.single import parse_single
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-ENDINGS = (".safetensors", ".gguf")
 
 
 def read(path: str | PathLike[str]) -> Parsed | Saved:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from superlora_tn.files import formats, gguf
 from superlora_tn.files.errors import CheckpointError, DiskError
-from superlora_tn.files.folder import place_of
+from superlora_tn.files.folder import ENDINGS, check_folder, place_of
 from superlora_tn.files.formats import Content, Row
 from superlora_tn.files.gguf import Architecture
 from superlora_tn.files.names import label
@@ -40,7 +40,6 @@ FILES = {
     "diffusers": "pytorch_lora_weights.safetensors",
     "gguf": "lora.gguf",
 }
-ENDINGS = (".safetensors", ".gguf")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 OWN = "own"  # what becomes of a weight in this library's own format: nothing
 ERRORS = "superlora_tn_errors"
@@ -139,7 +138,8 @@ def save_as(
     """
     if format not in FORMATS:
         raise CheckpointError(f"'{format}' is no format; choose one of {', '.join(FORMATS)}.")
-    _check_folder(place_of(path), format)
+    if format == "peft":
+        check_folder(place_of(path), "PEFT's format")
     wish, more = Wish(rank, error, dtype), beside or Beside()
     if format == "superlora":
         if wish != Wish():
@@ -160,17 +160,6 @@ def save_as(
         for one in filled(entries, held, kernels or {}, joined=True)
     ]
     return save_weights(weights, path, format, wish, prefix, more, architecture or Architecture(), kept=False)
-
-
-def _check_folder(place: Path, format: str) -> None:
-    """Raise where a format of a folder would go under a file's name, unless such a folder is there."""
-    if format in FILES or place.suffix not in ENDINGS or place.is_dir():
-        return
-    whose = "this library's own format" if format == "superlora" else "PEFT's"
-    raise CheckpointError(
-        f"'{place}' is the name of a file, and {whose} is a folder; name a folder such as '{place.stem}', or give the format "
-        "'kohya' or 'lycoris', which are one file."
-    )
 
 
 def save_weights(
