@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -23,5 +24,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """The same random numbers for a test, whatever ran before it."""
+    """The same random numbers for a test, and the same room for compiled programs, whatever ran before it."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:  # it counts how often a function was compiled, over all models, and stops at eight
+        torch._dynamo.reset()
