@@ -589,3 +589,9 @@ def test_a_split_that_peft_does_not_make_fails() -> None:
     carried.settings["factor"] = 2
     with pytest.raises(peers.Misfit, match=r"lacks lokr_w1\.default of shape"):
         peers.peft_layer(carried, cases.linear(torch.zeros(12, 18), torch.float64))
+
+
+def test_gradients_through_a_bounded_map_are_checked_whatever_divides_alpha() -> None:
+    """The truncation of central differences is bounded by the network without scale, also of a rank's root."""
+    spec = sl.AdapterSpec(sl.CP(2), sl.FlatFold(2, "weight"), sl.Fastfood(ratio=1.0, tanh=True), alpha=2.0, rslora=True)
+    check(spec, {"model.layer.0.attention.q_proj": (3, 2)}, "gradients = central differences", "-", seed=0, dtype="float64")

@@ -225,7 +225,9 @@ def _gradient_error(sized: Sized, name: str, grad: Array, direction: Array) -> f
 def _truncation(sized: Sized, name: str, direction: Array, step: float) -> float:
     """Bound of a central difference's truncation through ``scale tanh(u)``."""
     assert isinstance(sized.spec.projection, Fastfood)
-    plain = replace(sized.case, spec=replace(sized.spec, projection=replace(sized.spec.projection, tanh=False), alpha=None))
+    plain = replace(
+        sized.case, spec=replace(sized.spec, projection=replace(sized.spec.projection, tanh=False), alpha=None, rslora=False)
+    )
     [linear] = [g for g in plain.groups() if list(g.shapes) == list(sized.shapes)]
     slopes = linear.formula({**sized.values, name: direction})
     cubes = sum(float((np.abs(c) * np.abs(slopes[t]) ** 3).sum()) for t, c in cotangents(sized).items())
