@@ -379,3 +379,15 @@ def test_a_sum_over_kernels_is_fitted_with_the_kernels_whole(to: sl.AdapterSpec,
     found = sl.combine({"low": 1.0}, "svd", to=sl.conv_lora(1), model=model)
     assert found.entries[0].spec.fold.kernel == (3, 3)
     np.testing.assert_allclose(found.deltas()["0"], other.delta("0").detach(), rtol=1e-9, atol=1e-11)
+
+
+def test_a_model_without_the_adapters_layers_tells_no_kernels(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        tuned = sl.attach(nn.Sequential(nn.Linear(8, 6)), sl.lora(2), ["0"], seed=seed)
+        perturb(tuned, seed)
+        tuned.save(tmp_path / f"{seed}")
+    parts = {tmp_path / "0": 0.5, tmp_path / "1": 0.5}
+    found = [
+        sl.combine(parts, how="svd", to=sl.lokr(1), model=model) for model in (None, nn.ModuleDict({"x": nn.Linear(6, 6)}))
+    ]
+    assert found[0].errors == found[1].errors

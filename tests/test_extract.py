@@ -169,7 +169,7 @@ def test_a_conversion_takes_the_bases_own_values_from_the_model(tmp_path: Path) 
             torch.testing.assert_close(delta, deltas[name], rtol=1e-12, atol=1e-14)
     sl.convert(tuned, sl.dense()).write(tmp_path / "dense", torch.float64)
     tuned.merge()
-    with pytest.raises(sl.FitError, match=r"load\(\) the adapter on its base"):  # W is not what it was
+    with pytest.raises(sl.FitError, match=r"nodes do not tell; unmerge\(\) it first"):  # W is not what it was
         sl.convert(tuned, sl.lora_xs(1))
     tuned.unmerge()
     tuned.detach()
@@ -292,3 +292,20 @@ def test_a_folder_that_does_not_tell_its_kernels_is_no_adapter_with_modes_for_th
     found = sl.convert(tuned, sl.conv_lora(1))
     assert found.is_exact
     assert [entry.spec.fold.kernel for entry in found.entries] == [(3, 3)]
+
+
+def test_what_gives_the_declaration_may_ask_for_the_shapes_alone(tmp_path: Path) -> None:
+    checkpoints(tmp_path, SPECS["lora"])
+    files = [tmp_path / f"{name}.safetensors" for name in ("base", "tuned")]
+    seen: list[object] = []
+
+    def alone(shapes: object) -> sl.AdapterSpec:
+        seen.append(shapes)
+        return sl.lora(2)
+
+    def both(shapes: object, kernels: object) -> sl.AdapterSpec:
+        seen.append(shapes)
+        return sl.lora(2)
+
+    assert extract(*files, alone).adapter.errors == extract(*files, both).adapter.errors
+    assert seen[0] == seen[1]

@@ -310,22 +310,24 @@ def test_a_mistyped_place_is_not_asked_of_the_hub(
     text = lines(bases, "causal-lm", tmp_path / "out")
     path = written(tmp_path, text)
     said = {
-        "model=lama": "--model: model is 'lama', which is not there; did you mean llama? What is the hub's goes by OWNER/NAME.",
         "model=models/llama": "--model: model is 'models/llama', which is not there.",
         "model=lama/": "model is 'lama/', which is not there; did you mean llama?",
         "model=words.txt": "--model: model is 'words.txt', which is a file; give the folder that save_pretrained wrote.",
-        "data=picture": "--data: data is 'picture', which is not there; did you mean pictures?",
-        "data=picture/class0": "data is 'picture/class0', which is not there; did you mean pictures/class0?",
         "spec=pictures": "--spec: spec is 'pictures', which is a folder; give a JSON file",
         "model=run.yml": f"did you mean {tmp_path}/run.yaml?",  # beside the configuration
     }
     for flag, answer in said.items():
         assert main(["finetune", path, f"--{flag}"]) == 2
         assert answer in capsys.readouterr().err
-    own = written(tmp_path, text.replace(str(bases / "llama"), "lama"))
-    assert main(["finetune", own]) == 2
-    assert "run.yaml:1: model is 'lama', which is not there; did you mean llama?" in capsys.readouterr().err
     assert read_config(path, {"model": "gpt2", "data": "owner/name"}).model == "gpt2"
+    assert not capsys.readouterr().err
+    own = written(tmp_path, text.replace(str(bases / "llama"), "lama"))
+    assert read_config(own, {"data": "picture"}).model == "lama"  # they may be the hub's
+    said_at_once = capsys.readouterr().err
+    assert "run.yaml:1: model is 'lama', which is not here; did you mean llama? The hub is asked for it." in said_at_once
+    assert "--data: data is 'picture', which is not here; did you mean pictures?" in said_at_once
+    read_config(path, {"data": "picture/class0"})
+    assert "data is 'picture/class0', which is not here; did you mean pictures/class0?" in capsys.readouterr().err
 
 
 def test_a_pipeline_is_a_model_of_diffusion_alone(bases: Path, tmp_path: Path) -> None:

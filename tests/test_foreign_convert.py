@@ -383,6 +383,9 @@ def test_convert_replaces_no_file_that_holds_no_adapter(tmp_path: Path, capsys: 
     assert main([*words, "--force"]) == 0
     assert main(words) == 0  # an adapter replaces an adapter
     assert "is what is read, too" in str(refusal(base, base, "lycoris"))
+    snake = tmp_path / "snake.safetensors"  # a model whose activations have a parameter of a name that adapters use
+    save_file({"block.0.alpha": torch.ones(4), "block.0.conv.weight": torch.ones(4, 4, 3)}, snake)
+    assert "holds no adapter" in str(refusal(tmp_path / "lora", snake, "kohya"))
 
 
 def test_convert_leaves_one_adapter_in_a_folder(tmp_path: Path) -> None:

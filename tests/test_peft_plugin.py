@@ -470,3 +470,9 @@ def test_a_layer_that_peft_wraps_is_named_as_such() -> None:
     with pytest.raises(sl.AttachError, match=r"layers.0.up' is PEFT's wrapper of a layer .* model.merge_and_unload\(\)"):
         sl.attach(model, sl.lora(2), ["up"])
     assert len(sl.attach(model.merge_and_unload(), sl.lora(2), ["up"]).targets) == 2
+
+
+def test_a_config_of_before_in_which_rslora_did_nothing_still_loads() -> None:
+    """As this library's own files of before do; the declaration means the same without it."""
+    for spec in (sl.lora(2), sl.dense(alpha=2.0)):
+        assert Config(spec={**spec.to_dict(), "rslora": True}).adapter_spec == spec

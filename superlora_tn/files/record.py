@@ -187,16 +187,16 @@ def entries_of(record: Record) -> tuple[Entry, ...]:
 
 
 def _entry(one: Mapping[str, Any]) -> Entry:
-    spec, trains = _spec(one["spec"]), None
+    spec, trains = saved_spec(one["spec"]), None
     targets, rows = _targets(one["targets"]), _rows(one.get("rows", {}), one["targets"])
     if "trains" in one:
-        trains = _spec(one["trains"])
+        trains = saved_spec(one["trains"])
         if summed([trains] * 2) != spec:
             raise SpecError(f"'trains' is {trains.network}, and the sum of two of these is not the declaration {spec.network}.")
     return Entry(spec, targets, rows, trains)
 
 
-def _spec(data: Any) -> AdapterSpec:
+def saved_spec(data: Any) -> AdapterSpec:
     """A declaration that was saved; earlier releases kept rslora=True also where it does nothing."""
     if isinstance(data, Mapping) and data.get("rslora") is True:
         plain = AdapterSpec.from_dict({**data, "rslora": False})

@@ -70,5 +70,8 @@ def _is_adapter(file: Path) -> bool:
     if file.name == PEFT_TENSORS[1]:
         return True  # a pickle, which nothing looks into; PEFT alone calls a file so
     with suppress(CheckpointError):
-        return any(split_key(key) or foreign_method(key) for key in look(file))
+        names = look(file)
+        parts = [part for part in map(split_key, names) if part is not None]
+        # Models have parameters called alpha, too.
+        return any(field != "alpha" for _, field in parts) or any(map(foreign_method, names))
     return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,7 +21,9 @@ class ConfigError(UsageError):
 
 
 def check_there(name: str, path: str, where: str, beside: Path) -> None:
-    """Raise for a path that is not there, or not what its key needs; a name that may be the hub's is left.
+    """Raise for a path that is not there, or not what its key needs.
+
+    A name that may be the hub's is left; where one nearly so is here, that is said at once, as the hub may take long to answer.
 
     Args:
         name: the key.
@@ -40,9 +43,10 @@ def check_there(name: str, path: str, where: str, beside: Path) -> None:
     is_path = name == "spec" or _is_path(path)
     close = list(dict.fromkeys(map(str, _close(place, beside, LIKE if is_path else NEAR))))
     meant = f"; did you mean {' or '.join(close[:3])}?" if close else ""
-    if is_path or meant:
-        hub = "" if is_path or len(place.parts) > 1 else " What is the hub's goes by OWNER/NAME."
-        raise ConfigError(f"{where}: {name} is '{path}', which is not there{meant or '.'}{hub}")
+    if is_path:
+        raise ConfigError(f"{where}: {name} is '{path}', which is not there{meant or '.'}")
+    if meant:
+        print(f"{where}: {name} is '{path}', which is not here{meant} The hub is asked for it.", file=sys.stderr)
 
 
 def _is_path(path: str) -> bool:

@@ -15,9 +15,9 @@ Entries = tuple[tuple[AdapterSpec, tuple[str, ...]], ...]
 
 
 def kernels_in(model: nn.Module, names: Iterable[str], at: str | None, rows: Mapping[str, Span]) -> dict[str, tuple[int, ...]]:
-    """The sizes of the targets' kernels, by name; () for a matrix."""
+    """The sizes of the targets' kernels, by name; () for a matrix, and none of what the model has not."""
     known = places(model, rows)
-    return {name: bind(name, known[name], at).kernel for name in names}
+    return {name: bind(name, known[name], at).kernel for name in names if name in known}
 
 
 def by_kernel(

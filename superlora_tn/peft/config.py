@@ -12,6 +12,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from superlora_tn.declare.parts import SpecError
+from superlora_tn.files.record import saved_spec
 from superlora_tn.network.budget import Budget
 from superlora_tn.network.catalogue import VARIANTS
 from superlora_tn.network.spec import AdapterSpec
@@ -143,7 +144,7 @@ def _declared(spec: Any, settings: Mapping[str, Any] | None) -> AdapterSpec:
     if isinstance(spec, AdapterSpec):
         return spec
     if isinstance(spec, Mapping):
-        return AdapterSpec.from_dict(spec)
+        return saved_spec(spec)
     raise SpecError(
         f"SuperLoraConfig was given spec={spec!r}; give an AdapterSpec, its to_dict(), or the name of a variant such as 'lora' "
         "with settings={'rank': 8}."

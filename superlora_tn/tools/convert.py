@@ -28,6 +28,8 @@ from superlora_tn.tools.fitting import Settings
 from superlora_tn.tools.frames import Frame, frame
 from superlora_tn.update.based import Read
 
+REMEDY = "load() the adapter on its base, and convert the handle"
+
 
 def convert(
     source: Entry | Sequence[Entry],
@@ -40,6 +42,7 @@ def convert(
     seed: int = 0,
     progress: Callable[[Progress], None] | None = None,
     base: Read | None = None,
+    remedy: str = REMEDY,
     kernels: Kernels | None = None,
 ) -> Decomposition:
     """The adapter of another declaration with the same dW, or the nearest.
@@ -51,6 +54,7 @@ def convert(
         steps, tolerance, restarts, seed, progress: of the fits, where there are any; see `decompose`.
         base: W of a weight, (out, in), for nodes of the other declaration that hold values of it; None where W is not at hand
             but in the adapter's own nodes, which then have to be the same.
+        remedy: what to do where W is needed and not at hand.
         kernels: of the weights, where their layers are at hand; else they are what the declarations say of them.
 
     Returns:
@@ -64,7 +68,7 @@ def convert(
     known = Source(entries, tensors)
     spec = to.choose(known.shapes, {**(kernels or {}), **known.kernels}).spec if isinstance(to, Budget) else to
     given = kernels_for(spec, [known], kernels)
-    start = known.rests(spec, given) if base is None else resting(spec, known.shapes, base, given)
+    start = known.rests(spec, given, remedy) if base is None else resting(spec, known.shapes, base, given)
     settings = Settings(steps, tolerance, restarts)
     return fit_weights(known.shapes, known.delta, spec, settings, seed, start, progress, known.grown, given)
 
@@ -116,7 +120,7 @@ class Source:
             self._built = (group, self._frames[group].deltas(self._nodes[group]))
         return self._built[1][name]
 
-    def rests(self, spec: AdapterSpec, kernels: Kernels | None) -> dict[str, Tensor]:
+    def rests(self, spec: AdapterSpec, kernels: Kernels | None, remedy: str) -> dict[str, Tensor]:
         """The adapter's own nodes for those of another declaration that hold the same of the base.
 
         Raises:
@@ -131,8 +135,7 @@ class Source:
                     continue
                 if self._frames[own].group != group or node not in held:
                     raise FitError(
-                        f"'{node.name}' holds the base's '{node.init}', which the adapter's nodes do not tell; load() the "
-                        "adapter on its base, and convert the handle."
+                        f"'{node.name}' holds the base's '{node.init}', which the adapter's nodes do not tell; {remedy}."
                     )
                 found[tensor_name(k, node)] = held[node]
         return found

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +19,14 @@ from superlora_tn.model.tuned import Tuned
 from superlora_tn.network.budget import Budget
 from superlora_tn.network.kernels import Kernels
 from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.tools.convert import REMEDY
 from superlora_tn.tools.convert import convert as convert_entries
 from superlora_tn.tools.decompose import Decomposition, Progress, fit_weights
 from superlora_tn.tools.difference import difference
 from superlora_tn.tools.fitting import Settings
 
-Declared = AdapterSpec | Budget | Callable[[Mapping[str, Shape], Kernels], AdapterSpec]
+Maker = Callable[[Mapping[str, Shape], Kernels], AdapterSpec] | Callable[[Mapping[str, Shape]], AdapterSpec]
+Declared = AdapterSpec | Budget | Maker
 
 
 def convert(
@@ -61,9 +65,10 @@ def convert(
     def base(name: str) -> Tensor:
         return own[name].weight().to(device="cpu", dtype=torch.float64)
 
-    own = adapter._targets if isinstance(adapter, Tuned) and not adapter.merged else {}
+    merged = isinstance(adapter, Tuned) and adapter.merged
+    own = adapter._targets if isinstance(adapter, Tuned) and not merged else {}
     kernels = {n: t.kernel for n, t in adapter._targets.items()} if isinstance(adapter, Tuned) else None
-    rest = {"base": base if own else None, "kernels": kernels, **options}
+    rest = {"remedy": "unmerge() it first" if merged else REMEDY, "base": base if own else None, "kernels": kernels, **options}
     return convert_entries(saved.entries, saved.tensors, to, **rest)  # type: ignore[arg-type]
 
 
@@ -133,9 +138,15 @@ def extract(
         SpecError: the declaration does not fit.
     """
     found = difference(base, tuned, targets)
-    given = to if isinstance(to, AdapterSpec | Budget) else to(found.shapes, found.kernels)
+    given = to if isinstance(to, AdapterSpec | Budget) else _made(to, found.shapes, found.kernels)
     spec = given.choose(found.shapes, found.kernels).spec if isinstance(given, Budget) else given
     settings = Settings(steps, tolerance, restarts)
     start = found.start(spec)
     made = fit_weights(found.shapes, found.delta, spec, settings, seed, start, progress, kernels=found.kernels)
     return Extracted(made, found.left)
+
+
+def _made(maker: Any, shapes: Mapping[str, Shape], kernels: Kernels) -> AdapterSpec:
+    """What gives the declaration may ask for the shapes alone."""
+    found: AdapterSpec = maker(shapes, kernels) if len(signature(maker).parameters) > 1 else maker(shapes)
+    return found
