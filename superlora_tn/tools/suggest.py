@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from superlora_tn.contraction.plan import choose, choose_each, crop_price, table
+from superlora_tn.contraction.plan import choose, table
 from superlora_tn.contraction.profile import CPU, ITEM, Device
 from superlora_tn.contraction.search import PlanError
+from superlora_tn.contraction.summed import choose_all
 from superlora_tn.declare.checks import near
 from superlora_tn.declare.fold import PhysicalGroup, Shape
 from superlora_tn.declare.parts import SpecError, check_count
@@ -176,8 +177,9 @@ def cost(
         trained = graph.num_parameters
         state += ITEM * (4 * trained + graph.num_numbers - trained)
         if isinstance(group, PhysicalGroup):
-            for term, chosen in choose_each(graph, group.shape, tokens, device):
-                seconds += len(group.members) * (chosen.price + crop_price(term, group.shape, tokens, device))
+            found = choose_all(graph, group.shape, tokens, device)
+            seconds += len(group.members) * found.price
+            for _, chosen in found.each:
                 built = chosen.shape[0] * chosen.shape[1] if chosen.route == "delta" else 0
                 peak = max(peak, chosen.chosen.peak, ITEM * built)
             continue
