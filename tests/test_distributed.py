@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from launched import HERE, environment, launched
 from optional import library
 from ranks import SCENARIOS, SPECS, STEPS, Net, attached, batch
 from torch.nn.utils import prune
@@ -20,14 +20,8 @@ import superlora_tn as sl
 
 if not torch.distributed.is_available() or sys.platform == "win32":
     pytest.skip("torch.distributed with gloo is not here", allow_module_level=True)
-HERE = Path(__file__).resolve().parent
 # Sums in another order, in float64, through three steps of AdamW, which divides by square roots of small numbers.
 BOUND = 1e-11
-
-
-def environment() -> dict[str, str]:
-    paths = [HERE, HERE.parent, HERE.parent / "backends", *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -219,15 +213,6 @@ def test_accelerate_under_torchrun(tmp_path: Path) -> None:
     library("accelerate")
     launched(LAUNCHED, tmp_path, "adapter")
     compare(tmp_path / "adapter", BOUND)
-
-
-def launched(script: str, folder: Path, *words: str, **variables: str) -> None:
-    """Run a script by torchrun in two processes."""
-    (folder / "script.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py", *words]
-    variables = {**environment(), **variables}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240, cwd=folder)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
 def compare(saved: Path, bound: float) -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launched import launched
 from optional import library
-from shown import ROOT
 
 import superlora_tn as sl
 
@@ -76,16 +74,6 @@ for path in sys.argv[1:]:
 """
 
 
-def launched(folder: Path, *words: str) -> None:
-    """Run the script by torchrun in two processes."""
-    paths = [ROOT, ROOT / "backends", *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
-    (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py", *words]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240, cwd=folder, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-
-
 def pictures(folder: Path) -> dict[str, Any]:
     """A tiny denoiser and 56 pictures of one grey each; the options of a run that learns them."""
     diffusers, image = library("diffusers"), library("PIL.Image")
@@ -109,7 +97,7 @@ def test_two_processes_broken_off_and_resumed_are_one_with_the_doubled_batch(bas
         own = config(base, tmp_path / name, batch=2, accumulate=2, **options)
         given = {**own.identity(), "output": own.output, "log": 1}
         (tmp_path / f"{name}.yaml").write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in given.items()))
-    launched(tmp_path, *(f"{name}.yaml" for name in kinds))
+    launched(SCRIPT, tmp_path, *(f"{name}.yaml" for name in kinds))
     for name, whole in wholes.items():
         report = json.loads((tmp_path / name / "report.json").read_text())
         assert (report["resumed_from"], report["steps"]) == (4, 8)

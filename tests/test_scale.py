@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import test_distributed
 import torch
+from launched import launched
 from optional import library
 from ranks import SCENARIOS
 
@@ -77,11 +76,7 @@ def test_the_recipes_run_as_one_process(tmp_path: Path) -> None:
     """All in one file on two processes; what each saves is what one process trains."""
     library("accelerate")
     recipes = re.findall(r"```py\n(.*?)```", PAGE, re.DOTALL)
-    (tmp_path / "recipes.py").write_text("\n".join(recipes))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "recipes.py"]
-    environment = test_distributed.environment()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launched("\n".join(recipes), tmp_path)
     scope: dict[str, Any] = {}
     exec("import torch\nimport superlora_tn as sl\n" + recipes[0].partition("mine = ")[2].partition("\n")[2], scope)
     model, tuned = scope["adapted"]()
