@@ -48,6 +48,19 @@ def test_what_is_written_for_peft_peft_reads(spec: sl.AdapterSpec, tmp_path: Pat
     torch.testing.assert_close(wrapped(X), model(X), rtol=1e-4, atol=1e-5)
 
 
+def test_no_other_format_is_written_beside_an_adapter(tmp_path: Path) -> None:
+    """Reading the folder would give the one that was there before."""
+    tuned = sl.attach(seeded(0, Tiny), sl.lora(2), TARGETS, seed=0)
+    tuned.save(tmp_path)
+    files = sorted(tmp_path.iterdir())
+    for format, other in (("peft", "superlora"), ("kohya", "superlora")):
+        with pytest.raises(sl.CheckpointError, match=f"adapter in the format {other} .*another folder, or remove it first"):
+            tuned.save(tmp_path, format=format)  # type: ignore[arg-type]
+    assert sorted(tmp_path.iterdir()) == files
+    tuned.save(tmp_path / "peft", format="peft")
+    tuned.save(tmp_path / "peft", format="peft")  # its own is replaced
+
+
 def test_a_foreign_file_that_does_not_fit_leaves_the_model(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     peft.get_peft_model(seeded(0, Tiny), peft.LoraConfig(target_modules=["up"], r=2)).save_pretrained(tmp_path)

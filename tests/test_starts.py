@@ -397,10 +397,10 @@ def test_what_cannot_start_says_why() -> None:
         sl.start(attached(net()), sl.lora_ga([], loss))
     with pytest.raises(sl.SpecError, match="choose a lower rank"):
         sl.start(attached(net(), sl.lora(8)), sl.lora_ga(batches(), loss))
-    with pytest.raises(sl.SpecError, match="plain low-rank pairs"):
+    with pytest.raises(sl.SpecError, match=r"plain low-rank pairs.* or pissa\(\), which starts nearest"):
         sl.start(attached(net(), sl.AdapterSpec(sl.Tucker(2))), sl.olora())
     twice = sl.AdapterSpec(sl.Sum(sl.Dense(), sl.Dense()))
-    with pytest.raises(sl.SpecError, match=r"'out in -> out in \+ out in -> out in' is another"):
+    with pytest.raises(sl.SpecError, match=r"'out in -> out in \+ out in -> out in' is another. Use lora\(rank\)\.$"):
         sl.start(attached(net(), twice), sl.eva(batches()))
     with pytest.raises(sl.SpecError, match="choose of ArBr"):
         sl.lora_ga([], loss, direction="up")

@@ -26,13 +26,7 @@ def check_replaceable(source: str | PathLike[str], target: str | PathLike[str], 
     """
     place, read = place_of(target), place_of(source)
     if place.is_dir():
-        other = next((format for format in FORMATS if format != to and _files(place, format)), None)
-        if other is not None:
-            held = _files(place, other)[0].name
-            raise CheckpointError(
-                f"{place} holds an adapter in the format {other} ({held}), and of one in the format {to} beside it only one "
-                "would be read; name another folder, or replace it (force=True)."
-            )
+        check_alone(place, to, "replace it (force=True)")
         files = _files(place, to)
     else:
         files = [place] if place.is_file() else []
@@ -43,6 +37,21 @@ def check_replaceable(source: str | PathLike[str], target: str | PathLike[str], 
     for file in files:
         if file.name != CONFIG and not _is_adapter(file):
             raise CheckpointError(f"{file} is there and holds no adapter; name another, or replace it (force=True).")
+
+
+def check_alone(target: str | PathLike[str], to: str, remedy: str = "remove it first") -> None:
+    """Raise where the folder of a target holds an adapter in another format: of two, one would be read.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if others := left_over(target, to):
+        place, held = place_of(target), others[0].name
+        other = next(format for format in FORMATS if others[0] in _files(place, format))
+        raise CheckpointError(
+            f"{place} holds an adapter in the format {other} ({held}), and of one in the format {to} beside it only one "
+            f"would be read; name another folder, or {remedy}."
+        )
 
 
 def left_over(target: str | PathLike[str], to: str) -> list[Path]:

@@ -14,7 +14,8 @@ from superlora_tn.contraction.summed import Choice, routes
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import check_number
 from superlora_tn.files.own import CheckpointError, Entry, Saved, read
-from superlora_tn.files.writes import Beside, Format, Report, save_as
+from superlora_tn.files.standing import check_alone
+from superlora_tn.files.writes import FORMATS, Beside, Format, Report, save_as
 from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.convolutions import kernels_of
 from superlora_tn.model.describe import as_given, names, notes, share_of, summary
@@ -337,6 +338,8 @@ class Tuned(Stated):
             CheckpointError: nodes that are not whole here, something that the format cannot hold, or a folder that cannot be
                 written.
         """
+        if format in FORMATS[1:]:  # this library's own is read before any other
+            check_alone(folder, format)
         now = self._saved()
         tables = {name: False for name, target in self._targets.items() if isinstance(target.kind, Table)}
         beside = Beside(replaced=now.buffers, known=self._base.known)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -298,15 +299,21 @@ def _check_given(tuned: object, how: object) -> None:
 def _departed(entry: Entry, how: Start) -> Entry:
     """The declaration of twice the ranks, of which the given one trains."""
     try:
-        whole = summed([entry.spec] * 2)
-        for _, graph in whole.lay_out(entry.targets):
-            blocks(graph, ())
+        whole = _doubled(entry)
     except SpecError as error:
         raise SpecError(
             f"{_name(how)}() takes its dW0 off again, as one network of twice the ranks, which this one has not: {error} "
             "Attach a network whose bonds hang together, such as lora(rank) or a Tucker."
         ) from error
     return replace(entry, spec=whole, trains=entry.spec)
+
+
+def _doubled(entry: Entry) -> AdapterSpec:
+    """The network of twice the ranks; SpecError where there is none."""
+    whole = summed([entry.spec] * 2)
+    for _, graph in whole.lay_out(entry.targets):
+        blocks(graph, ())
+    return whole
 
 
 def _name(how: Start) -> str:
@@ -335,9 +342,13 @@ def _values(tuned: Tuned, how: Start, adapter: Adapter, known: Mapping[str, Tens
         return _placed(adapter.graph, plain, b, a)
     wanted = {name: how.nearest(read(name)) for name in names}
     if any(matrix is None for matrix in wanted.values()):
+        advice = "Use lora(rank)."
+        with suppress(SpecError):
+            _doubled(next(entry for entry in tuned.entries if names[0] in entry.targets))
+            advice = "Use lora(rank), or pissa(), which starts nearest to W."
         raise SpecError(
             f"{_name(how)}() is for plain low-rank pairs B A, one for each weight; the network "
-            f"'{adapter.graph.equation()}' is another. Use lora(rank), or pissa(), which starts nearest to W."
+            f"'{adapter.graph.equation()}' is another. {advice}"
         )
     return _fitted(adapter.spec, wanted, adapter.graph, read)
 
