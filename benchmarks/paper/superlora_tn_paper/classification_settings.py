@@ -6,7 +6,7 @@ of (nearly) equal counts on any model. Counts are wanted in units of LoRA's at r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from superlora_tn import (
@@ -94,8 +94,13 @@ def _flat(order: int, groups: int, projection: Projection | None) -> str:
     return " ".join(words)
 
 
-def settings(shapes: Mapping[str, Shape]) -> list[Setting]:
-    """All settings for target weights (name -> (out, in)), dense fine-tuning first."""
+def settings(shapes: Mapping[str, Shape], more_lorta: Sequence[float] = ()) -> list[Setting]:
+    """All settings for target weights (name -> (out, in)), dense fine-tuning first.
+
+    Args:
+        shapes: of the weights.
+        more_lorta: wanted counts of further LoRTA settings (M=3, one group), in units of LoRA's at rank 1.
+    """
     unit = lora(1).count(shapes)
     found: list[Setting] = []
 
@@ -134,7 +139,7 @@ def settings(shapes: Mapping[str, Shape]) -> list[Setting]:
     add("LoNKr", lonkr, 0.375)
     for wanted in (0.18, 0.92):
         add("LoTR", lotr, wanted)
-    for wanted, groups in ((0.12, 1), (LEVEL, 1), (LEVEL, 4), (1.47, 12)):
+    for wanted, groups in ((0.12, 1), (LEVEL, 1), (LEVEL, 4), (1.47, 12), *((wanted, 1) for wanted in more_lorta)):
         add_lorta(wanted, groups=groups)
     add_lorta(LEVEL, order=4)
     for wanted in (0.02, 0.41):

@@ -41,6 +41,7 @@ from superlora_tn_paper.task import Batch, Subset, Task
 
 REVISION = 1  # raise it when the training code changes, so that older finished jobs expire
 OWN_RATE = ("LoRA", "LoRTA", "projected LoRTA")  # families whose every setting chooses its own rate, and takes more seeds
+MORE_LORTA = (4.0, 16.0)  # LoRTA at the counts of LoRA of ranks 4 and 16, to see from which count on it reaches LoRA's accuracy
 PAUSE = 5.0  # seconds until it is looked again whether another process has finished its job
 
 
@@ -155,7 +156,7 @@ class Converged:
     def settings(self) -> list[Setting]:
         """All settings in the order they are worked off: dense, then the lines of LoRA and LoRTA, then all others."""
         lines = {"dense": 0, "LoRA": 1, "LoRTA M=3": 2}
-        every = settings(self.task.shapes)
+        every = settings(self.task.shapes, MORE_LORTA)
         return sorted(every, key=lambda s: lines.get(s.variant, 3 if s.family in OWN_RATE else 4))
 
     @cached_property
