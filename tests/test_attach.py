@@ -23,6 +23,7 @@ from models import (
     seeded,
     snapshot,
 )
+from optional import library
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -557,3 +558,16 @@ def test_attaching_works_on_the_meta_device() -> None:
     tuned = sl.attach(model, sl.lotr(2), TARGETS)
     assert {p.device.type for p in tuned.parameters()} == {"meta"}
     assert tuned.num_parameters == sl.lotr(2).count(tuned.targets)
+
+
+def test_all_linear_of_a_model_in_peft_leaves_pefts_own_layers_out() -> None:
+    peft = library("peft")
+    base = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"], r=2))
+    with torch.no_grad():
+        wrapped.get_submodule("base_model.model.0.lora_B.default").weight.fill_(0.1)
+    x = torch.randn(3, 4)
+    before = wrapped(x)
+    tuned = sl.attach(wrapped, sl.lora(1), "all-linear", seed=0)
+    assert list(tuned.targets) == ["base_model.model.0.base_layer", "base_model.model.2"]
+    assert torch.equal(wrapped(x), before)

@@ -93,9 +93,9 @@ def match(model: nn.Module, targets: Targets, exclude: Targets = (), only_layers
     Args:
         model: the model.
         targets: a regular expression for the whole name, ``"all-linear"`` for every linear layer (of an
-            `nn.MultiheadAttention` its out_proj alone) but the output layer of a transformers model, or a list of exact
-            names and of endings behind a dot, and of `Rows`. A fused layer whose model is known has its blocks behind its
-            name: ``"attn.qkv.q"``.
+            `nn.MultiheadAttention` its out_proj alone) but the output layer of a transformers model and the layers of PEFT's
+            own adapters, or a list of exact names and of endings behind a dot, and of `Rows`. A fused layer whose model is
+            known has its blocks behind its name: ``"attn.qkv.q"``.
         exclude: the same, to leave out; it goes first.
         only_layers: keep names whose first number is one of these.
 
@@ -138,7 +138,9 @@ def _together(names: list[str], known: Mapping[str, Place]) -> list[str]:
 def _named(model: nn.Module, targets: Targets, found: Mapping[str, Place], adaptable: list[str]) -> list[str]:
     if targets == "all-linear":
         outputs = _output_layers(model)
-        return [n for n in adaptable if found[n].is_linear and found[n].module not in outputs and not found[n].tied]
+        wrappers = {n for n, place in found.items() if f"{n}.base_layer" in found and _is_of_peft(place.module)}
+        own = [n for n in adaptable if found[n].is_linear and found[n].module not in outputs and not found[n].tied]
+        return [n for n in own if not _is_beside(n, wrappers)]
     if isinstance(targets, str):
         try:
             pattern = re.compile(targets)
@@ -162,6 +164,18 @@ def _named(model: nn.Module, targets: Targets, found: Mapping[str, Place], adapt
             raise AttachError(f"the target '{entry}' matches no module; {near(entry, adaptable)}.")
         wanted |= set(own)
     return [n for n in found if n in wanted]
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    """Whether it is PEFT's, or inherits from PEFT's."""
+    return any(t.__module__.partition(".")[0] == "peft" for t in type(module).__mro__)
+
+
+def _is_beside(name: str, wrappers: set[str]) -> bool:
+    """Whether a layer is part of an adapter that PEFT has put beside the layer it wraps, its `base_layer`."""
+    words = name.split(".")
+    around = [k for k in range(1, len(words)) if ".".join(words[:k]) in wrappers]
+    return bool(around) and "base_layer" not in words[around[-1] :]
 
 
 def _endings(names: Iterable[str]) -> dict[str, list[str]]:
@@ -195,7 +209,7 @@ def _output_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _check(name: str, place: Place) -> None:
-    if not place.is_supported and any(t.__module__.partition(".")[0] == "peft" for t in type(place.module).__mro__):
+    if not place.is_supported and _is_of_peft(place.module):
         raise AttachError(
             f"'{name}' is PEFT's wrapper of a layer ({type(place.module).__name__}), with an adapter in it. Merge it and take "
             "PEFT off first, model.merge_and_unload(), or make a declaration a method of PEFT: superlora_tn.peft."
