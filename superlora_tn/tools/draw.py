@@ -220,6 +220,7 @@ def pareto(
             va="bottom",
             color=INK,
         )
+    axes.margins(y=0.08)  # the words of the highest reference stand above its line
     axes.set_xscale("log")
     axes.set_xlabel("trainable parameters")
     axes.set_ylabel(label)
