@@ -25,7 +25,7 @@ from superlora_tn.tools.measure import machine
 from superlora_tn_paper.denoising import Schedule, Training
 from superlora_tn_paper.diffusion import Experiment, Recipe, adapted, prepare, said, tried_loss, write
 from superlora_tn_paper.diffusion_settings import settings
-from superlora_tn_paper.rates import best, searched
+from superlora_tn_paper.rates import lowest_level, searched
 from superlora_tn_paper.store import Data, Elsewhere, alone
 from superlora_tn_paper.unet import UNetShape, attention_shapes
 
@@ -139,8 +139,8 @@ class Converged:
             job = self.job(f"choose_{setting.job}_{rate:g}", lambda: {"loss": tried_loss(chooser, spec, rate, words)})
             return float(job["loss"])
 
-        tried = searched(long.recipe.rates, long.factor, long.extensions, loss, best)
-        rate = best(tried)
+        tried = searched(long.recipe.rates, long.factor, long.extensions, loss, lowest_level)
+        rate = lowest_level(tried)
         runs: list[Data] = []
         elsewhere: Elsewhere | None = None
         for seed in long.seeds:

@@ -161,7 +161,7 @@ def _setup(result: Data) -> str:
         if seeds
         else "± is the bootstrap's standard deviation over the images; the spread over training seeds was not measured."
     )
-    edge = ", others a factor apart while the best is at the edge," if seeds else ""
+    edge = ", others a factor apart while the best is at the edge, the lowest within 1 % of" if seeds else ""
     levels = ", ".join(
         f"{level} {level_budget(level, result['elements']):,} (on the paper's net {count:,})" for level, count in LEVELS.items()
     )
