@@ -135,6 +135,43 @@ def test_an_adapter_becomes_another(tmp_path: Path) -> None:
     assert 0 < nearest.error < 1
 
 
+@pytest.mark.parametrize(
+    ("source", "to"),
+    [(sl.lokr(1), sl.lora(4)), (sl.lora(2), sl.lotr(8)), (sl.lora(2), sl.lora(1))],
+    ids=["lokr in lora", "lora in lotr", "truncated"],
+)
+def test_dora_becomes_another_dora(source: sl.AdapterSpec, to: sl.AdapterSpec, tmp_path: Path) -> None:
+    """Its magnitudes stay with their rows; W' is m (W + dW) / ||W + dW|| by the formula, of what dW became."""
+    base = seeded(0, Tiny).double()
+    model = seeded(0, Tiny).double()
+    tuned = sl.attach(model, sl.dora(source), TARGETS, seed=1, dtype=torch.float64)
+    perturb(tuned)
+    own = {name: adapter for adapter in tuned.adapters for name in adapter.group.members}
+    norms = {name: adapter.magnitude_of(name).detach().clone() for name, adapter in own.items()}
+    tuned.save(tmp_path / "dora")
+    for given in (tuned, tmp_path / "dora"):
+        found = sl.convert(given, sl.dora(to))
+        plain = sl.convert(sl.attach(seeded(0, Tiny).double(), source, TARGETS, seed=1, dtype=torch.float64), to)
+        assert found.num_parameters == plain.num_parameters + sum(norm.numel() for norm in norms.values())
+        found.write(tmp_path / "other", torch.float64)
+        again = sl.load(seeded(0, Tiny).double(), tmp_path / "other")
+        for name, norm in norms.items():
+            weight = base.get_submodule(name).weight.detach()
+            delta = own[name].delta(name).detach()
+            if not found.is_exact:
+                left, values, right = torch.linalg.svd(delta)
+                delta = left[:, :1] * values[:1] @ right[:1]
+            moved = weight + delta
+            wanted = norm[:, None] * moved / moved.norm(dim=1, keepdim=True) - weight
+            torch.testing.assert_close(again.delta(name), wanted, rtol=1e-9, atol=1e-10)  # dW by SVD, in float64
+        again.detach()
+    with pytest.raises(sl.SpecError, match="joins otherwise"):
+        sl.convert(tuned, to)
+    tuned.detach()
+    with pytest.raises(sl.SpecError, match="joins otherwise"):
+        sl.convert(sl.attach(model, source, TARGETS, seed=1), sl.dora(to))
+
+
 def test_what_a_conversion_would_not_keep_is_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
     rows = sl.attach(model, sl.lora(1), [sl.Rows("0", ("a", "b"), use=("a",))], name="rows")

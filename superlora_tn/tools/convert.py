@@ -11,11 +11,13 @@ summed rank as high as its own, and an elementwise product takes one factor besi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from superlora_tn.declare.fold import PhysicalFold, Shape
+from superlora_tn.declare.joins import Magnitude
 from superlora_tn.declare.parts import BASED
 from superlora_tn.files.own import Entry, tensor_name
 from superlora_tn.network.budget import Budget
@@ -58,19 +60,45 @@ def convert(
         kernels: of the weights, where their layers are at hand; else they are what the declarations say of them.
 
     Returns:
-        Nodes and errors: below 1e-10 (`Decomposition.is_exact`) where the other declaration contains this adapter.
+        Nodes and errors: below 1e-10 (`Decomposition.is_exact`) where the other declaration contains this adapter. Of DoRA
+            in DoRA the magnitudes stay, and the errors are those of the dW that is added before rows are scaled.
 
     Raises:
         FitError: nodes that are missing or of another shape, or numbers that are not finite.
         SpecError: the other declaration does not fit the weights' shapes.
     """
     entries = [source] if isinstance(source, Entry) else list(source)
-    known = Source(entries, tensors)
+    norms = _magnitudes(entries, tensors)
+    known = Source([replace(e, spec=replace(e.spec, join=None)) for e in entries] if norms else entries, tensors)
     spec = to.choose(known.shapes, {**(kernels or {}), **known.kernels}).spec if isinstance(to, Budget) else to
-    given = kernels_for(spec, [known], kernels)
-    start = known.rests(spec, given, remedy) if base is None else resting(spec, known.shapes, base, given)
+    kept = bool(norms) and isinstance(spec.join, Magnitude)
+    for one in () if kept else (*(entry.spec for entry in entries), spec):
+        one.check_added("fits and conversions are")
+    own = replace(spec, join=None)
+    given = kernels_for(own, [known], kernels)
+    start = known.rests(own, given, remedy) if base is None else resting(own, known.shapes, base, given)
     settings = Settings(steps, tolerance, restarts)
-    return fit_weights(known.shapes, known.delta, spec, settings, seed, start, progress, known.grown, given)
+    found = fit_weights(known.shapes, known.delta, own, settings, seed, start, progress, known.grown, given)
+    if not kept:
+        return found
+    laid = enumerate(group.members for _, group, _ in lay_out(spec, known.shapes, given))
+    beside = {f"magnitude{k}": torch.cat([norms[name] for name in members]) for k, members in laid}
+    return replace(found, spec=spec, tensors={**found.tensors, **beside})
+
+
+def _magnitudes(entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The magnitudes of each weight's rows, where all declarations have such (DoRA); nothing where one has none."""
+    found = dict[str, Tensor]()
+    if not all(isinstance(entry.spec.join, Magnitude) for entry in entries):
+        return found
+    for k, group in enumerate(group for entry in entries for group, _ in entry.spec.lay_out(entry.targets)):
+        rows = [group.rows_of(name) for name in group.members]
+        name = f"magnitude{k}"
+        if name not in tensors or tuple(tensors[name].shape) != (sum(rows),):
+            raise FitError(f"the adapter has no '{name}' of {sum(rows)} numbers, which its declaration needs.")
+        held = tensors[name].detach().to(device="cpu", dtype=torch.float64)
+        found |= dict(zip(group.members, torch.split(held, rows), strict=True))
+    return found
 
 
 def kernels_for(spec: AdapterSpec, sources: Sequence[Source], layers: Kernels | None) -> Kernels | None:

@@ -43,6 +43,7 @@ def convert(
 
     It is exact, but for rounding, where the other declaration contains this one: LoHa of ranks r and s in LoRA of rank r s,
     LoKr in LoRA of the product of its splits' ranks, LoTR in a LoRA of each weight, a network in itself with larger bonds.
+    A DoRA becomes another DoRA, whose magnitudes are the same.
 
     Args:
         adapter: a handle, or the folder of a saved adapter of this library. What the other declaration takes of the base's
