@@ -39,7 +39,7 @@ from superlora_tn_paper.rates import at_the_edge, best_scored, searched
 from superlora_tn_paper.store import Data, Elsewhere, Store, alone, write_json
 from superlora_tn_paper.task import Batch, Subset, Task
 
-REVISION = 1  # raise it when the training code changes, so that older finished jobs expire
+REVISION = 2  # raise it when the training code changes, so that older finished jobs expire
 OWN_RATE = ("LoRA", "LoRTA", "projected LoRTA")  # families whose every setting chooses its own rate, and takes more seeds
 MORE_LORTA = (4.0, 16.0)  # LoRTA at the counts of LoRA of ranks 4 and 16, to see from which count on it reaches LoRA's accuracy
 PAUSE = 5.0  # seconds until it is looked again whether another process has finished its job
@@ -55,7 +55,7 @@ class ConvergedRecipe:
         rates: peak learning rates tried at first, each `factor` times the one before; more follow on the side of the best
             while it is at the edge, `extensions` at most.
         head_rate: peak rate of the head, which starts at its optimum on the frozen model.
-        stride: the first values are scaled so that a first step at rate r moves all dW by r * stride * sqrt(elements).
+        stride: rates are multiplied so that a first step at rate r moves all dW by r * stride * sqrt(elements).
         seeds, more_seeds: of the report, more for the families of `OWN_RATE`.
         choice_seed: of the runs that choose a rate; none of the report's.
         apart: the share of all training images that choose a rate, held apart from all training.
@@ -86,52 +86,31 @@ def moved(tuned: Tuned) -> float:
         return float(torch.stack([tuned.delta(name).double().square().sum() for name in tuned.targets]).sum().sqrt())
 
 
-def scale_first_values(task: Task, tuned: Tuned, batch: Batch, stride: float, rate: float = 1e-4) -> float:
-    """Multiply all first values so that a first step of Adam moves dW as far as any other family's.
+def rate_times(task: Task, tuned: Tuned, batch: Batch, stride: float, rate: float = 1e-5) -> float:
+    """By how much a rate is multiplied so that a first step of Adam moves dW as far as any other setting's.
 
-    Adam's first step moves each number by the rate, whatever its gradient's size. How far dW moves is then up to the first
-    values of the other factors; they are multiplied by one number, found by the secant rule on logarithms.
+    Adam's first step moves each number by the rate, whatever its gradient's size. How far dW moves is then up to how many
+    numbers there are and to the first values of the other factors, which stay as the library gives them.
 
     Args:
         task: model and head; only the gradient's signs are used.
-        tuned: the adapter, its dW zero. Where all its numbers are zero (dense) it stays as it is.
+        tuned: the adapter, its dW zero; afterwards it is as before.
         batch: images and labels of the gradient.
         stride: wanted is ``|dW| = rate * stride * sqrt(elements)``.
         rate: of the probing step, small enough that dW is linear in it.
-
-    Returns:
-        The number the first values were multiplied by, 1 where there was nothing to multiply.
     """
     own = list(tuned.parameters())
     first = [p.detach().clone() for p in own]
-    wanted = rate * stride * float(sum(o * i for o, i in task.shapes.values())) ** 0.5
-    if not any(bool(value.any()) for value in first):
-        return 1.0
-
-    def put(factor: float) -> None:
-        with torch.no_grad():
-            for p, value in zip(own, first, strict=True):
-                p.copy_(factor * value)
-
-    def at(factor: float) -> float:
-        put(factor)
-        loss = functional.cross_entropy(task.logits(batch[0]), batch[1].to(task.device))
-        slopes = torch.autograd.grad(loss, own, allow_unused=True)
-        with torch.no_grad():
-            for p, slope in zip(own, slopes, strict=True):
-                if slope is not None:
-                    p.sub_(rate * slope.sign())
-        return moved(tuned)
-
-    factor, before = 1.1, (1.0, at(1.0))
-    for _ in range(4):
-        here = (factor, at(factor))
-        if min(before[1], here[1]) <= 0 or before[0] == here[0]:
-            break
-        power = min(max(math.log(here[1] / before[1]) / math.log(here[0] / before[0]), 0.5), 16.0)
-        factor, before = min(max(here[0] * (wanted / here[1]) ** (1 / power), 1e-3), 1e3), here
-    put(factor)
-    return factor
+    loss = functional.cross_entropy(task.logits(batch[0]), batch[1].to(task.device))
+    slopes = torch.autograd.grad(loss, own, allow_unused=True)
+    with torch.no_grad():
+        for p, slope in zip(own, slopes, strict=True):
+            if slope is not None:
+                p.sub_(rate * slope.sign())
+        here = moved(tuned)
+        for p, value in zip(own, first, strict=True):
+            p.copy_(value)
+    return rate * stride * math.sqrt(sum(o * i for o, i in task.shapes.values())) / here
 
 
 @dataclass(frozen=True)
@@ -224,23 +203,22 @@ class Converged:
                 self._run(setting, rate, seed, self.task.test, 1, path)
         return path
 
-    def _run(self, setting: Setting, rate: float, seed: int, judged: Subset, times: int, kept: Path | None) -> Data:
+    def _run(self, setting: Setting, rate: float, seed: int, judged: Subset, longer: int, kept: Path | None) -> Data:
         recipe, task = self.recipe, self.task
         head = self.head(seed)
-        steps, train = times * recipe.steps, self.drawn(seed)
+        steps, train = longer * recipe.steps, self.drawn(seed)
         show = on_step(self.bar, f"{setting.variant} {setting.words}, rate {rate:g}, seed {seed}")
         with adapted(task, setting.spec, seed) as tuned:
             own = task.model.get_submodule(task.head)
             own.load_state_dict(head.state_dict())
             first = next(train.drawn(1, recipe.batch, seed))
-            scaled = scale_first_values(task, tuned, first, recipe.stride)
-            peak = recipe.stride * rate if setting.variant == "dense" else rate
-            groups = [(own.parameters(), recipe.head_rate), (tuned.parameters(), peak)]
+            times = rate_times(task, tuned, first, recipe.stride)
+            groups = [(own.parameters(), recipe.head_rate), (tuned.parameters(), times * rate)]
             trained, seconds = descend(task, groups, _epochs(train, steps, recipe.batch, seed), steps, show)
             found = asdict(score(task, judged, recipe.look)) | {"moved": moved(tuned)}
             if kept is not None:
                 tuned.save(kept)
-        return found | {"train_loss": trained, "step_seconds": round(seconds, 5), "first_values_times": scaled}
+        return found | {"train_loss": trained, "step_seconds": round(seconds, 5), "rate_times": times}
 
     def best(self, tried: Mapping[str, Mapping[str, float]]) -> float:
         """The rate that is chosen of those tried."""
@@ -294,7 +272,7 @@ class Converged:
             "accuracies": [one["accuracy"] for one in runs],
             "losses": [one["loss"] for one in runs],
             "train_losses": [one["train_loss"] for one in runs],
-            "first_values_times": [one["first_values_times"] for one in runs],
+            "rate_times": [one["rate_times"] for one in runs],
             "heads": [self.head_score(seed) for seed in seeds],
             "twice": [one["accuracy"] for one in longer],
             "step_seconds": statistics.median(one["step_seconds"] for one in runs),

@@ -50,10 +50,10 @@ def _setup(result: Data) -> str:
         f"training images, {result['images']['test']:,} test. Of {result['images']['apart']:,} others is chosen, with another "
         "seed, the rate of the lowest loss among those whose accuracy is within a standard error of the highest. "
         f"{recipe['steps']} steps of {recipe['batch']} images, AdamW, one-cycle, no augmentation. The head starts at its "
-        f"optimum on the frozen model for the same images, and goes on at {recipe['head_rate']:g}. First values are multiplied "
-        f"by a number that makes the first step at rate r move all dW by {recipe['stride']:g} r sqrt(elements) in every "
-        f"family; dense fine-tuning takes {recipe['stride']:g} of each rate, which is the same. Every LoRA and LoRTA setting "
-        "chooses its own rate; other families take that of their setting of median count."
+        f"optimum on the frozen model for the same images, and goes on at {recipe['head_rate']:g}. Each setting multiplies "
+        f"its rates by the number (last column) with which the first step at rate r moves all dW by {recipe['stride']:g} r "
+        "sqrt(elements), so that a rate means the same for all. Every LoRA and LoRTA setting chooses its own "
+        "rate; other families take that of their setting of median count."
     )
 
 
@@ -67,7 +67,7 @@ def _results(rows: list[Data]) -> str:
         "head alone, %",
         "twice the steps, %",
         "rate",
-        "first values x",
+        "rate x",
     )
     lines = [
         (
@@ -79,7 +79,7 @@ def _results(rows: list[Data]) -> str:
             percent(r["heads"]),
             percent(r["twice"]) if r["twice"] else "",
             f"{r['rate']:g}" + " (edge)" * r["edge"],
-            f"{statistics.fmean(r['first_values_times']):.2f}",
+            f"{statistics.fmean(r['rate_times']):.3g}",
         )
         for r in sorted(rows, key=lambda r: -r["parameters"])
     ]
