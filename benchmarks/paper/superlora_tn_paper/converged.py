@@ -214,7 +214,7 @@ class Converged:
             first = next(train.drawn(1, recipe.batch, seed))
             times = rate_times(task, tuned, first, recipe.stride)
             groups = [(own.parameters(), recipe.head_rate), (tuned.parameters(), times * rate)]
-            trained, seconds = descend(task, groups, epochs(train, steps, recipe.batch, seed), steps, show)
+            trained, seconds = descend(task, groups, _epochs(train, steps, recipe.batch, seed), steps, show)
             found = asdict(score(task, judged, recipe.look)) | {"moved": moved(tuned)}
             if kept is not None:
                 tuned.save(kept)
@@ -294,7 +294,7 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def epochs(split: Subset, steps: int, batch: int, seed: int) -> Iterator[Batch]:
+def _epochs(split: Subset, steps: int, batch: int, seed: int) -> Iterator[Batch]:
     """`steps` batches, every image once an epoch as far as whole batches go, in an order that the seed fixes."""
     generator, own = _generator(seed), split.rows
     size = min(batch, len(own))
