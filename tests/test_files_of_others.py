@@ -48,17 +48,24 @@ def test_what_is_written_for_peft_peft_reads(spec: sl.AdapterSpec, tmp_path: Pat
     torch.testing.assert_close(wrapped(X), model(X), rtol=1e-4, atol=1e-5)
 
 
-def test_no_other_format_is_written_beside_an_adapter(tmp_path: Path) -> None:
-    """Reading the folder would give the one that was there before."""
-    tuned = sl.attach(seeded(0, Tiny), sl.lora(2), TARGETS, seed=0)
+def test_no_other_format_is_written_beside_another_adapter_of_ones_own(tmp_path: Path) -> None:
+    """Which reading the folder would give; beside the same adapter it may stand."""
+    model = seeded(0, Tiny)
+    tuned = sl.attach(model, sl.lora(2), TARGETS, seed=0)
     tuned.save(tmp_path)
-    files = sorted(tmp_path.iterdir())
-    for format, other in (("peft", "superlora"), ("kohya", "superlora")):
-        with pytest.raises(sl.CheckpointError, match=f"adapter in the format {other} .*another folder, or remove it first"):
+    tuned.save(tmp_path, format="peft")
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    perturb(tuned)
+    for format in ("peft", "kohya"):
+        with pytest.raises(sl.CheckpointError, match=r"another adapter in this library's own format \(adapter.json\)"):
             tuned.save(tmp_path, format=format)  # type: ignore[arg-type]
-    assert sorted(tmp_path.iterdir()) == files
-    tuned.save(tmp_path / "peft", format="peft")
-    tuned.save(tmp_path / "peft", format="peft")  # its own is replaced
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == files
+    tuned.save(tmp_path)
+    tuned.save(tmp_path, format="peft")
+    tuned.detach()
+    other = sl.attach(model, sl.lora(2), TARGETS[:1], seed=0)
+    with pytest.raises(sl.CheckpointError, match="another adapter"):
+        other.save(tmp_path, format="peft")
 
 
 def test_a_foreign_file_that_does_not_fit_leaves_the_model(tmp_path: Path) -> None:

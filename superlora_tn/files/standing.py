@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from superlora_tn.files.container import look, opened_file
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.folder import JSON, TENSORS, place_of
 from superlora_tn.files.forms import foreign_method, split_key
+from superlora_tn.files.own import Entry
+from superlora_tn.files.own import read as read_own
 from superlora_tn.files.peft import CONFIG
 from superlora_tn.files.peft import TENSORS as PEFT_TENSORS
 from superlora_tn.files.writes import FILES, FORMATS
@@ -26,7 +32,13 @@ def check_replaceable(source: str | PathLike[str], target: str | PathLike[str], 
     """
     place, read = place_of(target), place_of(source)
     if place.is_dir():
-        check_alone(place, to, "replace it (force=True)")
+        other = next((format for format in FORMATS if format != to and _files(place, format)), None)
+        if other is not None:
+            held = _files(place, other)[0].name
+            raise CheckpointError(
+                f"{place} holds an adapter in the format {other} ({held}), and of one in the format {to} beside it only one "
+                "would be read; name another folder, or replace it (force=True)."
+            )
         files = _files(place, to)
     else:
         files = [place] if place.is_file() else []
@@ -39,18 +51,21 @@ def check_replaceable(source: str | PathLike[str], target: str | PathLike[str], 
             raise CheckpointError(f"{file} is there and holds no adapter; name another, or replace it (force=True).")
 
 
-def check_alone(target: str | PathLike[str], to: str, remedy: str = "remove it first") -> None:
-    """Raise where the folder of a target holds an adapter in another format: of two, one would be read.
+def check_same(target: str | PathLike[str], entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> None:
+    """Raise where the folder of a target holds an adapter of this library's own that is another one: it would be read, whatever
+    other formats lie beside it.
 
     Raises:
-        CheckpointError: it does.
+        CheckpointError: it does, or it is damaged.
     """
-    if others := left_over(target, to):
-        place, held = place_of(target), others[0].name
-        other = next(format for format in FORMATS if others[0] in _files(place, format))
+    place = place_of(target)
+    if not (place / JSON).is_file():
+        return
+    found = read_own(place)
+    if found.entries != tuple(entries) or any(not torch.equal(t, tensors[n].cpu()) for n, t in found.tensors.items()):
         raise CheckpointError(
-            f"{place} holds an adapter in the format {other} ({held}), and of one in the format {to} beside it only one "
-            f"would be read; name another folder, or {remedy}."
+            f"{place} holds another adapter in this library's own format ({JSON}), which would be read in place of this one; "
+            "name another folder, remove that adapter, or save this one over it first (format='superlora')."
         )
 
 

@@ -14,7 +14,7 @@ from superlora_tn.contraction.summed import Choice, routes
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import check_number
 from superlora_tn.files.own import CheckpointError, Entry, Saved, read
-from superlora_tn.files.standing import check_alone
+from superlora_tn.files.standing import check_same
 from superlora_tn.files.writes import FORMATS, Beside, Format, Report, save_as
 from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.convolutions import kernels_of
@@ -335,12 +335,12 @@ class Tuned(Stated):
             The files, and for other formats what became of each weight, with its relative error; print it.
 
         Raises:
-            CheckpointError: nodes that are not whole here, something that the format cannot hold, or a folder that cannot be
-                written.
+            CheckpointError: nodes that are not whole here, something that the format cannot hold, a folder that cannot be
+                written, or that holds another adapter in this library's own format, where another is asked for.
         """
-        if format in FORMATS[1:]:  # this library's own is read before any other
-            check_alone(folder, format)
         now = self._saved()
+        if format in FORMATS[1:]:  # this library's own is read before any other
+            check_same(folder, now.entries, now.tensors)
         tables = {name: False for name, target in self._targets.items() if isinstance(target.kind, Table)}
         beside = Beside(replaced=now.buffers, known=self._base.known)
         more: Any = {"kernels": kernels_of(self._targets.values(), format), "embeddings": tables, "beside": beside, **options}
