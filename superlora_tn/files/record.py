@@ -82,11 +82,16 @@ def tensor_name(group: int, node: GraphNode) -> str:
     return f"group{group}.{node.name}"
 
 
+def magnitude_name(group: int) -> str:
+    """Under which name the magnitudes of a group's rows are kept."""
+    return f"magnitude{group}"
+
+
 def names_of(group: int, spec: AdapterSpec, laid: Group, graph: Graph) -> dict[str, tuple[int, ...]]:
     """Under which names the nodes of a group are kept, and behind them its magnitudes, each with its shape."""
     found: dict[str, tuple[int, ...]] = {tensor_name(group, node): node.stored for node in graph.nodes}
     count = spec.magnitudes(laid)
-    return found | ({f"magnitude{group}": (count,)} if count else {})
+    return found | ({magnitude_name(group): (count,)} if count else {})
 
 
 def buffer_name(name: str) -> str:

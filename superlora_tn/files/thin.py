@@ -24,7 +24,7 @@ from superlora_tn.declare.fold import FlatGroup, Group, Mode, Shape
 from superlora_tn.declare.joins import Magnitude
 from superlora_tn.declare.parts import Dense, Part, SpecError
 from superlora_tn.files.errors import CheckpointError
-from superlora_tn.files.record import Entry, tensor_name
+from superlora_tn.files.record import Entry, magnitude_name, tensor_name
 from superlora_tn.files.weight import Weight
 from superlora_tn.network.expand import lower
 from superlora_tn.network.graph import Graph, GraphNode
@@ -114,7 +114,7 @@ def filled_group(
     """
     values = [tensors[tensor_name(k, node)].detach() for node in graph.nodes]
     lengths = [entry.targets[name][0] for name in group.members]
-    held = tensors.get(f"magnitude{k}")
+    held = tensors.get(magnitude_name(k))
     norms = [None] * len(lengths) if held is None else torch.split(held.detach(), lengths)
     if isinstance(group, FlatGroup) or graph.terms or graph.is_mapped:
         for one, norm in zip(_whole(entry, group, graph, values), norms, strict=True):

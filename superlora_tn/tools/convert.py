@@ -20,6 +20,7 @@ from superlora_tn.declare.fold import PhysicalFold, Shape
 from superlora_tn.declare.joins import Magnitude
 from superlora_tn.declare.parts import BASED
 from superlora_tn.files.own import Entry, tensor_name
+from superlora_tn.files.record import magnitude_name
 from superlora_tn.network.budget import Budget
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.kernels import Kernels, is_open, lay_out
@@ -82,7 +83,7 @@ def convert(
     if not kept:
         return found
     laid = enumerate(group.members for _, group, _ in lay_out(spec, known.shapes, given))
-    beside = {f"magnitude{k}": torch.cat([norms[name] for name in members]) for k, members in laid}
+    beside = {magnitude_name(k): torch.cat([norms[name] for name in members]) for k, members in laid}
     return replace(found, spec=spec, tensors={**found.tensors, **beside})
 
 
@@ -93,7 +94,7 @@ def _magnitudes(entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> dict
         return found
     for k, group in enumerate(group for entry in entries for group, _ in entry.spec.lay_out(entry.targets)):
         rows = [group.rows_of(name) for name in group.members]
-        name = f"magnitude{k}"
+        name = magnitude_name(k)
         if name not in tensors or tuple(tensors[name].shape) != (sum(rows),):
             raise FitError(f"the adapter has no '{name}' of {sum(rows)} numbers, which its declaration needs.")
         held = tensors[name].detach().to(device="cpu", dtype=torch.float64)

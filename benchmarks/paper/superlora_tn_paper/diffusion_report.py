@@ -12,7 +12,7 @@ from torch import Tensor
 
 from superlora_tn.tools.draw import INK, PALETTE, blank, save
 from superlora_tn_paper.diffusion_settings import LEVELS, PAPER_ELEMENTS, level_budget
-from superlora_tn_paper.rates import at_the_edge
+from superlora_tn_paper.rates import LEVEL, at_the_edge
 from superlora_tn_paper.store import Data
 
 SAMPLES, SCORES = "diffusion_samples.png", "diffusion_scores.png"
@@ -161,7 +161,7 @@ def _setup(result: Data) -> str:
         if seeds
         else "± is the bootstrap's standard deviation over the images; the spread over training seeds was not measured."
     )
-    edge = ", others a factor apart while the best is at the edge, the lowest within 1 % of" if seeds else ""
+    edge = f", others a factor apart while the best is at the edge, the lowest within {LEVEL:.0%} of" if seeds else ""
     levels = ", ".join(
         f"{level} {level_budget(level, result['elements']):,} (on the paper's net {count:,})" for level, count in LEVELS.items()
     )

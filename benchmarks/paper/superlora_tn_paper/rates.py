@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 Score = TypeVar("Score")
+LEVEL = 0.01  # losses this share apart are level: those of two seeds are as far
 
 
 def best(found: Mapping[str, float]) -> float:
@@ -14,12 +15,14 @@ def best(found: Mapping[str, float]) -> float:
     return float(min(found, key=lambda rate: (not math.isfinite(found[rate]), found[rate])))
 
 
-def lowest_level(found: Mapping[str, float], share: float = 0.01) -> float:
-    """The lowest rate whose loss is at most `share` above the lowest: short trials cannot tell these apart, and a high rate
-    that does well for a short while may lose its way in a long run."""
+def lowest_level(found: Mapping[str, float]) -> float:
+    """The lowest rate whose loss is level with the lowest (`LEVEL`).
+
+    Short trials cannot tell these apart, and a high rate that does well for a short while may lose its way in a long run.
+    """
     rate = best(found)
     least = found[f"{rate:g}"]
-    return min([rate, *(float(own) for own, loss in found.items() if loss <= least + share * abs(least))])
+    return min([rate, *(float(own) for own, loss in found.items() if loss <= least + LEVEL * abs(least))])
 
 
 def best_scored(found: Mapping[str, Mapping[str, float]], count: int) -> float:
