@@ -68,6 +68,17 @@ def test_no_other_format_is_written_beside_another_adapter_of_ones_own(tmp_path:
         other.save(tmp_path, format="peft")
 
 
+def test_what_trains_beside_an_adapter_is_part_of_it_where_another_format_would_stand_beside_it(tmp_path: Path) -> None:
+    model = seeded(0, Tiny)
+    tuned = sl.attach(model, sl.lora(2), TARGETS, seed=0, also=["head"])
+    tuned.save(tmp_path)
+    tuned.save(tmp_path, format="peft")
+    with torch.no_grad():
+        model.get_parameter("head.weight").add_(1)
+    with pytest.raises(sl.CheckpointError, match="another adapter"):
+        tuned.save(tmp_path, format="peft")
+
+
 def test_a_foreign_file_that_does_not_fit_leaves_the_model(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     peft.get_peft_model(seeded(0, Tiny), peft.LoraConfig(target_modules=["up"], r=2)).save_pretrained(tmp_path)

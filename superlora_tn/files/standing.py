@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
@@ -14,10 +14,11 @@ from superlora_tn.files.container import look, opened_file
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.folder import JSON, TENSORS, place_of
 from superlora_tn.files.forms import foreign_method, split_key
-from superlora_tn.files.own import Entry
+from superlora_tn.files.own import Saved
 from superlora_tn.files.own import read as read_own
 from superlora_tn.files.peft import CONFIG
 from superlora_tn.files.peft import TENSORS as PEFT_TENSORS
+from superlora_tn.files.whole import whole
 from superlora_tn.files.writes import FILES, FORMATS
 
 # Where GGUF says that a file is an adapter: among its first strings.
@@ -51,9 +52,9 @@ def check_replaceable(source: str | PathLike[str], target: str | PathLike[str], 
             raise CheckpointError(f"{file} is there and holds no adapter; name another, or replace it (force=True).")
 
 
-def check_same(target: str | PathLike[str], entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> None:
-    """Raise where the folder of a target holds an adapter of this library's own that is another one: it would be read, whatever
-    other formats lie beside it.
+def check_same(target: str | PathLike[str], now: Saved) -> None:
+    """Raise where the folder of a target holds an adapter of this library's own that is another one (other declarations, nodes
+    or values of the base that trained along): it would be read, whatever other formats lie beside it.
 
     Raises:
         CheckpointError: it does, or it is damaged.
@@ -62,11 +63,20 @@ def check_same(target: str | PathLike[str], entries: Sequence[Entry], tensors: M
     if not (place / JSON).is_file():
         return
     found = read_own(place)
-    if found.entries != tuple(entries) or any(not torch.equal(t, tensors[n].cpu()) for n, t in found.tensors.items()):
+    same = found.entries == now.entries and _equal(found.tensors, now.tensors) and _equal(found.buffers, now.buffers)
+    if not same:
         raise CheckpointError(
             f"{place} holds another adapter in this library's own format ({JSON}), which would be read in place of this one; "
             "name another folder, remove that adapter, or save this one over it first (format='superlora')."
         )
+
+
+def _equal(saved: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:
+    """Whether tensors have the same names, dtypes and values."""
+    return saved.keys() == now.keys() and all(
+        tensor.dtype == now[name].dtype and torch.equal(tensor, whole(name, now[name], None, [tensor.dtype]))
+        for name, tensor in saved.items()
+    )
 
 
 def left_over(target: str | PathLike[str], to: str) -> list[Path]:

@@ -340,7 +340,7 @@ class Tuned(Stated):
         """
         now = self._saved()
         if format in FORMATS[1:]:  # this library's own is read before any other
-            check_same(folder, now.entries, now.tensors)
+            check_same(folder, now)
         tables = {name: False for name, target in self._targets.items() if isinstance(target.kind, Table)}
         beside = Beside(replaced=now.buffers, known=self._base.known)
         more: Any = {"kernels": kernels_of(self._targets.values(), format), "embeddings": tables, "beside": beside, **options}
