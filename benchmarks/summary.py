@@ -16,7 +16,6 @@ QUESTIONS = {
     "beyond_linear": "What do adapters on tables, blocks, experts and on one another cost, beside PEFT's?",
     "sharing": "What does sharing x between q, k and v save? Overheads of three layers over the frozen ones",
     "dispatch": "What does Python cost on a tiny layer (batch 4, width 64), beside hand-written torch?",
-    "against": "What do passes cost? Overheads of one version of this library beside an earlier one",
     "memory": "How many MB more than the frozen layer's does a training step peak at?",
     "flat_memory": "How much memory does a flat fold's step peak at on ViT-B, beside dense fine-tuning?",
     "vit_step": "What does a whole ViT-B/16 training step cost?",
@@ -24,6 +23,7 @@ QUESTIONS = {
     "scale": "What do adapters of Llama-3.1-405B on 512 GPUs hold, move and compute? (docs/scale.md)",
     "route_ranking": "Does the price rank the routes as the clock does? (settings where it does not)",
     "hadamard": "What does the fast Walsh-Hadamard transform cost beside plain copies?",
+    "against": "For developers: what do passes cost? Overheads of one version of this library beside an earlier one",
 }
 HEAD = """# Benchmarks
 
@@ -43,9 +43,8 @@ the table of designs below. The aim was 1.3 at every shape.""",
 thread. Differences below 0.04 are noise. `fourier_ft`, `shira` and `waveft` are placed at the weight, as their dW is built in
 any case; PEFT's SHiRA adds it to W likewise. Most of the others come to LoRA's cost, as they are cut into two thin halves. What
 stays above has no such cut: HiRA multiplies W itself, RandLoRA's dW has full rank, C3A's transforms go over every row of x; and
-LoHa's halves have the rank squared. OFT takes Cayley's exact transform on both sides (`use_cayley_neumann=False`; with PEFT's
-default, a series of five terms, PEFT took 0.23 and 0.26 in a run in which
-ours took 0.35 and 0.27), BOFT one factor (PEFT has no more without a GPU).""",
+LoHa's halves have the rank squared. OFT takes Cayley's exact transform on both sides (`use_cayley_neumann=False`; PEFT's
+default, a series of five terms, is another map), BOFT one factor (PEFT has no more without a GPU).""",
     "layer_overhead_mkl": """So LoHa takes 1.5 times PEFT's LoRA at the first three shapes and 2.2 times at the fourth; the
 others do not need oneDNN to stay below PEFT's LoRA.""",
     "loha_designs": """At 64 tokens and a width of 4096 the aim of 1.3 is below what the count allows: FLOPs at the frozen
@@ -59,7 +58,8 @@ splits at the channel and runs as a chain.""",
 tokens. Blocks: q and v of a fused qkv of 768, 1,576 tokens, beside PEFT's LoRA on all of it. Experts: 8 of 256 x 512 in one
 parameter, of which each meets 128 rows, beside PEFT's `target_parameters`. Two: two LoRAs at once on a linear layer of 768,
 1,576 tokens.""",
-    "against": """`--checkout` was the last version before passes (86ac75e). Both sides take turns, 80 rounds each; a side's
+    "against": """A pass is one call of a model, during which its layers share what they compute alike. `--checkout` was the
+last version without them (86ac75e). Both sides take turns, 80 rounds each; a side's
 overhead is uncertain by about 0.01 of the frozen step, which is a large part of the smallest ones.""",
     "scale": """Counted on the meta device, for 8192 tokens a GPU; only the two last columns are times. The base's figures are
 in `results/scale_base-cpu-warm.json`.""",
@@ -73,8 +73,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
     for row in rows:
         cells = [row.get(k, "") for k in keys]
-        lines.append("| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells) + " |")
+        lines.append("| " + " | ".join(map(cell, cells)) + " |")
     return "\n".join(lines)
+
+
+def cell(value: Any) -> str:
+    """A figure to three places, large ones in whole numbers."""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
 
 
 def section(name: str, question: str) -> str:
@@ -83,7 +90,8 @@ def section(name: str, question: str) -> str:
     for path in sorted((HERE / "results").glob(f"{name}-*.json"), reverse=True):
         data = json.loads(path.read_text())
         machine = data["machine"]
-        where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}"
+        threads = f"{machine['threads']} thread{'s' * (machine['threads'] != '1')}"
+        where = f"{machine['device']}, {threads}, torch {machine['torch']}, {machine['date']}"
         parts.append(f"{where}, allocator {data['allocator']}:\n\n{table(data['rows'])}")
     return "\n\n".join([*parts, *([NOTES[name]] if name in NOTES else [])])
 

@@ -19,7 +19,7 @@ SHAPES: dict[str, Shape] = {f"layers.{k}.{name}": (768, 768) for k in range(12) 
 HEAD = f"""# Gallery
 
 Every variant as its network, written by `python docs/gallery.py` from the declarations. Counts are for the q and v of 12
-layers, {len(SHAPES)} weights of 768 x 768, at rank {RANK}. Below each
+layers, {len(SHAPES)} weights of 768 x 768, at rank {RANK}, or as it is by default where it has no rank. Below each
 picture stands what its nodes' looks mean, below its title how dW joins the weight W. A node that is a function of what is
 stored bears that function's mark and name. Red legs are of modes that are cut to the weight's size.
 """

@@ -97,7 +97,7 @@ def parser(program: str = "superlora-tn") -> argparse.ArgumentParser:
         made.set_defaults(run=run, wrong=made.error)
         return made
 
-    demo = add("demo", commands.demo, "pre-train a small ViT on printed digits, adapt it to handwriting with every variant")
+    demo = add("demo", commands.demo, "pre-train a small ViT on printed digits, adapt it to handwriting in seven ways")
     demo.add_argument("--quick", action="store_true", help="under a minute: shorter training, one seed")
     demo.add_argument("--out", default="out/demo", metavar="FOLDER", help="where figures and results go")
     again = add("reproduce", commands.reproduce, "run one of the paper's experiments; a run that was stopped goes on")

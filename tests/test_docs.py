@@ -12,6 +12,7 @@ import pytest
 from shown import BLOCK, PAGES, ROOT, Shown, again, run, shown
 
 from superlora_tn.cli import parser
+from superlora_tn.finetune.config import keys
 
 EXAMPLES = [(page, example) for page in PAGES for example in shown(page)]
 
@@ -52,6 +53,11 @@ def test_a_command_prints_what_is_shown(page, example):
         pytest.importorskip("hypothesis", reason="the verify extra is not installed")
     printed = run(example.words)
     assert example.holds(printed), f"{page.name} shows for '{example.words}'\n{example.printed}\nit prints\n{printed}"
+
+
+def test_the_page_of_finetune_lists_every_key_with_its_default():
+    lines = [line for line in (ROOT / "docs" / "finetune.md").read_text().splitlines() if line.startswith("| `")]
+    assert lines[-len(keys()) :] == [f"| `{name}` | {f'`{usual}`' * bool(usual)} | {words} |" for name, usual, words in keys()]
 
 
 def test_the_pages_show_a_plan_a_list_and_a_certificate():

@@ -64,7 +64,9 @@ class Span:
 
 @dataclass(frozen=True)
 class Rows:
-    """Blocks of the rows of one linear layer, to be named as targets: ``Rows("qkv", ("q", "k", "v"), use=("q", "v"))``.
+    """Blocks of the rows of one linear layer, or of an embedding's table: ``Rows("qkv", ("q", "k", "v"), use=("q", "v"))``.
+
+    They are named as targets. Of a table with new tokens at its end: ``Rows("embed", ("old", "new"), ("new",), (1000, 8))``.
 
     Args:
         layer: the layer's name, or its ending, as in a list of targets.

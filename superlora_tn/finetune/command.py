@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 from superlora_tn.declare.checks import near
-from superlora_tn.finetune.config import Config, read_config
+from superlora_tn.finetune.config import Config, keys, read_config
 from superlora_tn.finetune.named import ConfigError
 
 Add = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
@@ -21,7 +22,10 @@ def add_command(add: Add) -> argparse.ArgumentParser:
     made.usage = "%(prog)s [-h] [--json] CONFIG.yaml [--KEY VALUE ...]"
     words = "lines of 'key: value', and any key as a flag, before or behind the file's name; flags override the file"
     made.add_argument("words", nargs=argparse.REMAINDER, metavar="CONFIG.yaml --KEY VALUE", help=words)
-    made.epilog = "Keys: " + "; ".join(f"{f.name}, {f.metadata['words']}" for f in fields(Config)) + "."
+    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    lines = (f"{name:<13} {words}{f' ({usual})' * bool(usual)}" for name, usual, words in keys())
+    wrap = textwrap.TextWrapper(width=100, initial_indent="  ", subsequent_indent=" " * 16)
+    made.epilog = "\n".join(["keys, and their defaults:", *(wrap.fill(line) for line in lines)])
     return made
 
 

@@ -26,6 +26,7 @@ TASKS = ("image-classification", "text-classification", "causal-lm", "diffusion"
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
 RANK = 8
+MOST_SHOWN = 8  # choices of a key that its words list
 
 
 def facts(words: str, choices: Sequence[str] = (), least: float | None = None) -> dict[str, Any]:
@@ -62,7 +63,7 @@ class Config:
     settings: dict[str, Any] = field(default_factory=dict, metadata=facts("the variant's settings"))
     network: dict[str, Any] = field(default_factory=dict, metadata=facts(f"in place of a variant: {', '.join(NOTATION)}"))
     spec: str = key("a JSON file of AdapterSpec.to_dict(), in place of a variant", "")
-    join: str = key("how dW joins the weight: dora scales its rows, left and right multiply", "add", choices=tuple(JOIN_NAMES))
+    join: str = key("how dW joins the weight (dora scales its rows, left and right multiply)", "add", choices=tuple(JOIN_NAMES))
     budget: int = key("the most trainable parameters, in place of a rank; 0 is none", 0, least=0)
     targets: list[str] = field(default_factory=lambda: ["all-linear"], metadata=facts("layers or their endings"))
     exclude: list[str] = field(default_factory=list, metadata=facts("layers to leave out"))
@@ -83,7 +84,7 @@ class Config:
     seed: int = key("of everything that is drawn", 0, least=0)
     precision: str = key("of the computation", "float32", choices=PRECISIONS)
     cpu: bool = key("compute on the processor, whatever is there", False)
-    format: str = key("of the adapter; merged writes the model W + dW", "superlora", choices=(*FORMATS, "merged"))
+    format: str = key("of the adapter (merged writes the model W + dW)", "superlora", choices=(*FORMATS, "merged"))
 
     def identity(self) -> dict[str, Any]:
         """What a run that goes on has to share: all but the names of places and the format of the result."""
@@ -111,6 +112,19 @@ class Config:
         given = {**usual, **self.settings, **more}
         made = VARIANTS[self.variant](**{name: value(one) for name, one in given.items()})
         return joined(made.choose(shapes).spec if isinstance(made, Budget) else made, self.join)
+
+
+def keys() -> list[tuple[str, str, str]]:
+    """Each key, its default as YAML says it, and what it is for."""
+    found = []
+    for own in fields(Config):
+        usual = own.default if own.default_factory is MISSING else own.default_factory()
+        words, choices = own.metadata["words"], own.metadata["choices"]
+        if 0 < len(choices) <= MOST_SHOWN:
+            words = f"{words}: {', '.join(choices)}"
+        default = "" if usual is MISSING or usual == "" else str(usual).lower() if isinstance(usual, bool) else f"{usual}"
+        found.append((own.name, default.replace("'", ""), words))
+    return found
 
 
 def read_config(path: str | None, flags: Mapping[str, str]) -> Config:

@@ -19,7 +19,7 @@ def also_trained(model: nn.Module, also: Sequence[str]) -> tuple[str, ...]:
         also: names of modules or their endings behind a dot, or patterns of parameters' names with ``*``.
 
     Raises:
-        AttachError: an entry that matches nothing.
+        AttachError: an entry that matches nothing, or is no name.
     """
     if isinstance(also, str):
         raise AttachError(f"attach was given also={also!r}; give a list, such as also=['classifier', '*.bias'].")
@@ -27,6 +27,11 @@ def also_trained(model: nn.Module, also: Sequence[str]) -> tuple[str, ...]:
     names = [name for name, _ in model.named_parameters() if not name.startswith(tuple(handles))]
     found = set[str]()
     for entry in also:
+        if not isinstance(entry, str):
+            raise AttachError(
+                f"also holds {entry!r}; it takes names, such as 'classifier' or '*.bias'. Rows of a layer are a target: "
+                "targets=[Rows(...)] with a declaration such as dense()."
+            )
         own = [name for name in names if _means(entry, name)]
         if not own:
             raise AttachError(f"also names '{entry}', which matches no parameter of the model; {near(entry, names)}.")

@@ -16,16 +16,21 @@ from superlora_tn.contraction.plan import Plan
 
 INK, PAPER, OPEN = "#1f2933", "#ffffff", "#9aa5b1"
 PALETTE = ("#0b84a5", "#ca472f", "#6f4e7c", "#2e8b57", "#ffa056", "#8dddd0", "#b35c9e", "#5c6ac4", "#7a5c3e", "#444444")
+MARKS = "os^Dvp*"  # of a family's variants
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measured setting: trainable parameters, mean accuracy (0..1) and its spread over seeds."""
+    """One measured setting: trainable parameters, mean accuracy (0..1) and its spread over seeds.
+
+    Variants of one family share a colour and differ by their marks; without a family each has a colour of its own.
+    """
 
     variant: str
     parameters: int
     accuracy: float
     spread: float
+    family: str = ""
 
 
 def blank(width: float, height: float) -> tuple[Any, Any]:
@@ -178,17 +183,23 @@ def pareto(
         references: accuracies drawn as horizontal lines, such as the frozen base's.
         label: of the upright axis.
     """
-    variants = list(dict.fromkeys(p.variant for p in points))
-    beside = len(variants) > 8  # so long a legend would lie on the points
+    families: dict[str, list[str]] = {}
+    for variant, family in dict.fromkeys((p.variant, p.family or p.variant) for p in points):
+        families.setdefault(family, []).append(variant)
+    styles = [
+        (variant, PALETTE[k % len(PALETTE)], MARKS[j % len(MARKS)])
+        for k, own in enumerate(families.values())
+        for j, variant in enumerate(own)
+    ]
+    beside = len(styles) > 8  # so long a legend would lie on the points
     figure, axes = blank(8.8 if beside else 7.2, 4.8)
-    for k, variant in enumerate(variants):
+    for variant, colour, mark in styles:
         own = [p for p in points if p.variant == variant]
-        colour = PALETTE[k % len(PALETTE)]
         axes.errorbar(
             [p.parameters for p in own],
             [100 * p.accuracy for p in own],
             [100 * p.spread for p in own],
-            fmt="os^D"[k // len(PALETTE) % 4],
+            fmt=mark,
             color=colour,
             markersize=6,
             capsize=2,
@@ -206,20 +217,15 @@ def pareto(
         color=OPEN,
         linestyle=":",
         linewidth=1.4,
-        label="frontier of all",
+        label="best of all with at most so many",
         zorder=1,
     )
     for name, value in (references or {}).items():
         axes.axhline(100 * value, color=INK, linewidth=0.8, linestyle="--")
-        axes.annotate(
-            f"{name} {100 * value:.1f} %",
-            (1, 100 * value),
-            xycoords=("axes fraction", "data"),
-            fontsize=8,
-            ha="right",
-            va="bottom",
-            color=INK,
-        )
+        side = _freer(points, value)
+        at = ({"left": 0.01, "right": 0.99}[side], 100 * value)
+        words, fractions = f"{name} {100 * value:.1f} %", ("axes fraction", "data")
+        axes.annotate(words, at, xycoords=fractions, fontsize=8, ha=side, va="bottom", color=INK)
     axes.margins(y=0.08)  # the words of the highest reference stand above its line
     axes.set_xscale("log")
     axes.set_xlabel("trainable parameters")
@@ -229,6 +235,15 @@ def pareto(
     place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if beside else {}
     axes.legend(fontsize=8, framealpha=0.9, **place)
     return save(figure, path)
+
+
+def _freer(points: Sequence[Point], accuracy: float) -> str:
+    """The side, left or right, on which words at a height are farther from all points of that third of the picture."""
+    logs = np.log([p.parameters for p in points])
+    third = (logs.max() - logs.min()) / 3
+    gaps = np.array([max(0.0, abs(p.accuracy - accuracy) - p.spread) for p in points])
+    left, right = gaps[logs <= logs.min() + third], gaps[logs >= logs.max() - third]
+    return "left" if left.min() > right.min() else "right"
 
 
 def predictions(points: Sequence[tuple[float, float, str]], path: str | Path) -> Path:

@@ -41,9 +41,18 @@ def draw_points(result: Data, path: Path, lines: Mapping[str, float]) -> Path:
     """Accuracy against parameters, a frontier line a variant, and level lines by name."""
     rows = [r for r in result["rows"] if r["variant"] != "dense"]
     points = [
-        draw.Point(r["variant"], r["parameters"], statistics.fmean(r["accuracies"]), spread(r["accuracies"])) for r in rows
+        draw.Point(
+            r["variant"], r["parameters"], statistics.fmean(r["accuracies"]), spread(r["accuracies"]), family(r["variant"])
+        )
+        for r in rows
     ]
     return draw.pareto(points, path, "Accuracy against trainable parameters of q and v", lines)
+
+
+def family(variant: str) -> str:
+    """Which variants share a colour: of one kind of fold and network."""
+    kinds = {"2D": "2D", "LoRTA": "LoRTA", "SuperLoRA": "LoRTA", "LoKr": "Kronecker", "LoNKr": "Kronecker"}
+    return next((kind for word, kind in kinds.items() if word in variant), variant)
 
 
 def report(result: Data) -> str:

@@ -94,7 +94,7 @@ def _label(row: Data) -> str:
 
 
 def draw_scores(result: Data, path: Path) -> Path:
-    """Fréchet distance against trainable parameters, both on log axes, a line a variant."""
+    """Fréchet distance against trainable parameters (log axis), a variant's lowest distances so far joined by a line."""
     rows = scored(result)
     figure, axes = blank(8, 5.2)
     adapted = [row for row in rows if "level" in row]
@@ -102,9 +102,9 @@ def draw_scores(result: Data, path: Path) -> Path:
         own = sorted((row for row in adapted if row["variant"] == variant), key=lambda row: int(row["parameters"]))
         values = [[row[name] for row in own] for name in ("parameters", "frechet", "spread")]
         axes.errorbar(*values, fmt="o", color=PALETTE[k], capsize=2, elinewidth=1, label=variant, zorder=3)
-        best = {row["parameters"]: row["frechet"] for row in sorted(own, key=lambda row: -float(row["frechet"]))}
-        lines = sorted(best.items())
-        axes.plot([p for p, _ in lines], [f for _, f in lines], "-", color=PALETTE[k], linewidth=1.1, zorder=2)
+        lowest = [row for row in own if all(row["frechet"] < other["frechet"] for other in own if _fewer(other, row))]
+        values = [[row[name] for row in lowest] for name in ("parameters", "frechet")]
+        axes.plot(*values, "-", color=PALETTE[k], linewidth=1.1, zorder=2)
     for row in rows:
         if "level" not in row:
             axes.axhline(row["frechet"], color=INK, linewidth=0.8, linestyle="--")
@@ -114,7 +114,7 @@ def draw_scores(result: Data, path: Path) -> Path:
             text, place = f"{row['variant']} {row['frechet']:.2f}", ("axes fraction", "data")
             axes.annotate(text, (x, row["frechet"]), xycoords=place, fontsize=8, ha=side, va="bottom", color=INK)
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("trainable parameters")
     axes.set_ylabel("Fréchet distance in the classifier's features, lower is better")
     axes.set_title(f"{_home(result).capitalize()} to handwritten digits: q and v of the U-Net adapted", fontsize=11)
@@ -122,6 +122,11 @@ def draw_scores(result: Data, path: Path) -> Path:
     if adapted:
         axes.legend(fontsize=8, framealpha=0.9)
     return save(figure, path)
+
+
+def _fewer(one: Data, other: Data) -> bool:
+    """Whether a row has fewer parameters, or as many and comes first."""
+    return (one["parameters"], one["frechet"]) < (other["parameters"], other["frechet"])
 
 
 def report(result: Data) -> str:
