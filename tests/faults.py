@@ -44,16 +44,40 @@ TABLE: Table = {
             "test_merge_detach.py::test_merged_equals_attached_equals_dense",
         ),
     },
-    "superlora_tn/model/weights.py": {
-        "base-kept-while-half-merged": (
-            "staying, self.merged = [m for m in self.merged if m in deltas], []",
-            "staying, self.merged = [m for m in self.merged if m in deltas], list(self.merged)",
-            "test_handles.py",
+    "superlora_tn/model/buffers.py": {
+        "copies-below-forgotten": (
+            "above.copy = kept.copy",
+            "above.copy = above.copy",
+            "test_beside.py::test_running_means_are_the_bases_again_when_the_last_adapter_leaves",
+        ),
+        "kept-buffers-of-another-adapter": (
+            "self.put({name: self._kept[name].copy for name in self._changed() if name not in values})",
+            "self.put({})",
+            "test_beside.py::test_replace_leaves_nothing_of_the_adapter_before",
+        ),
+        "stand-in-written-in-place": (
+            "shown = nn.Parameter(copy, requires_grad=False) if self.trains else copy.clone()",
+            "shown = copy if self.trains else copy.clone()",
+            "test_beside.py",
+        ),
+    },
+    "superlora_tn/model/frozen.py": {
+        "second-adapter-freezes-what-trains": (
+            'parameter.requires_grad_(bool(record["trains"]))',
+            "parameter.requires_grad_(False)",
+            "test_beside.py::test_another_adapter_freezes_nothing_that_trains_beside_the_first",
         ),
         "detach-leaves-frozen": (
             'parameter.requires_grad_(record["wanted"])',
             "parameter.requires_grad_(False)",
             "test_merge_detach.py::test_detach_restores_requires_grad",
+        ),
+    },
+    "superlora_tn/model/weights.py": {
+        "base-kept-while-half-merged": (
+            "staying, self.merged = [m for m in self.merged if m in deltas], []",
+            "staying, self.merged = [m for m in self.merged if m in deltas], list(self.merged)",
+            "test_handles.py",
         ),
         "unmerge-subtracts": (
             "self.kind.put(self.layer, self.base)",
@@ -531,7 +555,7 @@ TABLE: Table = {
             "test_handles.py",
         ),
         "copies-hold-nothing": (
-            "hold_on(self._frozen, self._holder)",
+            "hold_on(self._frozen, self._holder, self._base.also)",
             "pass",
             "test_handles.py::test_a_copy_holds_what_it_froze",
         ),

@@ -72,7 +72,7 @@ HOUSE = {
         ["command"],
     ],
     "model": [
-        ["spans", "blocks", "buffers", "describe", "trainer"],
+        ["spans", "blocks", "frozen", "describe", "trainer"],
         ["kinds"],
         ["stacks"],
         ["convolutions"],
@@ -81,7 +81,7 @@ HOUSE = {
         ["recognise"],
         ["places"],
         ["targets"],
-        ["joins"],
+        ["joins", "buffers"],
         ["weights", "rowwise"],
         ["site"],
         ["merging", "states"],

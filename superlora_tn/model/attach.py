@@ -22,6 +22,7 @@ from superlora_tn.files.own import Entry
 from superlora_tn.model.beside import also_trained
 from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.chosen import placed
+from superlora_tn.model.frozen import freeze, train, was_trainable
 from superlora_tn.model.joins import bound, enters
 from superlora_tn.model.kernels import by_kernel
 from superlora_tn.model.kinds import Held
@@ -33,7 +34,7 @@ from superlora_tn.model.site import BeginHook, EndHook, EnterHook, UpdateHook, w
 from superlora_tn.model.targets import AttachError, Place, Target, Targets, bind, is_sharded, match, places
 from superlora_tn.model.trainer import admissions
 from superlora_tn.model.tuned import Tuned
-from superlora_tn.model.weights import check_alone, check_apart, freeze, was_trainable, weight_of
+from superlora_tn.model.weights import check_alone, check_apart, weight_of
 from superlora_tn.network.budget import Budget
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Adapter, Settings
@@ -165,6 +166,10 @@ def _bought(
 
 def _attach(model: nn.Module, request: _Request) -> Tuned:
     """Everything that can fail comes before the first change of the model."""
+    if request.at not in (None, "weight", "output"):
+        raise AttachError(f"at={request.at!r} is neither 'weight' nor 'output'; leave it out, and the layer decides.")
+    if request.settings.route not in (None, "apply", "delta"):
+        raise AttachError(f"route={request.settings.route!r} is neither 'apply' nor 'delta'; leave it out for the cheaper one.")
     _check_name(model, request.name)
     known = places(model, request.rows)
     named = [(spec, [bound(spec.join, n, known[n], request.at) for n in names]) for spec, names in request.entries]
@@ -261,13 +266,14 @@ def _put_on(model: nn.Module, handle: Tuned, name: str) -> None:
     handle._model = (model, name)
     model.add_module(name, handle)
     try:
+        handle._base.enter()
         adapters = {id(p) for m in (handle, *model.modules()) if isinstance(m, Tuned) for p in m.parameters()}
         for own, parameter in model.named_parameters():
             if id(parameter) not in adapters:
                 handle._frozen.append((own, parameter, was_trainable(parameter)))
                 freeze(parameter, handle._holder)
         for parameter_name in handle._base.also:
-            model.get_parameter(parameter_name).requires_grad_(True)
+            train(model.get_parameter(parameter_name), handle._holder)
         _hook(model, handle)
         forget_compiled(model)
     except BaseException:

@@ -1,18 +1,62 @@
 """What of the base may change beside an adapter: the parameters that train with it, and buffers such as BatchNorm's means.
 
-They are copied when the adapter is attached, saved with it, and put back when it is detached.
+They are copied when the adapter is attached, saved with it, and put back when it is detached; while it is switched off, the
+copies stand in their place. A parameter trains beside one adapter at a time. Buffers may change beside several: whichever
+leaves last puts back what was there before them all.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from superlora_tn.model.frozen import trains_beside
+from superlora_tn.model.targets import AttachError
+
 # Larger buffers (masks, quantised weights) are watched but not copied.
 LARGEST = 1 << 20
+SLOT = "_superlora_kept"
+
+
+@dataclass(eq=False)
+class Kept:
+    """What one handle found in a parameter or buffer of the base; a module's slot has them in the order of attachment.
+
+    Attributes:
+        copy: the value then.
+        trains: whether it is a parameter that trains beside the adapter.
+        hidden: the value since, while the copy stands in its place; None else.
+        places: where it stands, as tied parameters stand in several places.
+    """
+
+    copy: Tensor
+    trains: bool
+    hidden: Tensor | None = None
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    def hide(self, places: list[tuple[nn.Module, str]], now: Tensor) -> None:
+        """Let the copy stand in the value's place."""
+        copy = self.copy.to(now.device, now.dtype)
+        # Parameters are swapped as objects: a graph that was recorded before, and optimizers, keep the one that trains.
+        shown = nn.Parameter(copy, requires_grad=False) if self.trains else copy.clone()
+        self.hidden, self.places = now, places
+        for place in places:
+            _store(*place, shown)
+
+    def reveal(self) -> None:
+        """Put the value back in its place, on the device and in the dtype that its place has now."""
+        if self.hidden is None:
+            return
+        shown = _tensor(*self.places[0])
+        if shown is not None and (shown.device, shown.dtype) != (self.hidden.device, self.hidden.dtype):
+            self.hidden.data = self.hidden.data.to(shown.device, shown.dtype)
+        for place in self.places:
+            _store(*place, self.hidden)
+        self.hidden, self.places = None, []
 
 
 class Snapshot:
@@ -27,23 +71,54 @@ class Snapshot:
     def __init__(
         self, model: nn.Module | None = None, leave: tuple[type[nn.Module], ...] = (), also: Collection[str] = ()
     ) -> None:
+        self._model, self._leave = model, leave
         self._places: dict[str, tuple[nn.Module, str]] = {}
-        self._copies: dict[str, Tensor] = {}
+        self._kept: dict[str, Kept] = {}
         self._written: dict[str, int] = {}
+        self._left: dict[str, Tensor] = {}
         self.also = tuple(also)
         # Full names of all of the base's parameters and buffers.
         self.known = () if model is None else _names(model, leave)
-        for name, module, own in _held(model, leave, set(also)) if model is not None else ():
+
+    def enter(self) -> None:
+        """Take the copies.
+
+        Raises:
+            AttachError: a parameter that trains beside another adapter.
+        """
+        assert self._model is not None
+        found = list(_held(self._model, self._leave, set(self.also)))
+        for name, module, own in found:
+            now = _tensor(module, own)
+            there = _stack(module, own)
+            taken = any(kept.trains and kept.hidden is not None for kept in there) or (
+                isinstance(now, nn.Parameter) and trains_beside(now)
+            )
+            if name in self.also and taken:
+                raise AttachError(
+                    f"'{name}' trains beside another adapter already; detach() or bake() that one first, or leave it out of "
+                    "also."
+                )
+        for name, module, own in found:
+            there = module.__dict__.setdefault(SLOT, {}).setdefault(own, [])
+            for other in there:
+                other.reveal()
             tensor = _tensor(module, own)
             assert tensor is not None
             self._places[name] = (module, own)
-            if name not in also and tensor.numel() > LARGEST:
+            if name not in self.also and tensor.numel() > LARGEST:
                 self._written[name] = tensor._version
             else:
-                self._copies[name] = tensor.detach().clone()
+                self._kept[name] = Kept(tensor.detach().clone(), name in self.also)
+                there.append(self._kept[name])
 
     def _now(self, name: str) -> Tensor | None:
-        return _tensor(*self._places[name])
+        hidden = self._kept[name].hidden if name in self._kept else None
+        return _tensor(*self._places[name]) if hidden is None else hidden
+
+    def training(self) -> dict[str, Tensor]:
+        """The parameters that train beside the adapter, by name."""
+        return {name: now for name in self._kept if name in self.also and (now := self._now(name)) is not None}
 
     def to_save(self) -> dict[str, Tensor]:
         """The parameters that train beside the adapter, and the buffers that differ from their copies, by full name."""
@@ -55,16 +130,55 @@ class Snapshot:
                     "numbers it is too large to be kept beside the adapter. Save the model whole if it matters.",
                     stacklevel=3,
                 )
-        found = {name: self._now(name) for name in self._copies}
+        return self._left or self._changed()
+
+    def _changed(self) -> dict[str, Tensor]:
+        found = {name: self._now(name) for name in self._kept}
         return {
             name: now.detach()
             for name, now in found.items()
-            if now is not None and now.device.type != "meta" and (name in self.also or not _same(self._copies[name], now))
+            if now is not None and now.device.type != "meta" and (name in self.also or not _same(self._kept[name].copy, now))
         }
 
-    def restore(self) -> None:
-        """Put the copies back."""
-        self.put({name: self._copies[name] for name in self.to_save()})
+    def show(self, on: bool) -> None:
+        """Let the adapter's values stand in the model, or the base's own."""
+        for name, kept in self._kept.items():
+            if on:
+                kept.reveal()
+            elif kept.hidden is None and (kept.trains or len(_stack(*self._places[name])) == 1):
+                now = self._now(name)
+                if now is not None and now.device.type != "meta" and not _same(kept.copy, now):
+                    kept.hide(self._all_places(now) if kept.trains else [self._places[name]], now)
+
+    def _all_places(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+        assert self._model is not None
+        return [(m, own) for m in self._model.modules() for own, one in m._parameters.items() if one is parameter]
+
+    def leave(self, keep: bool = False) -> None:
+        """Put the copies back, or keep what is there now for good; what other handles found before is then of this, too."""
+        if self._model is None:
+            return
+        self._left = {name: value.clone() for name, value in self._changed().items()}
+        for name, kept in self._kept.items():
+            kept.reveal()
+            module, own = self._places[name]
+            there = _stack(module, own)
+            k = there.index(kept) if kept in there else len(there)
+            above = there[k + 1] if k + 1 < len(there) else None
+            if keep and k:
+                now = _tensor(module, own)
+                if now is not None:
+                    after = now.detach().clone() if above is None else above.copy
+                    for below in there[:k]:
+                        below.copy = after
+            elif not keep and above is not None:
+                above.copy = kept.copy
+            elif not keep and name in self._left:
+                self.put({name: kept.copy})
+            del there[k : k + 1]
+            if not there:
+                _clear(module, own)
+        self._kept, self._model = {}, None
 
     def put(self, values: Mapping[str, Tensor]) -> None:
         """Write values into the parameters and buffers of these names."""
@@ -74,10 +188,28 @@ class Snapshot:
                 assert now is not None
                 now.copy_(value)
 
+    def take(self, values: Mapping[str, Tensor]) -> None:
+        """Write saved values; what is not among them is the base's own again."""
+        if self._model is None:  # detached
+            self._left = dict(values)
+            return
+        self.put({name: self._kept[name].copy for name in self._changed() if name not in values})
+        self.put(values)
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what is kept."""
-        return {name: tuple(copy.shape) for name, copy in self._copies.items()}
+        kept = {name: one.copy for name, one in self._kept.items()} or self._left
+        return {name: tuple(tensor.shape) for name, tensor in kept.items()}
+
+
+def check_shown(layer: nn.Module, name: str, tensors: Collection[str]) -> None:
+    """Raise where the base's own value stands in the place of a weight that trains beside an adapter that is switched off."""
+    if any(kept.hidden is not None for own in tensors for kept in _stack(layer, own)):
+        raise AttachError(
+            f"the weight of '{name}' trains beside an adapter that is switched off, so it is the base's own for a while; "
+            "switch that adapter on before dW is merged into it."
+        )
 
 
 def _names(model: nn.Module, leave: tuple[type[nn.Module], ...]) -> tuple[str, ...]:
@@ -87,6 +219,25 @@ def _names(model: nn.Module, leave: tuple[type[nn.Module], ...]) -> tuple[str, .
 
 def _tensor(module: nn.Module, own: str) -> Tensor | None:
     return module._parameters.get(own) if own in module._parameters else module._buffers.get(own)
+
+
+def _store(module: nn.Module, own: str, tensor: Tensor) -> None:
+    if isinstance(tensor, nn.Parameter):
+        module._parameters[own] = tensor
+    else:
+        module._buffers[own] = tensor
+
+
+def _stack(module: nn.Module, own: str) -> list[Kept]:
+    found: list[Kept] = module.__dict__.get(SLOT, {}).get(own, [])
+    return found
+
+
+def _clear(module: nn.Module, own: str) -> None:
+    known: dict[str, list[Kept]] = module.__dict__.get(SLOT, {})
+    known.pop(own, None)
+    if not known:
+        module.__dict__.pop(SLOT, None)
 
 
 def _same(copy: Tensor, now: Tensor) -> bool:

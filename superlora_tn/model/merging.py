@@ -68,6 +68,13 @@ def check_switched_on(name: str | None, enabled: bool) -> None:
         )
 
 
+def check_bakeable(weights: Mapping[str, Weight], members: Members) -> None:
+    """Raise where another adapter is merged into a weight, which could then not be told apart."""
+    for name, weight in weights.items():
+        if any(member is not members[name] for member in weight.merged):
+            raise AttachError(f"another adapter is merged into '{name}' too; unmerge() or bake() that one first.")
+
+
 def check_finite(name: str, weight: Weight, delta: Tensor) -> None:
     """Raise where a merged weight is not finite, and say whether dW is to blame."""
     merged = weight.kind.read(weight.layer)

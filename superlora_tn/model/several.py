@@ -45,18 +45,26 @@ class Used:
             AttachError: an adapter was merged meanwhile that was used otherwise before.
         """
         merged = [h.name for h, *before in self._before if h.merged and before != [h._enabled, h._strength]]
+        refused: AttachError | None = None
         for handle, enabled, strength in self._before:
             if handle.name not in merged:
-                handle._set(enabled, strength)
+                try:
+                    handle._set(enabled, strength)
+                except AttachError as one:
+                    refused = one
         if merged and error is None:
             raise AttachError(
                 f"the adapter '{merged[0]}' was merged within use(), so what was before cannot be put back: it stays merged. "
                 "unmerge() it within, or merge() it after."
             )
+        if refused is not None and error is None:
+            raise refused
 
 
 def use(model: nn.Module, names: Names) -> Used:
     """Let exactly these adapters act, with these strengths: dW of the model is their weighted sum.
+
+    What trains beside an adapter (`attach(also=)`) is in the model while the adapter acts, whatever its strength.
 
     Args:
         model: a model with adapters attached under names.
@@ -78,6 +86,8 @@ def use(model: nn.Module, names: Names) -> Used:
     for name, handle in known.items():
         if handle.merged and (name in wanted, wanted.get(name, handle._strength)) != (handle._enabled, handle._strength):
             raise AttachError(f"the adapter '{name}' is merged, so it cannot be switched; unmerge() it first.")
+        if (name in wanted) != handle._enabled:
+            handle._check_beside(switched=True)
     for name, handle in known.items():
         handle._set(name in wanted, float(wanted.get(name, handle._strength)))
     return Used(before)
@@ -101,15 +111,23 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             long (beams, tokens laid end to end), each name is for n rows in a row.
 
     Raises:
-        AttachError: a name that the model does not carry, or that is merged, or adapts weights where they are read.
+        AttachError: a name that the model does not carry, or that is merged or switched off, adapts weights where they are
+            read, or has parameters that train beside it, where not all rows are its.
     """
     known = handles(model)
     for name in dict.fromkeys(n for n in names if n is not None):
         if name not in known:
             raise AttachError(f"the model carries no adapter named '{name}'; {near(name, list(known))}.")
+        if not known[name]._enabled:
+            raise AttachError(f"the adapter '{name}' is switched off, so no row would meet it; switch it on, by sl.use().")
     for name, handle in known.items():
         if handle.merged:
             raise AttachError(f"the adapter '{name}' is merged, so all rows meet it; unmerge() it first.")
+        if handle._acts and handle._base.also and set(names) != {name}:
+            raise AttachError(
+                f"'{handle._base.also[0]}' trains beside the adapter '{name}' and is one for all rows; give all rows to it, or "
+                "switch it off by sl.use()."
+            )
         if handle.held and (name in names or handle._acts):
             raise AttachError(
                 f"the adapter '{name}' is where the weight of '{handle.held[0]}' is read, which is one for all rows; attach or "

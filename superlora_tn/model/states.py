@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
+from superlora_tn.model.buffers import Snapshot
+from superlora_tn.model.frozen import Holder, hold_on
 from superlora_tn.model.targets import AttachError
-from superlora_tn.model.weights import Holder, hold_on
+from superlora_tn.model.weights import check_unmerged, check_whole
+from superlora_tn.update.base import Member
 from superlora_tn.update.placed import Placed
 
 
@@ -24,12 +28,21 @@ class Stated(Placed):
         self._disabled = 0
         self._enabled = True
         self._holder = Holder()
+        self._base = Snapshot()
+        self._model: tuple[nn.Module, str] | None = None
         self._frozen: list[tuple[str, nn.Parameter, bool]] = []
 
     @property
     def _acts(self) -> bool:
         """Whether dW is added to what the model computes, beside what is in the weights."""
         return self._enabled and not (self.merged or self._disabled)
+
+    def _check_beside(self, own: Collection[Member] = (), switched: bool = False) -> None:
+        """Raise where what trains beside the adapter cannot be read, written or switched: dW but `own` is merged into it."""
+        if self._model is not None:
+            check_unmerged(self._model[0], self._base.training(), own)
+            if switched:
+                check_whole(self._model[0], self._base.training())
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The nodes; nothing while merged, as dW is in the weights then and must not count twice."""
@@ -52,5 +65,5 @@ class Stated(Placed):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy: it holds what it froze, and what a context switched off at the time can be switched on."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        hold_on(self._frozen, self._holder)
+        hold_on(self._frozen, self._holder, self._base.also)
         self._enabled, self._disabled = self._enabled and not self._disabled, 0

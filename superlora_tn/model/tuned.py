@@ -16,12 +16,13 @@ from superlora_tn.declare.parts import check_number
 from superlora_tn.files.own import CheckpointError, Entry, Saved, read
 from superlora_tn.files.standing import check_same
 from superlora_tn.files.writes import FORMATS, Beside, Format, Report, save_as
-from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.convolutions import kernels_of
 from superlora_tn.model.describe import as_given, names, notes, share_of, summary
+from superlora_tn.model.frozen import thaw_all
 from superlora_tn.model.kinds import Held
 from superlora_tn.model.merging import (
     change,
+    check_bakeable,
     check_finite,
     check_resettable,
     check_switched_on,
@@ -33,7 +34,7 @@ from superlora_tn.model.merging import (
 from superlora_tn.model.states import Stated
 from superlora_tn.model.tables import Table
 from superlora_tn.model.targets import AttachError, Target, near
-from superlora_tn.model.weights import Weight, check_mergeable, report_rounding, thaw_all, weight_of
+from superlora_tn.model.weights import Weight, check_mergeable, report_rounding, weight_of
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Adapter, Member
 from superlora_tn.update.passes import Passes
@@ -66,8 +67,6 @@ class Tuned(Stated):
         self._targets = {target.name: target for target in targets}
         self._members = {name: member for adapter in adapters for name, member in adapter.members.items()}
         self._hooks: list[Any] = []
-        self._model: tuple[nn.Module, str] | None = None
-        self._base = Snapshot()
         self._strength = 1.0
 
     def forward(self, x: Any) -> Any:
@@ -133,6 +132,8 @@ class Tuned(Stated):
         """Switch the adapter on or off for good, and give it a strength."""
         if self.merged and (enabled, strength) != (self._enabled, self._strength):
             raise AttachError(f"the adapter '{self.name}' is merged, so its strength is in the weights; unmerge() first.")
+        if enabled != self._enabled:
+            self._check_beside(switched=True)
         self._enabled, self._strength = enabled, strength
         self._switch()
 
@@ -251,10 +252,10 @@ class Tuned(Stated):
             AttachError: detached already, or merged and changed since (see `unmerge`).
         """
         self._need("detach")
+        self._check_beside(self._members.values())
         if self.merged:
             self.unmerge()
         self._put_back()
-        self._base.restore()
         return self._leave()
 
     def bake(self) -> nn.Module:
@@ -264,20 +265,20 @@ class Tuned(Stated):
             AttachError: as `merge`; or another adapter is merged into one of the weights.
         """
         self._need("bake")
+        check_bakeable(self._weights(), self._members)
         if not self.merged:
             self.merge()
-        for name, weight in self._weights().items():
-            if any(member is not self._members[name] for member in weight.merged):
-                raise AttachError(f"another adapter is merged into '{name}' too; unmerge() or bake() that one first.")
         for weight in self._weights().values():
             weight.forget()
         self.merged = False
+        self._base.leave(keep=True)
         return self._leave()
 
     def _leave(self) -> nn.Module:
         """Take hooks and handle off the model, and thaw what was frozen."""
         assert self._model is not None
         model, name = self._model
+        self._base.leave()
         for hook in self._hooks:
             hook.remove()
         leave(self._targets, self._members)
@@ -291,11 +292,16 @@ class Tuned(Stated):
         for adapter in self._adapters():
             adapter.active = self._acts
             adapter.strengthen(self._strength)
+        self._base.show(self._enabled and not self._disabled)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within this context the model computes as its base, also where it was merged; a merge within it is one."""
+        """Within this context the model computes as its base, also where it was merged; a merge within it is one.
+
+        What trains beside the adapter, and buffers that no other adapter knows, are the base's own meanwhile.
+        """
         was_merged = self.merged
+        self._check_beside(self._members.values(), switched=True)
         if was_merged:
             self.unmerge()
         self._disabled += 1
@@ -348,6 +354,7 @@ class Tuned(Stated):
 
     def _saved(self) -> Saved:
         """As it would be saved now; the nodes' tensors are those in use."""
+        self._check_beside()
         pairs = (p for k, a in enumerate(self._adapters()) for p in zip(names(k, a), a.whole(), strict=True))
         return Saved(self.entries, {name: tensor.detach() for name, tensor in pairs}, self._base.to_save())
 
@@ -363,6 +370,7 @@ class Tuned(Stated):
         """
         if self.merged:
             raise AttachError("the adapter is merged, so other values would not be what is in the weights; unmerge() first.")
+        self._check_beside()
         saved = read(folder)
         if saved.entries != self.entries:
             raise CheckpointError(
@@ -379,7 +387,7 @@ class Tuned(Stated):
         with torch.inference_mode(False), torch.no_grad():
             for k, adapter in enumerate(self._adapters()):
                 adapter.write([saved.tensors[name] for name in names(k, adapter)], keep_dtype)
-        self._base.put(saved.buffers)
+        self._base.take(saved.buffers)
 
     def __str__(self) -> str:
         share = "" if self._model is None else share_of(self._model[0], self.num_parameters, self._base.also)

@@ -1,4 +1,4 @@
-"""The weights of a model while adapters are on them: who adapts them, their own values while dW is merged, and who froze them.
+"""The weights of a model while adapters are on them: who adapts them, and their own values while dW is merged.
 
 One `Weight` a weight, found again through its layer, whatever handles there are on the model and on its parts.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from superlora_tn.declare.rows import Span
+from superlora_tn.model.buffers import check_shown
 from superlora_tn.model.kinds import Held, Kind
 from superlora_tn.model.targets import AttachError, Target, is_sharded
 from superlora_tn.network.spec import AdapterSpec
@@ -197,6 +198,7 @@ def check_mergeable(model: nn.Module, targets: Sequence[Target]) -> None:
             raise AttachError(
                 f"the weight of '{target.name}' is computed from others (weight_norm, parametrize); bake that in first."
             )
+        check_shown(target.layer, target.name, own)
         for name, tensor in own.items():
             if is_sharded(tensor) or _is_borrowed(model, tensor):
                 raise AttachError(
@@ -223,6 +225,34 @@ def _check_writable(target: Target) -> None:
             f"{target.shape} was adapted: it is sharded or flattened. Merge within FSDP's summon_full_params, or on a whole "
             "model."
         )
+
+
+def check_unmerged(model: nn.Module, beside: Mapping[str, Tensor], own: Collection[Member] = ()) -> None:
+    """Raise where what trains beside an adapter holds a merged dW, which is no part of its value.
+
+    Args:
+        model: where the adapter is.
+        beside: what trains beside it, by name.
+        own: members whose dW does not count.
+    """
+    names = {id(tensor): name for name, tensor in beside.items()}
+    for module in model.modules() if names else ():
+        for weight in module.__dict__.get(SLOT, {}).values():
+            if all(member in own for member in weight.merged):
+                continue
+            held = next((names[id(t)] for t in (weight.kind.owners(module) or {}).values() if id(t) in names), None)
+            if held is not None:
+                raise AttachError(f"'{held}' trains beside the adapter, and dW is merged into it now; unmerge() that first.")
+
+
+def check_whole(model: nn.Module, beside: Mapping[str, Tensor]) -> None:
+    """Raise where the base's own value could not take the place of what trains beside an adapter: it is sharded."""
+    for name, tensor in beside.items():
+        if is_sharded(tensor) or _is_borrowed(model, tensor):
+            raise AttachError(
+                f"'{name}' trains beside the adapter and is sharded over processes, so the base's own value cannot take its "
+                "place; compare with a base that has no adapter."
+            )
 
 
 def report_rounding(weights: Mapping[str, Weight]) -> None:
@@ -275,67 +305,3 @@ def _region(tensor: Tensor) -> Iterator[tuple[Any, int, int]]:
         return
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     yield (tensor.device, tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size())
-
-
-# --- who froze a parameter ------------------------------------------------------------------------------------------
-
-FROZEN = "_superlora_frozen"
-
-
-class Holder:
-    """Stands for a handle in the records of the parameters that it froze."""
-
-
-def freeze(parameter: nn.Parameter, holder: Holder) -> None:
-    """Keep a parameter from training until every handle that froze it has thawed it."""
-    record: dict[str, Any] | None = parameter.__dict__.get(FROZEN)
-    if record is None:
-        record = {"wanted": parameter.requires_grad, "holders": []}
-        setattr(parameter, FROZEN, record)
-    record["holders"].append(holder)
-    parameter.requires_grad_(False)
-
-
-def hold_on(frozen: Sequence[tuple[str, nn.Parameter, bool]], holder: Holder) -> None:
-    """Let a copied handle hold what it froze: copies of parameters have no record."""
-    for _, parameter, wanted in frozen:
-        record: dict[str, Any] | None = parameter.__dict__.get(FROZEN)
-        if record is None:
-            record = {"wanted": wanted, "holders": []}
-            setattr(parameter, FROZEN, record)
-        if holder not in record["holders"]:
-            record["holders"].append(holder)
-
-
-def thaw(parameter: nn.Parameter, holder: Holder, wanted: bool) -> None:
-    """Let go of a parameter; the last to do so gives it back the requires_grad it had.
-
-    Args:
-        parameter: what was frozen.
-        holder: who froze it.
-        wanted: what it was then, for a copy of the parameter, which has no record.
-    """
-    record: dict[str, Any] | None = parameter.__dict__.get(FROZEN)
-    if record is None:
-        parameter.requires_grad_(wanted)
-        return
-    record["holders"] = [other for other in record["holders"] if other is not holder]
-    if not record["holders"]:
-        parameter.requires_grad_(record["wanted"])
-        delattr(parameter, FROZEN)
-
-
-def thaw_all(model: nn.Module, frozen: Sequence[tuple[str, nn.Parameter, bool]], holder: Holder) -> None:
-    """Let go of parameters by their names in the model, and of those that stand in their place now (accelerate's)."""
-    now = dict(model.named_parameters())
-    for name, parameter, wanted in frozen:
-        thaw(parameter, holder, wanted)
-        other = now.get(name, parameter)
-        if other is not parameter and FROZEN not in other.__dict__ and FROZEN not in parameter.__dict__:
-            other.requires_grad_(parameter.requires_grad)
-
-
-def was_trainable(parameter: nn.Parameter) -> bool:
-    """Whether a parameter trained before any handle froze it."""
-    record: dict[str, Any] | None = parameter.__dict__.get(FROZEN)
-    return parameter.requires_grad if record is None else bool(record["wanted"])

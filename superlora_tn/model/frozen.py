@@ -1,0 +1,85 @@
+"""Who froze a parameter of the base, and who trains it beside an adapter: one record, whatever handles there are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import nn
+
+FROZEN = "_superlora_frozen"
+
+
+class Holder:
+    """Stands for a handle in the records of the parameters that it froze."""
+
+
+def freeze(parameter: nn.Parameter, holder: Holder) -> None:
+    """Keep a parameter from training until every handle that froze it has thawed it; what trains beside a handle goes on."""
+    record: dict[str, Any] = parameter.__dict__.get(FROZEN) or _record(parameter, parameter.requires_grad)
+    record["holders"].append(holder)
+    parameter.requires_grad_(bool(record["trains"]))
+
+
+def train(parameter: nn.Parameter, holder: Holder) -> None:
+    """Let a parameter train beside the handle that froze it."""
+    parameter.__dict__[FROZEN]["trains"].append(holder)
+    parameter.requires_grad_(True)
+
+
+def trains_beside(parameter: nn.Parameter) -> bool:
+    """Whether a handle trains it already."""
+    return bool(parameter.__dict__.get(FROZEN, {}).get("trains"))
+
+
+def hold_on(frozen: Sequence[tuple[str, nn.Parameter, bool]], holder: Holder, also: Collection[str]) -> None:
+    """Let a copied handle hold what it froze, and train what it trained: copies of parameters have no record."""
+    for name, parameter, wanted in frozen:
+        record: dict[str, Any] = parameter.__dict__.get(FROZEN) or _record(parameter, wanted)
+        if holder not in record["holders"]:
+            record["holders"].append(holder)
+            record["trains"] += [holder] * (name in also)
+
+
+def thaw(parameter: nn.Parameter, holder: Holder, wanted: bool) -> None:
+    """Let go of a parameter; the last to do so gives it back the requires_grad it had.
+
+    Args:
+        parameter: what was frozen.
+        holder: who froze it.
+        wanted: what it was then, for a copy of the parameter, which has no record.
+    """
+    record: dict[str, Any] | None = parameter.__dict__.get(FROZEN)
+    if record is None:
+        parameter.requires_grad_(wanted)
+        return
+    trained = bool(record["trains"])
+    for who in ("holders", "trains"):
+        record[who] = [other for other in record[who] if other is not holder]
+    if not record["holders"]:
+        parameter.requires_grad_(record["wanted"])
+        delattr(parameter, FROZEN)
+    elif trained and not record["trains"]:
+        parameter.requires_grad_(False)
+
+
+def thaw_all(model: nn.Module, frozen: Sequence[tuple[str, nn.Parameter, bool]], holder: Holder) -> None:
+    """Let go of parameters by their names in the model, and of those that stand in their place now (accelerate's)."""
+    now = dict(model.named_parameters())
+    for name, parameter, wanted in frozen:
+        thaw(parameter, holder, wanted)
+        other = now.get(name, parameter)
+        if other is not parameter and FROZEN not in other.__dict__ and FROZEN not in parameter.__dict__:
+            other.requires_grad_(parameter.requires_grad)
+
+
+def was_trainable(parameter: nn.Parameter) -> bool:
+    """Whether a parameter trained before any handle froze it."""
+    record: dict[str, Any] | None = parameter.__dict__.get(FROZEN)
+    return parameter.requires_grad if record is None else bool(record["wanted"])
+
+
+def _record(parameter: nn.Parameter, wanted: bool) -> dict[str, Any]:
+    record: dict[str, Any] = {"wanted": wanted, "holders": [], "trains": []}
+    setattr(parameter, FROZEN, record)
+    return record
