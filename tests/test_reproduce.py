@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -253,11 +254,11 @@ def test_the_count_from_which_lorta_reaches_lora_follows_the_rows(enough):
 def test_only_what_needs_a_missing_setting_is_left_open():
     rows = made_up(lambda s: 0.0)
     rows = [{**r, "tried": {}, "edge": False, "twice": []} for r in rows]
-    whole = converged_report._questions(rows, [])
+    whole = converged_report._questions(rows, [], {})
     for variant, opened in (("LoRA", 1), ("SuperLoRA K=2", 1), ("shuffled LoRTA", 1), ("LoTR", 0)):
         missing = [r for r in rows if r["variant"] == variant]
         assert missing
-        part = converged_report._questions([r for r in rows if r["variant"] != variant], missing)
+        part = converged_report._questions([r for r in rows if r["variant"] != variant], missing, {})
         assert sum(one.startswith(converged_report.OPEN) for one in part) == opened, variant
         kept = [one for one in part if not one.startswith(converged_report.OPEN)]
         assert set(kept) <= set(whole)
@@ -454,6 +455,18 @@ def test_the_grid_of_rates_is_extended_while_the_best_is_at_its_edge(tmp_path, m
     assert tried(1e-2) == [2.5e-3, 1e-2, 4e-2]
     assert tried(0.16) == [2.5e-3, 1e-2, 4e-2, 0.16, 0.64]
     assert tried(1e-9) == pytest.approx([2.5e-3 / 16, 2.5e-3 / 4, 2.5e-3, 1e-2, 4e-2])  # it gives up, and says so
+
+
+def test_the_lines_alone_are_dense_lora_and_lorta_without_groups(tmp_path):
+    short = dataclasses.replace(SHORT, lines=True)
+    own = converged.Converged(noise_task(), short, converged.Store(tmp_path, {}), None, tmp_path)
+    assert [s.variant for s in own.settings] == ["dense"] + ["LoRA"] * 3 + ["LoRTA M=3"] * 4
+    assert {s.groups for s in own.settings} == {0, 1}
+    assert [s.rank for s in own.settings[1:4]] == [1, 4, 16]
+    rows = [{**converged._about(s), "accuracies": [0.5, 0.6]} for s in own.settings]
+    told = "\n".join(converged_report._questions(rows, [], {"lines": True}))
+    assert "reach LoRA's accuracy" in told
+    assert "grouping" not in told
 
 
 def test_a_rate_is_chosen_by_accuracy_as_far_as_it_tells_and_then_by_loss():

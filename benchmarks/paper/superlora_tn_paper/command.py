@@ -20,7 +20,6 @@ from superlora_tn_paper.store import Data
 from superlora_tn_paper.task import DOMAINS, Task, TaskError, digits_task, folder_task
 
 EXPERIMENTS = tuple(report.REPORTS)
-LONGER = ConvergedRecipe()
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Request:
 
 
 def reproduce(
-    request: Request, as_json: bool = False, recipes: Mapping[str, Recipe] = RECIPES, longer: ConvergedRecipe = LONGER
+    request: Request, as_json: bool = False, recipes: Mapping[str, Recipe] = RECIPES, longer: ConvergedRecipe | None = None
 ) -> Data:
     """Run an experiment into its folder: JSON, pictures, and ``report.md``. A run that was stopped goes on.
 
@@ -76,7 +75,7 @@ def reproduce(
         request: what.
         as_json: print the results as JSON alone.
         recipes: hyper-parameters by scale, of classification and geometry.
-        longer: those of the converged scale.
+        longer: those of the converged scale; None takes the domain's.
 
     Raises:
         TaskError: data, model or device are not there.
@@ -92,7 +91,7 @@ def reproduce(
     return result
 
 
-def _run(request: Request, console: Console, recipes: Mapping[str, Recipe], longer: ConvergedRecipe) -> Data:
+def _run(request: Request, console: Console, recipes: Mapping[str, Recipe], longer: ConvergedRecipe | None) -> Data:
     out, scale = request.out, request.scale
     if request.experiment == "diffusion":
         folder = None if request.data is None else Path(request.data)
@@ -107,7 +106,7 @@ def _run(request: Request, console: Console, recipes: Mapping[str, Recipe], long
 
     if scale == "converged":
         experiment = geometry.run_converged if request.experiment == "geometry" else converged.run
-        return experiment(out, longer, make, console)
+        return experiment(out, longer or converged.RECIPES[request.domain or DOMAINS[0]], make, console)
     recipe = recipes["digits" if scale == "small" and request.data is None else scale]
 
     if request.experiment == "geometry":

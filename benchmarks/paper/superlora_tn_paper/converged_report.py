@@ -36,7 +36,7 @@ def report(result: Data) -> str:
     parts += ["## Results", f"![Accuracy against trainable parameters]({PARETO})", _results(rows), "## Has it converged?"]
     checked = [r for r in missing if r["variant"] in CHECKED]
     parts += [f"{OPEN} {_named(checked)}."] if checked else [head_answer(rows), twice_answer(rows), edge_answer(rows)]
-    return "\n\n".join([*parts, *_questions(rows, missing), ""])
+    return "\n\n".join([*parts, *_questions(rows, missing, result["recipe"]), ""])
 
 
 def _named(rows: list[Data]) -> str:
@@ -112,8 +112,11 @@ def edge_answer(rows: list[Data]) -> str:
     return f"Best rates at the edge of those tried: {', '.join(found) if found else 'none'}."
 
 
-def _questions(rows: list[Data], missing: list[Data]) -> list[str]:
-    """The questions of the small scale, each where all of its settings are finished, on as many seeds as both sides have."""
+def _questions(rows: list[Data], missing: list[Data], recipe: Data) -> list[str]:
+    """The questions of the small scale, each where all of its settings are finished, on as many seeds as both sides have.
+
+    Where the lines alone are run, those about other variants are left out.
+    """
     lines = [r for r in rows if r["variant"] in LINES]
     parts, left = ["## Questions", RULE], [r for r in missing if r["variant"] in LINES]
     parts += ["### Does LoRTA reach LoRA's accuracy with about a tenth of the parameters?"]
@@ -126,6 +129,8 @@ def _questions(rows: list[Data], missing: list[Data]) -> list[str]:
     even = [{**r, "accuracies": r["accuracies"][:least]} for r in rows]
     for title, what, test in QUESTIONS:
         found = list(pairs([*even, *missing], test))
+        if not found and recipe.get("lines"):
+            continue
         left = [r for r in missing if any(r is p.first or r is p.second for p in found)]
         parts += [f"### {title}", f"{OPEN} {_named(left)}." if left else summary(found, what)]
     return parts
