@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import superlora_tn as sl
+from superlora_tn.declare.joins import Join
 from superlora_tn.model import recognise
 
 NUM, DIM = 12, 6
@@ -127,6 +129,101 @@ def test_bags_of_rows(spec: sl.AdapterSpec, case: tuple[dict[str, Any], tuple[An
         torch.testing.assert_close(*(torch.autograd.grad(out, weights, g)[0] for out in (y, expected)))
     named = dict(zip(("offsets", "per_sample_weights"), rest, strict=False))
     torch.testing.assert_close(layer(input=x, **named), expected)
+
+
+JOINS: dict[str, Join] = {
+    "magnitude": sl.Magnitude(),
+    "differentiated": sl.Magnitude(detached=False),
+    "left": sl.Multiply("left"),
+    "left, scaled": sl.Multiply("left", scaled=True),
+    "left, alone": sl.Multiply("left", residual=False, scaled=True),
+}
+
+
+def joined(tuned: sl.Tuned, weight: Tensor) -> Tensor:
+    """W' (out, in) of the one weight of a `lora` with a join, of the nodes' stored numbers."""
+    named, join = dict(tuned.named_parameters()), tuned.spec.join
+    up, down = (named[f"adapters.0.node_factor_{side}"] for side in ("out", "in"))
+    network, magnitude = up @ down.T * tuned.spec.scale * tuned.strength, named.get("adapters.0.magnitude")
+    if isinstance(join, sl.Magnitude):
+        whole = weight + network
+        norms = whole.square().sum(1).sqrt()
+        whole = whole / (norms.detach() if join.detached else norms)[:, None]
+    else:
+        assert isinstance(join, sl.Multiply)
+        one = torch.eye(len(network), dtype=network.dtype) * (1 if join.residual else 1 - tuned.strength)
+        whole = (one + network) @ weight
+    return whole if magnitude is None else magnitude[:, None] * whole
+
+
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"padding_idx": 2}, {"scale_grad_by_freq": True}, {"padding_idx": -1, "scale_grad_by_freq": True}]
+)
+def test_what_joins_is_weighted_as_the_tables_own(join: str, trains: bool, options: dict[str, Any]) -> None:
+    """Magnitudes and a network that multiplies, too, get none from padding, and the table's own is not weighted twice."""
+    spec = replace(sl.lora(2), join=JOINS[join])
+    model = nn.ModuleDict({"layer": nn.Embedding(NUM, DIM, **options).double()})
+    with torch.no_grad():
+        model["layer"].weight.add_(1)  # padding too
+    tuned = sl.attach(model, spec, ["layer"], seed=0, dtype=torch.float64, also=["layer"] if trains else [])
+    perturb(tuned)
+    tuned.strength = 0.75
+    layer, x, g = model["layer"], torch.tensor([[2, 5, 5], [11, 2, 5]]), noise(2, 3, DIM, dtype=torch.float64)
+    assert not tuned.held
+    table = joined(tuned, layer.weight.T).T
+    expected = F.embedding(x, table, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
+    y = layer(x)
+    torch.testing.assert_close(y, expected)
+    own = [*tuned.parameters(), *([layer.weight] if trains else [])]
+    for found, other in zip(torch.autograd.grad(y, own, g), torch.autograd.grad(expected, own, g), strict=True):
+        torch.testing.assert_close(found, other)
+
+
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("case", BAGS.values(), ids=BAGS)
+def test_what_joins_in_bags_is_weighted_as_the_tables_own(join: str, case: tuple[dict[str, Any], tuple[Any, ...]]) -> None:
+    """A bag that weighs its rows by frequency is adapted where it is read, as its sum does not tell them apart."""
+    options, (x, *rest) = case
+    model = nn.ModuleDict({"layer": nn.EmbeddingBag(NUM, DIM, **options).double()})
+    tuned = sl.attach(model, replace(sl.lora(2), join=JOINS[join]), ["layer"], seed=0, dtype=torch.float64)
+    perturb(tuned)
+    layer = model["layer"]
+    assert tuned.held == (["layer"] if layer.scale_grad_by_freq else [])
+    expected = F.embedding_bag(
+        x,
+        joined(tuned, layer._parameters["weight"].T).T,
+        rest[0] if rest else None,
+        scale_grad_by_freq=layer.scale_grad_by_freq,
+        mode=layer.mode,
+        per_sample_weights=rest[1] if len(rest) > 1 else None,
+        include_last_offset=layer.include_last_offset,
+        padding_idx=layer.padding_idx,
+    )
+    y = layer(x, *rest)
+    torch.testing.assert_close(y, expected)
+    g = noise(*y.shape, dtype=torch.float64)
+    for found, other in zip(gradients(y, tuned, g), gradients(expected, tuned, g), strict=True):
+        torch.testing.assert_close(found, other)
+
+
+@pytest.mark.parametrize("join", ["magnitude", "differentiated"])
+@pytest.mark.parametrize("names", [["table", "head"], [sl.Rows("table", ("old", "new"), use=("new",), sizes=(9, 3))]])
+def test_magnitudes_of_tied_tables_and_of_some_rows_get_nothing_from_padding(join: str, names: list[Any]) -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(NUM, DIM, padding_idx=10), "head": nn.Linear(DIM, NUM)}).double()
+    with torch.no_grad():
+        model["table"].weight.add_(1)
+    if len(names) > 1:
+        model["head"].weight = model["table"].weight
+    tuned = sl.attach(model, replace(sl.lora(2), join=JOINS[join]), names, seed=0, dtype=torch.float64)
+    perturb(tuned)
+    weight, x = model["table"].weight, torch.tensor([[0, 9, 10], [11, 10, 9]])
+    table = joined(tuned, weight) if len(names) > 1 else torch.cat([weight[:9], joined(tuned, weight[9:].T).T])
+    y, expected, g = model["table"](x), F.embedding(x, table, 10), noise(2, 3, DIM, dtype=torch.float64)
+    torch.testing.assert_close(y, expected)
+    for found, other in zip(gradients(y, tuned, g), gradients(expected, tuned, g), strict=True):
+        torch.testing.assert_close(found, other)
 
 
 @pytest.mark.parametrize(

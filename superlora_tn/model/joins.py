@@ -12,7 +12,7 @@ from superlora_tn.declare.joins import Join, Magnitude, Multiply
 from superlora_tn.model.convolutions import Convolution
 from superlora_tn.model.kinds import Held, Kind, LayerError, Linear, RowsOf
 from superlora_tn.model.spans import columns, joined
-from superlora_tn.model.tables import Table, TableRows
+from superlora_tn.model.tables import Bag, Table, TableRows, weighted
 from superlora_tn.model.targets import AttachError, Place, Target, bind
 from superlora_tn.update.base import Member
 from superlora_tn.update.eager import is_eager
@@ -72,6 +72,9 @@ class FromLeft:
         if isinstance(kind, RowsOf):
             own = columns(plain, kind.span).flatten(-2)
             return joined(y, _turned(member, own, layer.training, torch.zeros_like(own)), kind.span, False)
+        shares = kind.shares(layer, x, y.dtype) if isinstance(kind, Table) else None
+        if shares is not None:
+            return _looked_up(member, plain, layer.training, shares)
         axis = kind.axis(layer)
         return _turned(member, plain.movedim(axis, -1), layer.training, y.movedim(axis, -1)).movedim(-1, axis)
 
@@ -148,6 +151,8 @@ def bound(join: Join | None, name: str, place: Place, at: str | None = None) -> 
         AttachError: it cannot be adapted, or not so.
     """
     target = bind(name, place, at)
+    if isinstance(target.kind, Bag) and join is not None and cast(Any, target.layer).scale_grad_by_freq:
+        return bind(name, place, "weight")  # a bag's sum does not tell how frequent each of its rows is
     if not isinstance(join, Multiply):
         return target
     if target.tied or isinstance(target.kind, TableRows):
@@ -172,6 +177,15 @@ def _turned(member: Member, x: Tensor, training: bool, y: Tensor) -> Tensor:
     if away == 1 and y is x:
         return member.update(x, None, None, training)
     return member.update(x, y if away == 0 else y - away * x, None, training)
+
+
+def _looked_up(member: Member, y: Tensor, training: bool, shares: Tensor) -> Tensor:
+    """``R y`` for rows y (..., dim) of a table, with these shares of the network's gradients; y gets all of R's."""
+    x, away = member.drop(y, training), unkept(member)
+    change = weighted(member.update(x.detach(), None, None, False), shares)
+    if y.requires_grad:  # zeros, through which the gradient reaches y and nothing the network
+        change = change + member.update(x - x.detach(), None, None, False)
+    return (y if away == 0 else y - away * y) + change
 
 
 def _plain(kind: Linear | RowsOf) -> Linear:

@@ -61,32 +61,44 @@ class Table(Kind):
         """None."""
         return None
 
+    def shares(self, layer: Any, x: Any, dtype: torch.dtype) -> Tensor | None:
+        """How much of its gradient each number in x (...) hands on to what is looked up, (..., 1); None where all do all of it.
+
+        As in the table itself: padding nothing, and frequent rows less where the layer says so.
+        """
+        found = None if layer.padding_idx is None else (x != layer.padding_idx).to(dtype)
+        if layer.scale_grad_by_freq:
+            often: Tensor = torch.bincount(x.reshape(-1), minlength=1)[x].to(dtype)
+            found = 1 / often if found is None else found / often
+        return None if found is None else found[..., None]
+
     def spread(self, layer: Any, values: Tensor, x: Tensor) -> Tensor:
-        """Its rows count dim; of a tied table, the numbers in x."""
-        return values if self.side == "in" else values[x][..., None]
+        """Its rows count dim; of a tied table, the numbers in x. Each number in x hands its share of the gradient on."""
+        own, shares = values if self.side == "in" else values[x][..., None], self.shares(layer, x, values.dtype)
+        return own if shares is None else weighted(own.expand(*x.shape, -1), shares)
 
     def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
         """y (..., dim) + dW's rows of x (...), with gradients weighted as the table's own would be."""
         if x.numel() == 0:
             return y
-        rows = member.lookup(x.reshape(-1), self.side, y.dtype)
-        return torch.add(y, _weighted(layer, member, x.reshape(-1), rows).reshape(y.shape), alpha=self.factor)
+        flat = x.reshape(-1)
+        rows = _dropped(layer, member, member.lookup(flat, self.side, y.dtype))
+        return torch.add(y, weighted(rows, self.shares(layer, flat, y.dtype)).reshape(y.shape), alpha=self.factor)
 
 
-def _weighted(layer: Any, member: Member, x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of dW (tokens, dim) with the gradients of a lookup: none from padding, less from frequent rows where asked for."""
-    if member.adapter.spec.dropout and layer.training:
-        rows = rows * member.drop(torch.ones_like(rows[:, :1]), True)
-    weights = None
-    if layer.padding_idx is not None:
-        weights = (x != layer.padding_idx)[:, None].to(rows.dtype)
-    if layer.scale_grad_by_freq:
-        often: Tensor = torch.bincount(x, minlength=1)[x][:, None].to(rows.dtype)
-        weights = 1 / often if weights is None else weights / often
-    if weights is None or not torch.is_grad_enabled():
+def weighted(values: Tensor, shares: Tensor | None) -> Tensor:
+    """The values as they are, with these shares (..., 1) of their gradients."""
+    if shares is None or not torch.is_grad_enabled():
+        return values
+    part: Tensor = values * shares
+    return values.detach() + (part - part.detach())  # nothing is rounded
+
+
+def _dropped(layer: Any, member: Member, rows: Tensor) -> Tensor:
+    """Rows of dW (tokens, dim), of which dropout takes whole ones."""
+    if not member.adapter.spec.dropout or not layer.training:
         return rows
-    part: Tensor = rows * weights
-    return part + (rows - part).detach()
+    return rows * member.drop(torch.ones_like(rows[:, :1]), True)
 
 
 ONE = Span(0, 1, 1)
@@ -122,7 +134,7 @@ class TableRows(Table):
     def spread(self, layer: Any, values: Tensor, x: Tensor) -> Tensor:
         """1 for numbers in x that are not the block's."""
         inside = (x >= self.span.start) & (x < self.span.stop)
-        return torch.where(inside[..., None], values, torch.ones_like(values))
+        return torch.where(inside[..., None], super().spread(layer, values, x), torch.ones_like(values))
 
     def join(self, layer: Any, member: Member, x: Tensor, y: Tensor, base: Tensor | None) -> Tensor:
         """y (..., dim) + dW's rows of those numbers in x (...) that the block has."""
@@ -131,7 +143,7 @@ class TableRows(Table):
         flat = x.reshape(-1)
         inside = (flat >= self.span.start) & (flat < self.span.stop)
         rows = member.lookup(torch.where(inside, flat - self.span.start, 0), self.side, y.dtype)
-        rows = _weighted(layer, member, flat, rows) * inside[:, None].to(y.dtype)
+        rows = weighted(_dropped(layer, member, rows), self.shares(layer, flat, y.dtype)) * inside[:, None].to(y.dtype)
         return torch.add(y, rows.reshape(y.shape), alpha=self.factor)
 
 
@@ -152,6 +164,10 @@ class PackedTable(Table):
 class Bag(Table):
     """An `nn.EmbeddingBag` that sums or averages the rows of each bag."""
 
+    def shares(self, layer: Any, x: Any, dtype: torch.dtype) -> Tensor | None:
+        """Of a bag: padding is in none, and one that weighs its rows by how frequent they are joins where it is read."""
+        return None
+
     @property
     def takes_all(self) -> bool:
         """Where a bag begins, and the weights of its entries, are further arguments."""
@@ -163,7 +179,8 @@ class Bag(Table):
         if given.numel() == 0:
             return y
         flat = given.reshape(-1)
-        rows = _weighted(layer, member, flat, member.lookup(flat, self.side, y.dtype))
+        rows = _dropped(layer, member, member.lookup(flat, self.side, y.dtype))
+        rows = weighted(rows, super().shares(layer, flat, y.dtype))
         count, places = len(flat), torch.arange(len(flat), device=flat.device)
         if layer.padding_idx is not None:
             places = torch.where(flat == layer.padding_idx, count, places)
