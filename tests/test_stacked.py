@@ -294,8 +294,12 @@ RUNS = torch.tensor([2, 2, 7, 9], dtype=torch.int32)  # where the rows of each e
 CHOICE = torch.tensor([3, 0, 3])
 
 
-def grouped(x: Tensor, stack: Tensor) -> Tensor:
-    return F.grouped_mm(x, stack, offs=RUNS)
+# Ways to call torch's grouped product: with its last arguments by name, by their places, and all by name.
+GROUPED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "public": lambda x, w: F.grouped_mm(x, w, offs=RUNS),
+    "by place": lambda x, w: torch._grouped_mm(x, w, RUNS, None),
+    "by name": lambda x, w: torch._grouped_mm(offs=RUNS, mat2=w, input=x, out_dtype=None),
+}
 
 
 # What a module does with its stack (which, out, in), seen so, and the shape of x.
@@ -309,6 +313,19 @@ READS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = {
     "chosen": (lambda x, w: torch.bmm(w[CHOICE], x[:3].unsqueeze(-1)).squeeze(-1), (ROWS, EACH)),
     "chosen, transposed": (lambda x, w: torch.bmm(x[:3].unsqueeze(1), w.mT[CHOICE]).squeeze(1), (ROWS, EACH)),
 }
+# The same by names, in any order.
+READS |= {
+    "linear by names": (
+        lambda x, w: F.linear(weight=w[0], input=x) + F.linear(x, bias=x.new_ones(OUT), weight=w[1]),
+        (ROWS, EACH),
+    ),
+    "products by names": (
+        lambda x, w: torch.matmul(other=w[0].t(), input=x) + torch.mm(x, mat2=torch.t(input=w[1])) + x.matmul(other=w[2].T),
+        (ROWS, EACH),
+    ),
+    "bmm by names": (lambda x, w: torch.bmm(input=x, mat2=torch.transpose(w, dim1=1, dim0=2), out=None), (ALL, ROWS, EACH)),
+    "transposed by names": (lambda x, w: x.bmm(mat2=w.transpose(dim0=-1, dim1=-2)), (ALL, ROWS, EACH)),
+}
 # And what is done with W + dW itself.
 BUILDS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = {
     "einsum": (lambda x, w: torch.einsum("eti,eoi->eto", x, w), (ALL, ROWS, EACH)),
@@ -318,6 +335,7 @@ BUILDS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = 
     "not its product": (lambda x, w: F.linear(x, w[1].T), (ROWS, OUT)),
     "all axes turned": (lambda x, w: w.permute(2, 1, 0) * x.sum() + w.transpose(0, 2), (1,)),
     "a run": (lambda x, w: x.sum() * w[1:3], (1,)),
+    "by numpy's names": (lambda x, w: torch.matmul(x1=x, x2=w.mT), (ALL, ROWS, EACH)),
     "written over": (lambda x, w: (w * 1).mul_(x.sum()), (1,)),
 }
 
@@ -362,12 +380,13 @@ def test_what_a_module_computes_with_a_stack(way: str, spec: str, transposed: bo
         torch.testing.assert_close(model(x), other)
 
 
+@pytest.mark.parametrize("way", GROUPED)
 @pytest.mark.parametrize("spec", ["lora", "experts share", "a pair each"])
-def test_a_grouped_product_of_a_stack(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grouped_product_of_a_stack(spec: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's grouped product takes rows of whole 16 bytes and no float64, so the bound is float32's."""
     monkeypatch.setattr("test_stacked.OUT", 8)
     monkeypatch.setattr("test_stacked.EACH", 12)
-    model = Reading(lambda x, w: grouped(x, w.mT), False, torch.float32)
+    model = Reading(lambda x, w: GROUPED[way](x, w.mT), False, torch.float32)
     tuned = sl.attach(model, SPECS[spec], ["stack"], route="apply")
     perturb(tuned)
     weight = model.state_dict()["stack"] + torch.stack([tuned.delta(f"stack.{e}") for e in range(ALL)])
@@ -379,6 +398,24 @@ def test_a_grouped_product_of_a_stack(spec: str, monkeypatch: pytest.MonkeyPatch
     g, wanted = noise(*y.shape, seed=3), [x, *tuned.parameters()]
     for found, right in zip(torch.autograd.grad(y, wanted, g), torch.autograd.grad(other, wanted, g), strict=True):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+
+
+def test_a_call_that_torch_refuses_is_refused_in_its_words() -> None:
+    model = Reading(lambda x, w: w, False)
+    sl.attach(model, SPECS["lora"], ["stack"], dtype=torch.float64)
+    x = noise(ROWS, EACH, dtype=torch.float64)
+    for call in (
+        lambda w: F.linear(weight=w[0]),
+        lambda w: torch.matmul(x, other=None),
+        lambda w: torch.bmm(w, x, x, x),
+        lambda w: F.linear(x, w[0], wieght=w[1]),
+    ):
+        texts = []
+        for weight in (model.stack, model.state_dict()["stack"]):
+            with pytest.raises(TypeError) as caught:
+                call(weight)
+            texts.append(str(caught.value).replace("Parameter", "Tensor"))
+        assert texts[0] == texts[1]
 
 
 def test_the_stand_in_says_what_the_tensor_is() -> None:

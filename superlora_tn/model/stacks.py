@@ -8,7 +8,8 @@ own, so that code which reads memory past torch cannot take W for W + dW.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -87,8 +88,9 @@ class Stack(Tensor):
         if func in ALIKE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        own = OWN.get(func)
-        found = NotImplemented if own is None else own(func, *args, **kwargs)
+        own, found = OWN.get(func), NotImplemented
+        if own is not None and (placed := own.placed(args, kwargs)) is not None:
+            found = own.run(func, *placed)
         return func(*_built(args), **_built(kwargs)) if found is NotImplemented else found
 
     @classmethod
@@ -130,9 +132,9 @@ def _item(func: Any, stack: Any, index: Any) -> Any:
     return _viewed(stack, lambda t: t[index], stack._turned, index % len(stack._members), stack._chosen)
 
 
-def _turn(func: Any, stack: Any, *dims: Any, **named: Any) -> Any:
+def _turn(func: Any, stack: Any, *dims: Any) -> Any:
     """The last two axes changed for one another."""
-    if not isinstance(stack, Stack) or named:
+    if not isinstance(stack, Stack):
         return NotImplemented
     if stack._plain.ndim > 2 and not dims and func != MATRICES:
         return NotImplemented
@@ -154,9 +156,9 @@ def _updated(weight: Stack, x: Tensor, y: Tensor) -> Tensor:
     return y
 
 
-def _product(func: Any, left: Any, right: Any, **named: Any) -> Any:
+def _product(func: Any, left: Any, right: Any) -> Any:
     """x by one matrix (in, out), or its blocks by each of a stack; or each of a stack (out, in) by blocks of columns."""
-    if named or (isinstance(left, Stack) and isinstance(right, Stack)):
+    if isinstance(left, Stack) and isinstance(right, Stack):
         return NotImplemented
     if isinstance(left, Stack):
         fits = not left._turned and left._slot is None and right.ndim == 3
@@ -176,20 +178,25 @@ def _product(func: Any, left: Any, right: Any, **named: Any) -> Any:
     return sum(((left @ inner.mT.to(y.dtype)) @ outer.mT.to(y.dtype) for outer, inner in halves), y)
 
 
-def _grouped(func: Any, x: Any, stack: Any, **named: Any) -> Any:
+def _grouped(func: Any, x: Any, stack: Any, offs: Tensor | None = None, *more: Any) -> Any:
     """Runs of the rows of x, each by its matrix (in, out)."""
-    more = [name for name, value in named.items() if value is not None and name != "offs"]
-    if more or isinstance(x, Stack) or x.ndim != 2 or not stack._turned or (stack._slot, stack._chosen) != (None, None):
+    if (
+        any(value is not None for value in more)
+        or isinstance(x, Stack)
+        or x.ndim != 2
+        or not stack._turned
+        or (stack._slot, stack._chosen) != (None, None)
+    ):
         return NotImplemented
     halves = _thin(stack, -(-len(x) // len(stack._members)))
     if halves is None:
         return NotImplemented
-    y = func(x, stack._plain, **named)
+    y = func(x, stack._plain, offs=offs)
     for outer, inner in halves:
         spare = -inner.shape[-2] % (ALIGNED // y.element_size())
         outer, inner = functional.pad(outer, (0, spare)).to(y.dtype), functional.pad(inner, (0, 0, 0, spare)).to(y.dtype)
-        thin = x @ inner.mT if inner.ndim == 2 else func(x, inner.mT, **named)
-        y = y + (thin @ outer.mT if outer.ndim == 2 else func(thin, outer.mT, **named))
+        thin = x @ inner.mT if inner.ndim == 2 else func(x, inner.mT, offs=offs)
+        y = y + (thin @ outer.mT if outer.ndim == 2 else func(thin, outer.mT, offs=offs))
     return y
 
 
@@ -208,10 +215,38 @@ def _thin(stack: Stack, rows: int) -> list[tuple[Tensor, Tensor]] | None:
     return found
 
 
-OWN: dict[Any, Callable[..., Any]] = {
-    Tensor.__getitem__: _item,
-    functional.linear: _linear,
-    torch._grouped_mm: _grouped,
-    **dict.fromkeys((torch.transpose, T.transpose, MATRICES, T.T.__get__, T.t, torch.t), _turn),
-    **dict.fromkeys((torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, torch.mm, Tensor.mm), _product),
+@dataclass(frozen=True)
+class _Own:
+    """What a function of torch does with a stand-in.
+
+    Attributes:
+        run: gives its result, or `NotImplemented`; called with the function and its arguments by their places.
+        names: of its arguments, in order, as torch has them.
+        least: how many of them have to be given.
+    """
+
+    run: Callable[..., Any]
+    names: tuple[str, ...]
+    least: int
+
+    def placed(self, args: Sequence[Any], named: Mapping[str, Any]) -> list[Any] | None:
+        """The arguments by their places, whichever way they were given; None where they are others than `run` knows of."""
+        left = {name: value for name, value in named.items() if value is not None}  # None is all these arguments' default
+        found = list(args)
+        for name in self.names[len(found) :]:
+            if name not in left:
+                break
+            found.append(left.pop(name))
+        return None if left or not self.least <= len(found) <= len(self.names) else found
+
+
+_TURNS = _Own(_turn, ("input", "dim0", "dim1"), 1)
+_PRODUCTS = _Own(_product, ("input", "mat2"), 2)
+OWN: dict[Any, _Own] = {
+    Tensor.__getitem__: _Own(_item, ("self", "index"), 2),
+    functional.linear: _Own(_linear, ("input", "weight", "bias"), 2),
+    torch._grouped_mm: _Own(_grouped, ("input", "mat2", "offs", "bias", "out_dtype"), 2),
+    **dict.fromkeys((torch.transpose, T.transpose, MATRICES, T.T.__get__, T.t, torch.t), _TURNS),
+    **dict.fromkeys((torch.bmm, Tensor.bmm, torch.mm, Tensor.mm), _PRODUCTS),
+    **dict.fromkeys((torch.matmul, Tensor.matmul), _Own(_product, ("input", "other"), 2)),
 }
