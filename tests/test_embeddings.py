@@ -494,6 +494,47 @@ def test_one_name_of_a_tied_table_adapts_that_place_alone() -> None:
             tuned.merge()
 
 
+ROWS = sl.Rows("embed", ("old", "new"), use=("new",), sizes=(6, 3))
+
+
+@pytest.mark.parametrize(
+    "names", [("embed", "both"), ("lm_head", "both"), ("both", "embed"), ("both", "lm_head"), ("both", ROWS)]
+)
+@pytest.mark.parametrize("first", [True, False], ids=["joins", "adds"])
+def test_what_does_not_add_is_alone_at_every_place_of_a_tied_table(names: tuple[Any, Any], first: bool) -> None:
+    """Whichever comes first; and once that has left, the other fits, and merging both of a kind that adds changes no output."""
+    specs, model, x = (
+        [sl.dora(sl.lora(2)), sl.lora(2)][:: 1 if first else -1],
+        seeded(0, Tied).double(),
+        torch.tensor([[1, 4, 8]]),
+    )
+    plain, before = model(x), dict(model.embed.__dict__)
+    targets = [["embed", "lm_head"] if name == "both" else [name] for name in names]
+    one = sl.attach(model, specs[0], targets[0], seed=0, dtype=torch.float64, name="one")
+    with pytest.raises(sl.AttachError, match="has the adapter 'one', and adapters share a weight only where all are added"):
+        sl.attach(model, specs[1], targets[1], seed=0, dtype=torch.float64, name="two")
+    one.detach()
+    other = sl.attach(model, specs[1], targets[1], seed=0, dtype=torch.float64, name="two")
+    other.detach()
+    handles = [sl.attach(model, sl.lora(2), own, seed=0, dtype=torch.float64, name=f"n{k}") for k, own in enumerate(targets)]
+    for k, handle in enumerate(handles):
+        perturb(handle, seed=k)
+    y = model(x)
+    whole = handles[names.index("both")]
+    whole.merge()
+    torch.testing.assert_close(model(x), y)
+    for handle in handles:
+        handle.detach()
+    torch.testing.assert_close(model(x), plain, rtol=0, atol=0)
+    assert model.embed.__dict__.keys() == before.keys()
+
+
+def test_one_adapter_meets_no_place_of_a_tied_table_twice() -> None:
+    for name in ("embed", "lm_head"):
+        with pytest.raises(sl.AttachError, match=f"'(embed|lm_head).*' and '.*{name}.*' have rows of one weight in common"):
+            sl.attach(seeded(0, Tied), sl.lora(2), ["embed+lm_head", name])
+
+
 def test_patterns_and_the_joined_name_mean_the_tied_table() -> None:
     for targets in (["embed+lm_head"], r"embed|lm_head", ["lm_head", "embed", "body"]):
         assert "embed+lm_head" in sl.match(seeded(0, Tied), targets)

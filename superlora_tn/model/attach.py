@@ -34,7 +34,7 @@ from superlora_tn.model.site import BeginHook, EndHook, EnterHook, UpdateHook, w
 from superlora_tn.model.targets import AttachError, Place, Target, Targets, bind, is_sharded, match, places
 from superlora_tn.model.trainer import admissions
 from superlora_tn.model.tuned import Tuned
-from superlora_tn.model.weights import check_alone, check_apart, weight_of
+from superlora_tn.model.weights import check_alone, check_apart, enlist
 from superlora_tn.network.budget import Budget
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Adapter, Settings
@@ -290,7 +290,7 @@ def _hook(model: nn.Module, handle: Tuned) -> None:
         hooks.append(model.register_forward_hook(EndHook(handle._passes), always_call=True))
     for target in handle._targets.values():
         member = handle._members[target.name]
-        weight_of(target).members.append((handle._model[1] if handle._model else NAME, member))
+        enlist(target, handle._model[1] if handle._model else NAME, member)
         for side in target.sides:
             if isinstance(side.kind, Held):
                 show(side.layer, Block(side.kind, member))

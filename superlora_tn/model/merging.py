@@ -11,7 +11,7 @@ from superlora_tn.declare.joins import Magnitude
 from superlora_tn.declare.parts import BASED
 from superlora_tn.model.shown import blocks_of, hide
 from superlora_tn.model.targets import AttachError, Target
-from superlora_tn.model.weights import Weight, drop, weight_of
+from superlora_tn.model.weights import Weight, delist, weight_of
 from superlora_tn.update.base import Adapter, Member
 from superlora_tn.update.joined import joined
 
@@ -103,10 +103,7 @@ def leave(targets: Mapping[str, Target], members: Members) -> None:
             for block in blocks_of(side.layer):
                 if block.member is members[name]:
                     hide(side.layer, block)
-        weight = weight_of(target)
-        weight.members = [(n, m) for n, m in weight.members if m is not members[name]]
-        if not weight.members:
-            drop(target)
+        delist(target, members[name])
 
 
 def forget_compiled(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """The weights of a model while adapters are on them: who adapts them, and their own values while dW is merged.
 
-One `Weight` a weight, found again through its layer, whatever handles there are on the model and on its parts.
+One `Weight` a weight, found again through its layer, whatever handles there are on the model and on its parts; further layers
+that are tied to it, and adapted with it, know of it too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from superlora_tn.update.base import Member
 from superlora_tn.update.joined import joined
 
 SLOT = "_superlora_weights"
+TIED = "_superlora_tied"
 CHUNK = 1 << 22
 
 
@@ -114,29 +116,34 @@ def overlap(one: Target, other: Target) -> bool:
 def check_apart(targets: Sequence[Target]) -> None:
     """Raise where two targets of one adapter have rows of a weight in common."""
     layers: dict[int, list[Target]] = {}
-    for target in targets:
-        for other in layers.setdefault(id(target.layer), []):
-            if overlap(target, other):
-                raise AttachError(f"'{other.name}' and '{target.name}' have rows of one weight in common; name one of them.")
-        layers[id(target.layer)].append(target)
+    for side in (side for target in targets for side in target.sides):
+        for other in layers.setdefault(id(side.layer), []):
+            if overlap(side, other):
+                raise AttachError(f"'{other.name}' and '{side.name}' have rows of one weight in common; name one of them.")
+        layers[id(side.layer)].append(side)
 
 
 def check_alone(spec: AdapterSpec, targets: Sequence[Target], name: str) -> None:
     """Raise where a weight has an adapter of this name, or several would be on it of which one does not add."""
     for target in targets:
-        there = found(target)
-        if there is not None and any(other == name for other, _ in there.members):
+        there = [one for side in target.sides for one in _members(side)]
+        if any(other == name for other, _ in there):
             raise AttachError(
                 f"'{target.name}' is adapted already under the name '{name}'; detach() that adapter first, attach under "
                 "another name=, or choose other targets."
             )
-        for record in [*met(target), *([] if there is None else [there])]:
-            for other, member in record.members:
-                if (join := spec.join or member.adapter.spec.join) is not None:
-                    raise AttachError(
-                        f"'{target.name}' has the adapter '{other}', and adapters share a weight only where all are added; "
-                        f"one of these is not ({join}). detach() '{other}' first, or choose other targets."
-                    )
+        for other, member in [*(one for side in target.sides for weight in met(side) for one in weight.members), *there]:
+            if (join := spec.join or member.adapter.spec.join) is not None:
+                raise AttachError(
+                    f"'{target.name}' has the adapter '{other}', and adapters share a weight only where all are added; "
+                    f"one of these is not ({join}). detach() '{other}' first, or choose other targets."
+                )
+
+
+def _members(side: Target) -> list[tuple[str, Member]]:
+    """The adapters on the weight of one layer, those that came by another layer that it is tied to as well."""
+    record = found(side)
+    return [*([] if record is None else record.members), *side.layer.__dict__.get(TIED, ())]
 
 
 def met(target: Target) -> Iterator[Weight]:
@@ -148,6 +155,25 @@ def met(target: Target) -> Iterator[Weight]:
             continue
         if rows is None or span is None or span.meets(rows):
             yield weight
+
+
+def enlist(target: Target, name: str, member: Member) -> None:
+    """Note that an adapter of this name is on a weight: in its record, and at the other layers that use it."""
+    weight_of(target).members.append((name, member))
+    for side in target.tied:
+        side.layer.__dict__.setdefault(TIED, []).append((name, member))
+
+
+def delist(target: Target, member: Member) -> None:
+    """Forget that an adapter was on a weight; the record goes with the last."""
+    weight = weight_of(target)
+    weight.members = [(other, own) for other, own in weight.members if own is not member]
+    if not weight.members:
+        drop(target)
+    for side in target.tied:
+        left = [(other, own) for other, own in side.layer.__dict__.pop(TIED, ()) if own is not member]
+        if left:
+            side.layer.__dict__[TIED] = left
 
 
 def drop(target: Target) -> None:
