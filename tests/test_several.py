@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TARGETS, Tiny, assert_untouched, noise, perturb, same_state, seeded, snapshot
+from models import TARGETS, Tied, Tiny, assert_untouched, noise, perturb, same_state, seeded, snapshot
 from torch import Tensor, nn
 
 import superlora_tn as sl
@@ -253,6 +253,32 @@ def test_what_trains_beside_is_saved_loaded_and_put_back(tmp_path: Path) -> None
         handle.detach()
         assert all(torch.equal(v, base[k]) for k, v in adapted.state_dict().items())
         assert all(p.requires_grad for p in adapted.parameters())
+
+
+@pytest.mark.parametrize("also", [["lm_head"], ["lm_head.weight"], ["lm*.weight"], ["embed"], ["embed", "lm_head"]], ids=str)
+def test_a_tied_parameter_trains_beside_by_each_of_its_names(also: list[str], tmp_path: Path) -> None:
+    """Once, with the gradient of both its uses, as in the plain base; saved once, and put back."""
+    x, model, plain = torch.tensor([[1, 4, 8], [5, 0, 1]]), seeded(0, Tied).double(), seeded(0, Tied).double()
+    before = copy.deepcopy(model.state_dict())
+    tuned = sl.attach(model, sl.lora(2), ["body"], dtype=torch.float64, also=also)
+    assert model.embed.weight.requires_grad
+    assert model.lm_head.weight is model.embed.weight
+    model(x).square().sum().backward()  # dW is still zero
+    plain(x).square().sum().backward()
+    torch.testing.assert_close(model.embed.weight.grad, plain.embed.weight.grad)
+    perturb(tuned)
+    with torch.no_grad():
+        model.embed.weight.add_(noise(9, model.embed.embedding_dim, dtype=torch.float64))
+    want = model(x)
+    tuned.save(tmp_path)
+    other = seeded(0, Tied).double()
+    loaded = sl.load(other, tmp_path)
+    assert torch.equal(other(x), want)
+    assert other.lm_head.weight.requires_grad
+    for adapted, handle in ((model, tuned), (other, loaded)):
+        handle.detach()
+        assert all(torch.equal(v, before[k]) for k, v in adapted.state_dict().items())
+        assert adapted.lm_head.weight is adapted.embed.weight
 
 
 def test_a_head_of_another_shape_than_was_saved_raises_and_leaves_the_model(tmp_path: Path) -> None:
