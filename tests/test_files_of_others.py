@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TARGETS, Tiny, assert_untouched, noise, perturb, seeded, snapshot
+from models import TARGETS, Tied, Tiny, assert_untouched, noise, perturb, seeded, snapshot
 
 import superlora_tn as sl
 
@@ -46,6 +46,36 @@ def test_what_is_written_for_peft_peft_reads(spec: sl.AdapterSpec, tmp_path: Pat
     assert max(report.errors.values()) < 1e-5  # exact methods, or ranks that suffice, in float32
     wrapped = peft.PeftModel.from_pretrained(seeded(0, Tiny), tmp_path).eval()
     torch.testing.assert_close(wrapped(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("also", ["embed", "lm_head"])
+def test_a_tied_parameter_that_trains_is_written_for_peft_by_all_its_names(also: str, tmp_path: Path) -> None:
+    """PEFT gives each module a copy of its own; here they are one again, unless a file gives them different values."""
+    peft = pytest.importorskip("peft")
+    model, x = seeded(0, Tied), torch.tensor([[1, 4, 8], [5, 0, 1]])
+    tuned = sl.attach(model, sl.lora(2), ["body"], seed=0, also=[also])
+    perturb(tuned)
+    with torch.no_grad():
+        model.embed.weight.add_(noise(*model.embed.weight.shape))
+    tuned.save(tmp_path, format="peft")
+    wrapped = peft.PeftModel.from_pretrained(seeded(0, Tied), tmp_path).eval()
+    # float32 sums of at most 20 terms, in another order.
+    torch.testing.assert_close(wrapped(x), model(x), rtol=1e-4, atol=1e-5)
+    other = seeded(0, Tied)
+    sl.load(other, tmp_path)
+    torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-5)
+    assert other.lm_head.weight is other.embed.weight
+    untied = seeded(0, Tied)
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+    sl.attach(untied, sl.lora(2), ["body"], also=["embed", "lm_head"])
+    with torch.no_grad():
+        untied.embed.weight.add_(1)
+    sl.tuned(untied).save(tmp_path / "untied", format="peft")
+    fresh = seeded(0, Tied)
+    before = snapshot(fresh)
+    with pytest.raises(sl.CheckpointError, match=r"this base has no 'lm_head.weight'"):
+        sl.load(fresh, tmp_path / "untied")
+    assert_untouched(fresh, before)
 
 
 def test_no_other_format_is_written_beside_another_adapter_of_ones_own(tmp_path: Path) -> None:

@@ -255,3 +255,18 @@ def _held(model: nn.Module, leave: tuple[type[nn.Module], ...], also: Collection
             plain = type(buffer) in (Tensor, nn.Buffer) and buffer is not None and buffer.device.type != "meta"
             if plain and buffer is not None and not buffer.is_quantized and own not in module._non_persistent_buffers_set:
                 yield f"{home}.{own}".lstrip("."), module, own
+
+
+def by_each_name(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values of parameters by all the names that these have in a model: PEFT copies modules whole, those that share one too."""
+    every = list(model.named_parameters(remove_duplicate=False))
+    known = {id(parameter): values[name] for name, parameter in every if name in values}
+    return {**{name: known[id(parameter)] for name, parameter in every if id(parameter) in known}, **values}
+
+
+def by_one_name(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `by_each_name` was given. Values that differ between the names of one parameter all stay, as none is its value."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    once = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    again = [n for n in values if (f := once.get(n, n)) != n and f in values and torch.equal(values[n], values[f])]
+    return {name: value for name, value in values.items() if name not in again}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from os import PathLike
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from superlora_tn.declare.parts import SpecError
 from superlora_tn.files.own import CheckpointError, Entry, Saved
 from superlora_tn.files.read import read
+from superlora_tn.model.buffers import by_one_name
 from superlora_tn.model.targets import AttachError, Target, bind, near, places
 from superlora_tn.model.tuned import Tuned
 
@@ -39,12 +41,13 @@ def read_for(
             with suppress(AttachError):
                 targets[name] = bind(name, place, at)
     shapes = {name: target.shape for name, target in targets.items()}
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
     def weights(name: str) -> Tensor:
         return targets[name].kind.read(targets[name].layer).detach()
 
-    return found.fitted(shapes, parameters=tensors, weights=weights, part=part, joined=joined).saved(tensors.__getitem__)
+    saved = found.fitted(shapes, parameters=tensors, weights=weights, part=part, joined=joined).saved(tensors.__getitem__)
+    return replace(saved, buffers=by_one_name(model, saved.buffers))
 
 
 def check_base(model: nn.Module, folder: str | PathLike[str], saved: Saved, at: At | None) -> None:

@@ -16,6 +16,7 @@ from superlora_tn.declare.parts import check_number
 from superlora_tn.files.own import CheckpointError, Entry, Saved, read
 from superlora_tn.files.standing import check_same
 from superlora_tn.files.writes import FORMATS, Beside, Format, Report, save_as
+from superlora_tn.model.buffers import by_each_name
 from superlora_tn.model.convolutions import kernels_of
 from superlora_tn.model.describe import as_given, names, notes, share_of, summary
 from superlora_tn.model.frozen import thaw_all
@@ -345,10 +346,12 @@ class Tuned(Stated):
                 written, or that holds another adapter in this library's own format, where another is asked for.
         """
         now = self._saved()
+        values = now.buffers
         if format in FORMATS[1:]:  # this library's own is read before any other
             check_same(folder, now)
+            values = values if self._model is None else by_each_name(self._model[0], values)
         tables = {name: False for name, target in self._targets.items() if isinstance(target.kind, Table)}
-        beside = Beside(replaced=now.buffers, known=self._base.known)
+        beside = Beside(replaced=values, known=self._base.known)
         more: Any = {"kernels": kernels_of(self._targets.values(), format), "embeddings": tables, "beside": beside, **options}
         return save_as(now.entries, now.tensors, folder, format, **more)
 
