@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,55 @@ def test_what_does_not_divide_or_is_not_there_is_said() -> None:
             Span.from_text(text)
     with pytest.raises(sl.AttachError, match=r"the target 'qkv.q' matches no module"):
         sl.attach(model, sl.lora(1), ["qkv.q"])
+
+
+@pytest.mark.parametrize("patterns", [("q", "v|out"), ("qkv.q", "qkv|out"), ("(q|out)", ".*")], ids=str)
+@pytest.mark.parametrize("at", [None, "weight"])
+def test_several_declarations_share_the_blocks_among_them(patterns: tuple[str, str], at: str | None, tmp_path: Path) -> None:
+    """A declaration for each pattern; a pattern for the whole layer means those of its blocks that are left."""
+    torch.manual_seed(1)
+    model, rows = Fused().double(), sl.Rows("qkv", ("q", "k", "v"), use=("q", "v"))
+    specs = dict(zip(patterns, (sl.lora(2), sl.lokr(1)), strict=True))
+    tuned = sl.attach(model, specs, [rows, "out"], seed=0, dtype=torch.float64, at=at)
+    perturb(tuned)
+    last = "out" if "out" in patterns[0] else ""
+    found = [(entry.spec, list(entry.targets)) for entry in tuned.entries]
+    want = ["qkv.q", *([last] if last else [])], ["qkv.v", *([] if last else ["out"])]
+    assert found == list(zip(specs.values(), want, strict=True))
+    x, weight = noise(3, DIM, dtype=torch.float64), whole(model, tuned, {"q": [*range(8)], "v": [*range(16, 24)]}, False)
+    y = model(x)
+    torch.testing.assert_close(y, expected(model, tuned, x, weight))
+    tuned.save(tmp_path)
+    other = Fused().double()
+    other.load_state_dict(sl.tuned(model).detach().state_dict())
+    torch.testing.assert_close(sl.load(other, tmp_path).forward(other)(x), y)
+
+
+NONE = "matches none of the weights that targets= leaves"
+BLOCKS = [sl.Rows("qkv", ("q", "k", "v"))]
+REFUSED: dict[str, tuple[Any, str]] = {
+    "quux": (BLOCKS, f"{NONE} (3); near names are 'q'"),
+    "out": (BLOCKS, NONE),
+    "q": (["qkv"], f"{NONE} (1); near names are 'qkv'"),
+    "k": (None, "matches no module's name or the end of one; near names are "),
+    "q(": (BLOCKS, "is not a regular expression"),
+    "a)|(b": (None, "is not a regular expression"),
+    "(?i)Q": (BLOCKS, "is not a regular expression"),
+}
+
+
+def test_a_pattern_that_fits_nothing_is_told_in_the_users_words() -> None:
+    for pattern, (targets, words) in REFUSED.items():
+        with pytest.raises(sl.AttachError, match=re.escape(f"the pattern '{pattern}' {words}")):
+            sl.attach(Fused(), {pattern: sl.lora(1)}, targets)
+    with pytest.raises(sl.AttachError, match=r"the pattern 'qkv.q' leaves no layer to adapt: the patterns before it"):
+        sl.attach(Fused(), {"q": sl.lora(1), "qkv.q": sl.lora(1)}, BLOCKS)
+    for exclude, words in (
+        ("ou", "exclude='ou' matches no module's whole name"),
+        (["ou"], "the entry of exclude= 'ou' matches"),
+    ):
+        with pytest.raises(sl.AttachError, match=words):
+            sl.attach(Fused(), sl.lora(1), ["out"], exclude=exclude)
 
 
 def test_excluded_blocks_and_patterns() -> None:

@@ -255,6 +255,27 @@ def test_what_trains_beside_is_saved_loaded_and_put_back(tmp_path: Path) -> None
         assert all(p.requires_grad for p in adapted.parameters())
 
 
+def test_patterns_choose_among_the_targets_that_were_named() -> None:
+    """Stacks of matrices by their own names, and tied weights by both of theirs."""
+    model = seeded(0, Tied)
+    for targets in ("all-linear", r".*(embed|body|lm_head)"):
+        tuned = sl.attach(model, {"body": sl.lora(1)}, targets)
+        assert list(tuned.targets) == ["body"]
+        tuned.detach()
+    for pattern in ("embed|lm_head", r"embed\+lm_head"):
+        tuned = sl.attach(model, {"body": sl.lora(1), pattern: sl.lora(2)}, ["embed", "lm_head", "body"])
+        assert [list(entry.targets) for entry in tuned.entries] == [["body"], ["embed+lm_head"]]
+        tuned.detach()
+    with pytest.raises(
+        sl.AttachError, match=r"the pattern 'embed' matches none of the weights that targets= leaves .* 'embed\+lm_head'"
+    ):
+        sl.attach(model, {"embed": sl.lora(1)}, ["embed", "lm_head", "body"])
+    experts = nn.ModuleDict({"inner": nn.Module()})
+    experts["inner"].register_parameter("stack", nn.Parameter(torch.zeros(3, 4, 5)))
+    tuned = sl.attach(experts, {"stack.1": sl.lora(1), "stack": sl.lora(2)}, ["stack"])
+    assert [list(entry.targets) for entry in tuned.entries] == [["inner.stack.1"], ["inner.stack.0", "inner.stack.2"]]
+
+
 @pytest.mark.parametrize("also", [["lm_head"], ["lm_head.weight"], ["lm*.weight"], ["embed"], ["embed", "lm_head"]], ids=str)
 def test_a_tied_parameter_trains_beside_by_each_of_its_names(also: list[str], tmp_path: Path) -> None:
     """Once, with the gradient of both its uses, as in the plain base; saved once, and put back."""

@@ -31,7 +31,7 @@ from superlora_tn.model.places import declared
 from superlora_tn.model.saved import At, check_base, depart, read_for
 from superlora_tn.model.shown import Block, show
 from superlora_tn.model.site import BeginHook, EndHook, EnterHook, UpdateHook, watchers
-from superlora_tn.model.targets import AttachError, Place, Target, Targets, bind, is_sharded, match, places
+from superlora_tn.model.targets import AttachError, Place, Target, Targets, bind, is_sharded, match, match_ends, places
 from superlora_tn.model.trainer import admissions
 from superlora_tn.model.tuned import Tuned
 from superlora_tn.model.weights import check_alone, check_apart, enlist
@@ -95,7 +95,8 @@ def attach(
         model: any torch model.
         spec: the declaration, or a budget, which buys one for the targets' shapes (see `variants.superlora`); or several,
             by patterns of the ends of names: ``{"q_proj|v_proj": sl.lora(8), "up_proj": sl.lokr(4)}``.
-        targets, exclude, only_layers: which weights, see `match`; with several declarations the patterns say so.
+        targets, exclude, only_layers: which weights, see `match`; with several declarations the patterns say so, or which of
+            these targets each declaration is for.
         name: under which name the handle is registered in the model; adapters of different names may be on one weight.
         dtype: of the adapter's parameters, whatever the model's.
         at: ``"weight"`` adapts weights where they are read: reading ``layer.weight`` gives W + dW, which is right for any
@@ -135,14 +136,14 @@ def _named(
         if targets is None:
             raise AttachError("attach was given no targets; name the layers, for instance targets=['q_proj', 'v_proj'].")
         return [(spec, tuple(match(model, targets, exclude, only_layers)))]
-    left = None if targets is None else set(match(model, targets, exclude, only_layers))
+    among = None if targets is None else match(model, targets, exclude, only_layers)
     entries: list[tuple[AdapterSpec | Budget, tuple[str, ...]]] = []
     taken = set[str]()
     for pattern, one in spec.items():
         if not isinstance(one, AdapterSpec | Budget):
             raise AttachError(f"attach was given {one!r} for '{pattern}'; give an AdapterSpec such as superlora_tn.lora(8).")
-        names = match(model, rf"(?:.*\.)?(?:{pattern})", exclude, only_layers)
-        own = tuple(n for n in names if n not in taken and (left is None or n in left))
+        names = match_ends(model, pattern, among, () if targets is None else targets, exclude, only_layers)
+        own = tuple(n for n in names if n not in taken)
         if not own:
             raise AttachError(f"the pattern '{pattern}' leaves no layer to adapt: the patterns before it take all it matches.")
         taken.update(own)

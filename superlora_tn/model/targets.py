@@ -102,18 +102,76 @@ def match(model: nn.Module, targets: Targets, exclude: Targets = (), only_layers
     Raises:
         AttachError: an entry that matches nothing, or a module that cannot be adapted.
     """
-    known_places = places(model, declared(model, targets) | declared(model, exclude))
-    adaptable = [name for name, place in known_places.items() if place.is_supported]
-    out = set(_each(_named(model, exclude, known_places, adaptable), known_places)) if exclude else set()
-    named = _each(_named(model, targets, known_places, adaptable), known_places)
-    found = _together([n for n in named if n not in out], known_places)
-    if only_layers is not None:
-        found = [n for n in found if (number := re.search(r"\.(\d+)\.", f".{n}.")) and int(number[1]) in only_layers]
+    known = places(model, declared(model, targets) | declared(model, exclude))
+    adaptable = [name for name, place in known.items() if place.is_supported]
+    named = _named(model, targets, known, adaptable, "targets")
+    return _left(model, named, known, f"targets={targets!r}", exclude, only_layers)
+
+
+def match_ends(
+    model: nn.Module,
+    pattern: str,
+    among: Sequence[str] | None = None,
+    targets: Targets = (),
+    exclude: Targets = (),
+    only_layers: Sequence[int] | None = None,
+) -> list[str]:
+    """Names of the weights whose ends a pattern matches whole: of one among several declarations.
+
+    Args:
+        model, exclude, only_layers: as in `match`.
+        pattern: a regular expression such as ``"q_proj|v_proj"``.
+        among: names that `match` gave for `targets`, of which it chooses; None means all of the model.
+
+    Raises:
+        AttachError: it matches nothing, or a module that cannot be adapted.
+    """
+    given = f"the pattern '{pattern}'"
+    try:
+        re.compile(pattern)
+        whole = re.compile(rf"(?:.*\.)?(?:{pattern})")
+    except (TypeError, re.error) as error:
+        raise AttachError(f"{given} is not a regular expression ({error}); give ends of names, 'q_proj|v_proj'.") from error
+    known = places(model, declared(model, targets) | declared(model, exclude))
+    if among is None:
+        if not (named := _fitting(whole, known)):
+            adaptable = [name for name, place in known.items() if place.is_supported]
+            raise AttachError(f"{given} matches no module's name or the end of one; {near(pattern, adaptable)}.")
+        return _left(model, named, known, given, exclude, only_layers)
+    found = [name for name in among if all(map(whole.fullmatch, _words(name, known[name]))) or whole.fullmatch(name)]
     if not found:
-        raise AttachError(f"targets={targets!r} leaves no layer to adapt (exclude={exclude!r}, only_layers={only_layers!r}).")
-    for name in found:
-        _check(name, known_places[name])
+        raise AttachError(f"{given} matches none of the weights that targets= leaves ({len(among)}); {near(pattern, among)}.")
     return found
+
+
+def _words(name: str, place: Place) -> list[str]:
+    """By which names a weight is meant too: a matrix by its stack's, a block by its layer's, a tied weight by all it has."""
+    inside = place.slot is not None or place.span is not None
+    return name.split("+") if place.tied else [name.rpartition(".")[0] if inside else name]
+
+
+def _left(
+    model: nn.Module, named: list[str], known: Mapping[str, Place], given: str, exclude: Targets, only: Sequence[int] | None
+) -> list[str]:
+    """Of names those that are not left out, each once, stacks and tied weights as they are adapted."""
+    adaptable = [name for name, place in known.items() if place.is_supported]
+    out = set(_each(_named(model, exclude, known, adaptable, "exclude"), known)) if exclude else set()
+    found = _together([n for n in _each(named, known) if n not in out], known)
+    if only is not None:
+        found = [n for n in found if (number := re.search(r"\.(\d+)\.", f".{n}.")) and int(number[1]) in only]
+    if not found:
+        raise AttachError(f"{given} leaves no layer to adapt (exclude={exclude!r}, only_layers={only!r}).")
+    for name in found:
+        _check(name, known[name])
+    return found
+
+
+def _fitting(pattern: re.Pattern[str], found: Mapping[str, Place]) -> list[str]:
+    """The names that a pattern matches whole."""
+    matched = [n for n in found if pattern.fullmatch(n) and not found[n].tied and not found[n].loose]
+    # A pattern that is wide enough for a layer means the layer, not its blocks once more.
+    whole = {n for n in matched if found[n].span is None}
+    return [n for n in matched if found[n].span is None or n.rpartition(".")[0] not in whole]
 
 
 def _each(names: list[str], known: Mapping[str, Place]) -> list[str]:
@@ -135,7 +193,8 @@ def _together(names: list[str], known: Mapping[str, Place]) -> list[str]:
     return names
 
 
-def _named(model: nn.Module, targets: Targets, found: Mapping[str, Place], adaptable: list[str]) -> list[str]:
+def _named(model: nn.Module, targets: Targets, found: Mapping[str, Place], adaptable: list[str], word: str) -> list[str]:
+    """The names that the entries of an argument, called `word`, mean."""
     if targets == "all-linear":
         outputs = _output_layers(model)
         wrappers = {n for n, place in found.items() if f"{n}.base_layer" in found and _is_of_peft(place.module)}
@@ -145,15 +204,10 @@ def _named(model: nn.Module, targets: Targets, found: Mapping[str, Place], adapt
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise AttachError(
-                f"targets={targets!r} is not a regular expression ({error}); a list matches by ending."
-            ) from error
-        matched = [n for n in found if pattern.fullmatch(n) and not found[n].tied and not found[n].loose]
-        # A pattern that is wide enough for a layer means the layer, not its blocks once more.
-        whole = {n for n in matched if found[n].span is None}
-        matched = [n for n in matched if found[n].span is None or n.rpartition(".")[0] not in whole]
+            raise AttachError(f"{word}={targets!r} is not a regular expression ({error}); a list matches by ending.") from error
+        matched = _fitting(pattern, found)
         if not matched:
-            raise AttachError(f"targets={targets!r} matches no module's whole name; {near(targets, adaptable)}.")
+            raise AttachError(f"{word}={targets!r} matches no module's whole name; {near(targets, adaptable)}.")
         return matched
     wanted, endings = set[str](), _endings(found)
     for entry in _spelled(targets):
@@ -161,7 +215,8 @@ def _named(model: nn.Module, targets: Targets, found: Mapping[str, Place], adapt
         if not own and entry == "all-linear":
             raise AttachError("'all-linear' is no entry of a list; give it alone, targets='all-linear', or name layers.")
         if not own:
-            raise AttachError(f"the target '{entry}' matches no module; {near(entry, adaptable)}.")
+            what = "the target" if word == "targets" else f"the entry of {word}="
+            raise AttachError(f"{what} '{entry}' matches no module; {near(entry, adaptable)}.")
         wanted |= set(own)
     return [n for n in found if n in wanted]
 
