@@ -141,6 +141,13 @@ TABLE: Table = {
             "test_passes.py test_sharing.py::test_parameters_changed_between_passes_are_seen",
         ),
     },
+    "superlora_tn/update/regions.py": {
+        "strength-of-backward": (
+            "return notes.read.get(key, now)",
+            "return now",
+            "test_several.py::test_what_is_computed_again_has_the_strength_of_its_call",
+        ),
+    },
     "superlora_tn/update/physical.py": {
         "scale-dropped-on-apply": (
             "stage.rest(cast_x, *nodes, out=out, alpha=self.scale, base=base)",

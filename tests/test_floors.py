@@ -46,7 +46,7 @@ HOUSE = {
         ["chain", "backend"],
     ],
     "update": [
-        ["eager", "initialise", "placed", "based"],
+        ["eager", "regions", "initialise", "placed", "based"],
         ["passes", "walsh", "magnitudes"],
         ["fixed_maps", "node_maps"],
         ["base"],

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import TARGETS, Tied, Tiny, assert_untouched, noise, perturb, same_state, seeded, snapshot
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import superlora_tn as sl
 from superlora_tn.model.saved import At
@@ -425,6 +426,136 @@ def test_rows_meet_what_multiplies_the_input_all_or_none() -> None:
         torch.testing.assert_close(model(X), turned)
     with sl.rows(model, ["turning", None, None]), pytest.raises(TypeError, match="for all rows or for none"):
         model(X)
+
+
+# --- regions that are computed again in backward --------------------------------------------------------------------------
+
+ROOTS = ("0", "2", "4")
+AGAIN: dict[str, tuple[sl.AdapterSpec, dict[str, Any]]] = {
+    "lora": (sl.lora(2, alpha=3), {}),
+    "lora at the weight": (sl.lora(2, alpha=3), {"at": "weight"}),
+    "lotr": (sl.lotr(2), {}),
+    "lorta": (sl.lorta(2, groups=2), {}),
+    "lorta, built again": (sl.lorta(2, groups=2), {"recompute": True}),
+    "sum": (sl.AdapterSpec(sl.Sum(sl.CP(1), sl.Kronecker(sl.Dense(), sl.Dense()))), {}),
+    "dora": (sl.dora(sl.lora(2)), {}),
+    "left, alone": (sl.AdapterSpec(sl.CP(2), join=sl.Multiply("left", residual=False)), {}),
+}
+
+
+class Checkpointed(nn.Sequential):
+    """Layers in two regions of a checkpoint, or all in one, within the model or around it."""
+
+    def __init__(self, where: str) -> None:
+        torch.manual_seed(2)
+        layers = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4), nn.Sigmoid()]
+        super().__init__(*layers)
+        self.where = where
+
+    def forward(self, x: Tensor) -> Tensor:
+        for first, last in {"two": ((0, 3), (3, 6))}.get(self.where, ((0, 6),)):
+            part = nn.Sequential(*(self[k] for k in range(first, last)))
+            x = checkpoint(part, x, use_reentrant=False) if self.where in ("one", "two") else part(x)
+        return x
+
+    def run(self, x: Tensor, call: Any = None) -> Tensor:
+        call = self if call is None else call
+        return checkpoint(call, x, use_reentrant=False) if self.where == "around" else call(x)
+
+
+def with_strengths(model: nn.Module, handle: sl.Tuned, x: Tensor, strength: float) -> Tensor:
+    """The plain layers with dW, or what else the join makes of it, of this strength, from the nodes."""
+    before, handle.strength = handle.strength, strength
+    weights = {f"{n}.weight": model[int(n)]._parameters["weight"] + handle.delta(n) for n in handle.targets}
+    handle.strength = before
+    plain = Checkpointed("plain").double()
+    return torch.func.functional_call(plain, weights, (x,))
+
+
+@pytest.mark.parametrize("where", ["two", "one", "around"])
+@pytest.mark.parametrize("name", AGAIN)
+def test_what_is_computed_again_has_the_strength_of_its_call(name: str, where: str) -> None:
+    """Two calls of other strengths, and a backward pass of both when neither is in use any more."""
+    spec, more = AGAIN[name]
+    model, x = Checkpointed(where).double(), noise(5, 6, dtype=torch.float64).requires_grad_()
+    handle = sl.attach(model, spec, list(ROOTS), dtype=torch.float64, seed=0, **more)
+    perturb(handle)
+    with sl.use(model, {"superlora": 0.5}):
+        first = model.run(x)
+    handle.strength = -1.5
+    second = model.run(x)
+    with handle.disabled():
+        third = model.run(x)
+    handle.strength = 1.0
+    expected = [with_strengths(model, handle, x, strength) for strength in (0.5, -1.5)]
+    expected.append(Checkpointed("plain").double()(x))
+    wanted, g = [x, *handle.parameters()], noise(5, 4, dtype=torch.float64)
+    for own, right in zip((first, second, third), expected, strict=True):
+        torch.testing.assert_close(own, right)
+    found = torch.autograd.grad((first + second.square() + third) * g, wanted, torch.ones_like(g), retain_graph=True)
+    right = torch.autograd.grad((expected[0] + expected[1].square() + expected[2]) * g, wanted, torch.ones_like(g))
+    for own, other in zip(found, right, strict=True):
+        torch.testing.assert_close(own, other)
+    handle.strength = 2.0
+    again = torch.autograd.grad((first + second.square() + third) * g, wanted, torch.ones_like(g))
+    for own, other in zip(again, right, strict=True):
+        torch.testing.assert_close(own, other)
+
+
+@pytest.mark.parametrize("where", ["two", "one", "around"])
+def test_what_is_computed_again_has_the_rows_of_its_call(where: str) -> None:
+    model, x = Checkpointed(where).double(), noise(4, 6, dtype=torch.float64).requires_grad_()
+    handles = [sl.attach(model, sl.lora(2), list(ROOTS), dtype=torch.float64, seed=k, name=f"n{k}") for k in range(2)]
+    for k, handle in enumerate(handles):
+        perturb(handle, seed=k)
+    names = ["n0", None, "n1", "n0"]
+    with sl.rows(model, names):
+        y = model.run(x)
+    sl.use(model, None)
+    plain = Checkpointed("plain").double()
+    each = [plain(x[k]) if n is None else with_strengths(model, sl.tuned(model, n), x[k], 1.0) for k, n in enumerate(names)]
+    wanted = [x, *handles[0].parameters(), *handles[1].parameters()]
+    torch.testing.assert_close(y, torch.stack(each))
+    found = torch.autograd.grad(y.square().sum(), wanted)
+    for own, other in zip(found, torch.autograd.grad(torch.stack(each).square().sum(), wanted), strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_a_region_that_changes_strengths_itself_changes_them_again() -> None:
+    model, x = Checkpointed("around").double(), noise(5, 6, dtype=torch.float64).requires_grad_()
+    handle = sl.attach(model, sl.lora(2), list(ROOTS), dtype=torch.float64, seed=0)
+    perturb(handle)
+
+    def call(z: Tensor) -> Tensor:
+        total = model(z)
+        for strength in (0.5, 2.0, 0.5):
+            with sl.use(model, {"superlora": strength}):
+                total = torch.sin(total) @ torch.ones(4, 4, dtype=z.dtype) * model(z)
+            total = torch.sin(total) + torch.exp(model(z))
+        return total
+
+    handle.strength = 0.25
+    wanted, g = [x, *handle.parameters()], noise(5, 4, dtype=torch.float64)
+    right = torch.autograd.grad(call(x), wanted, g)
+    y = model.run(x, call)
+    handle.strength = 2.0
+    for own, other in zip(torch.autograd.grad(y, wanted, g), right, strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_what_is_computed_again_on_a_merged_weight_does_not_count_dw_twice() -> None:
+    """torch notices that other tensors are saved, or the gradient of x is right: W holds dW now."""
+    model, x = Checkpointed("one").double(), noise(5, 6, dtype=torch.float64).requires_grad_()
+    handle = sl.attach(model, sl.lora(2), list(ROOTS), dtype=torch.float64, seed=0)
+    perturb(handle)
+    (right,) = torch.autograd.grad(model(x).sum(), x)
+    y = model(x)
+    handle.merge()
+    try:
+        (found,) = torch.autograd.grad(y.sum(), x)
+    except CheckpointError:
+        return
+    torch.testing.assert_close(found, right)
 
 
 def test_a_merge_within_use_neither_hides_an_error_nor_leaves_the_others_off() -> None:

@@ -71,7 +71,7 @@ def failing(name: str, examples: int = 3) -> set[tuple[str, str]]:
 
 def test_a_weight_that_is_dropped_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def dropped(self: summed.TermAdapter, strength: float) -> None:
-        self.scale = self.spec.scale * strength
+        self._scale = self.spec.scale * strength
 
     monkeypatch.setattr(summed.TermAdapter, "strengthen", dropped)
     assert {("dW", "formula"), ("forward", "formula"), ("gradients", "formula")} <= failing("weighted")

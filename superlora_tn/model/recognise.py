@@ -29,7 +29,7 @@ from superlora_tn.model.kinds import (
 )
 from superlora_tn.model.packed import packed_kind
 from superlora_tn.model.tables import BAG, PACKED_TABLE, TABLE, Table, is_linear
-from superlora_tn.update.passes import saved_tensor_hooks
+from superlora_tn.update.regions import saved_tensor_hooks
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,19 @@
-"""What of a handle is in state dicts and in copies of a model: whether it acts, and what it froze."""
+"""What a handle is at the moment, also in state dicts and copies of a model: whether it acts, how strongly, what it froze."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
 
+from superlora_tn.declare.parts import check_number
 from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.frozen import Holder, hold_on
 from superlora_tn.model.targets import AttachError
 from superlora_tn.model.weights import check_unmerged, check_whole
-from superlora_tn.update.base import Member
+from superlora_tn.update.base import Adapter, Member
+from superlora_tn.update.passes import Passes
 from superlora_tn.update.placed import Placed
 
 
@@ -19,12 +21,16 @@ class Stated(Placed):
     """A handle's state beside its nodes.
 
     Attributes:
+        adapters: one `Adapter` a group.
         merged: whether dW is in the weights now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, passes: Passes) -> None:
         super().__init__()
+        self.adapters = nn.ModuleList()
         self.merged = False
+        self._passes = passes
+        self._strength = 1.0
         self._disabled = 0
         self._enabled = True
         self._holder = Holder()
@@ -43,6 +49,46 @@ class Stated(Placed):
             check_unmerged(self._model[0], self._base.training(), own)
             if switched:
                 check_whole(self._model[0], self._base.training())
+
+    def _adapters(self) -> Iterator[Adapter]:
+        for adapter in self.adapters:
+            assert isinstance(adapter, Adapter)
+            yield adapter
+
+    @property
+    def name(self) -> str | None:
+        """Under which name the model carries it; None where it is detached."""
+        return None if self._model is None else self._model[1]
+
+    @property
+    def strength(self) -> float:
+        """A factor of dW beside the declaration's scale; see also `use`. It is not saved.
+
+        Raises:
+            AttachError: set while merged.
+        """
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        check_number("strength", "strength", value)
+        self._set(self._enabled, float(value))
+
+    def _set(self, enabled: bool, strength: float) -> None:
+        """Switch the adapter on or off for good, and give it a strength."""
+        if self.merged and (enabled, strength) != (self._enabled, self._strength):
+            raise AttachError(f"the adapter '{self.name}' is merged, so its strength is in the weights; unmerge() first.")
+        if enabled != self._enabled:
+            self._check_beside(switched=True)
+        self._enabled, self._strength = enabled, strength
+        self._switch()
+
+    def _switch(self) -> None:
+        for adapter in self._adapters():
+            adapter.active = self._acts
+            adapter.strengthen(self._strength)
+        self._base.show(self._enabled and not self._disabled)
+        self._passes.changed(self.merged)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The nodes; nothing while merged, as dW is in the weights then and must not count twice."""

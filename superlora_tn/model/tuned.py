@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from superlora_tn.contraction.summed import Choice, routes
 from superlora_tn.declare.fold import Shape
-from superlora_tn.declare.parts import check_number
 from superlora_tn.files.own import CheckpointError, Entry, Saved, read
 from superlora_tn.files.standing import check_same
 from superlora_tn.files.writes import FORMATS, Beside, Format, Report, save_as
@@ -57,18 +56,16 @@ class Tuned(Stated):
     def __init__(
         self, entries: Sequence[Entry], adapters: Sequence[Adapter], targets: Sequence[Target], passes: Passes
     ) -> None:
-        super().__init__()
+        super().__init__(passes)
         self.entries = tuple(entries)
-        self.adapters = nn.ModuleList(adapters)
+        self.adapters.extend(adapters)
         for placed in (self, *adapters):
             placed.realise = self._realise
         self.seed: int | None = None
         # Unregistered references, in plain containers: the base's keys stay as they were.
-        self._passes = passes
         self._targets = {target.name: target for target in targets}
         self._members = {name: member for adapter in adapters for name, member in adapter.members.items()}
         self._hooks: list[Any] = []
-        self._strength = 1.0
 
     def forward(self, x: Any) -> Any:
         """The identity: an nn.Sequential that carries adapters calls all its sub-modules in turn, this one too."""
@@ -100,43 +97,10 @@ class Tuned(Stated):
         """Trainable parameters of all adapters."""
         return sum(a.num_parameters for a in self._adapters())
 
-    def _adapters(self) -> Iterator[Adapter]:
-        for adapter in self.adapters:
-            assert isinstance(adapter, Adapter)
-            yield adapter
-
     def _member(self, target: str) -> Member:
         if target not in self._members:
             raise AttachError(f"'{target}' is not adapted; {near(target, self._members)}.")
         return self._members[target]
-
-    @property
-    def name(self) -> str | None:
-        """Under which name the model carries it; None where it is detached."""
-        return None if self._model is None else self._model[1]
-
-    @property
-    def strength(self) -> float:
-        """A factor of dW beside the declaration's scale; see also `use`. It is not saved.
-
-        Raises:
-            AttachError: set while merged.
-        """
-        return self._strength
-
-    @strength.setter
-    def strength(self, value: float) -> None:
-        check_number("strength", "strength", value)
-        self._set(self._enabled, float(value))
-
-    def _set(self, enabled: bool, strength: float) -> None:
-        """Switch the adapter on or off for good, and give it a strength."""
-        if self.merged and (enabled, strength) != (self._enabled, self._strength):
-            raise AttachError(f"the adapter '{self.name}' is merged, so its strength is in the weights; unmerge() first.")
-        if enabled != self._enabled:
-            self._check_beside(switched=True)
-        self._enabled, self._strength = enabled, strength
-        self._switch()
 
     def delta(self, target: str) -> Tensor:
         """dW of one target as it stands, scale included, shape (out, in); of other joins than the sum it is W' - W.
@@ -288,12 +252,6 @@ class Tuned(Stated):
         forget_compiled(model)
         self._hooks, self._frozen, self._model = [], [], None
         return model
-
-    def _switch(self) -> None:
-        for adapter in self._adapters():
-            adapter.active = self._acts
-            adapter.strengthen(self._strength)
-        self._base.show(self._enabled and not self._disabled)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -79,7 +79,7 @@ class Adapter(Magnitudes, ABC):
         super().__init__()
         self.spec, self.group, self.graph, self.settings = spec, group, graph, settings
         self.profile: Device = CPU
-        self.scale = spec.scale
+        self._scale = spec.scale
         self.active = True
         self.passes = Passes() if passes is None else passes
         self._names = tuple(f"node_{n.name}" for n in graph.nodes)
@@ -91,7 +91,12 @@ class Adapter(Magnitudes, ABC):
 
     def strengthen(self, strength: float) -> None:
         """Scale dW by the declaration's scale and this factor."""
-        self.scale = self.spec.scale * strength
+        self._scale = self.spec.scale * strength
+
+    @property
+    def scale(self) -> float:
+        """By what dW is multiplied: the declaration's scale and the strength, that of the first time where it runs again."""
+        return self.passes.first((self, "scale"), self._scale)
 
     @abstractmethod
     def prepare(self) -> None:
@@ -253,10 +258,7 @@ class Adapter(Magnitudes, ABC):
         """dW of a member, see `delta`."""
 
     def more(self, member: Member, weight: Tensor) -> Tensor | None:
-        """By how much dW changes the squared norms of W's rows, (out,), in float32 or wider, without building dW.
-
-        None where building dW is cheaper.
-        """
+        """What dW adds to the squared norms of W's rows, (out,), float32 or wider, unbuilt; None where dW built is cheaper."""
         return None
 
     def whole(self) -> list[Tensor]:
@@ -361,8 +363,9 @@ class Member:
 
     @property
     def active(self) -> bool:
-        """Whether the adapter is on."""
-        return self.adapter.active
+        """Whether the adapter is on, or was the first time, where a checkpointed region is computed again."""
+        adapter = self.adapter
+        return adapter.passes.first((adapter, "active"), adapter.active)
 
     def magnitude(self) -> Tensor:
         """The magnitudes of its rows, (out,)."""

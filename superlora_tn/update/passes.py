@@ -17,14 +17,17 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _disable_current_modes
 
 from superlora_tn.update.eager import is_differentiated, is_eager
+from superlora_tn.update.regions import Acting, Regions, detaching, saved_tensor_hooks
 
+T = TypeVar("T")
 Made = Any  # what a pass keeps: a tensor, or tensors by key
 State = tuple[tuple[int, int, int], ...]
 # In which state of which tensors something was made (they are held: another could get the id of one that is gone), and it.
@@ -42,11 +45,6 @@ def state(nodes: Sequence[Tensor]) -> State | None:
 
 def _mode() -> tuple[bool, bool]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-
-
-def saved_tensor_hooks() -> Any:
-    """The innermost hooks on saved tensors, or None; within a checkpointed region they are the region's own."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 class Pass:
@@ -102,11 +100,23 @@ class Passes:
         self.ddp = False  # whether the last call came from a DDP module without a static graph
         self._fixed: Store | None = None
         self._fixing, self._lock = 0, threading.Lock()
+        self._regions, self._acting = Regions(), Acting()
+
+    def changed(self, merged: bool) -> None:
+        """The handle's adapters act otherwise from now on."""
+        self._acting = Acting(merged)
+
+    def first(self, who: Hashable, now: T) -> T:
+        """`now`, or what it was when the checkpointed region that is computed again was computed first; see `Regions.first`."""
+        if is_compiling() or saved_tensor_hooks() is None:
+            return now
+        found: T = self._regions.first(who, now, self._acting, self._stack.rows)
+        return found
 
     @property
     def rows(self) -> Rows | None:
         """Which rows of a batch meet the adapter in this thread; None for all."""
-        return self._stack.rows
+        return self.first("rows", self._stack.rows)
 
     @rows.setter
     def rows(self, rows: Rows | None) -> None:
@@ -221,7 +231,7 @@ _NOTHING = nullcontext()
 @contextmanager
 def _unseen() -> Iterator[None]:
     # Detached, as a tensor that is its own operation's saved result would keep itself alive.
-    kept = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda tensor: tensor)
+    kept = torch.autograd.graph.saved_tensors_hooks(detaching(), lambda tensor: tensor)
     # Selective checkpointing counts operations by a dispatch mode.
     modes = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NOTHING
     with kept, modes:

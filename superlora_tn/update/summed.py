@@ -93,7 +93,7 @@ class TermAdapter(PhysicalAdapter):
 
     def strengthen(self, strength: float) -> None:
         """See `Adapter.strengthen`; a term has a weight."""
-        self.scale = self.spec.scale * strength * self._term.weight
+        self._scale = self.spec.scale * strength * self._term.weight
 
 
 class SumAdapter(Adapter):
