@@ -56,6 +56,8 @@ FLAGS = (
     (r"base model; give it\.", "base model; give it: --base FILE."),
     (r"(adapts the parts .*); choose one\.", r"\1; choose one: --part NAME."),
     (r"part=\.\.\.", "--part NAME"),
+    (r"\(model=\.\.\.\)", "(--model FOLDER)"),
+    (r"\(linear=True\)", "(--linear)"),
     (r"leave part='.*' out", "leave --part out"),
     (r"force=True", "--force"),
 )

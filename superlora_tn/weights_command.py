@@ -30,6 +30,7 @@ def add_weights_commands(add: Add) -> tuple[argparse.ArgumentParser, argparse.Ar
     taking.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting, e.g. factor=4")
     taking.add_argument("--budget", type=count, metavar="N", help="at most so many parameters, in place of a rank")
     taking.add_argument("--targets", nargs="+", default=[], metavar="NAME", help="modules or their endings; none takes all")
+    _orientation(taking)
     probing = add("probe", probe, "how much of the difference of two checkpoints each structure holds, by parameters")
     probing.add_argument("base", metavar="BASE", help="the model before: a safetensors file, or a folder of them")
     probing.add_argument("tuned", metavar="TUNED", help="the same model after")
@@ -37,9 +38,18 @@ def add_weights_commands(add: Add) -> tuple[argparse.ArgumentParser, argparse.Ar
     probing.add_argument("--budgets", type=count, nargs="+", metavar="N", help=words)
     probing.add_argument("--variants", nargs="+", default=[], metavar="NAME", help=f"some of {', '.join(VARIANTS)}")
     probing.add_argument("--targets", nargs="+", default=[], metavar="NAME", help="modules or their endings; none takes all")
+    _orientation(probing)
     probing.add_argument("--steps", type=count, default=50, metavar="N", help="of a fit at most, where there is no closed form")
     probing.add_argument("--plot", metavar="PNG", help="draw energy against parameters")
     return taking, probing
+
+
+def _orientation(parser: argparse.ArgumentParser) -> None:
+    """What tells which axis of a weight is out, where the files do not."""
+    words = "of config.json: tells which axis of a weight is out (default: beside the files)"
+    parser.add_argument("--model", metavar="FOLDER", help=words)
+    words = "weights of which nothing tells that are linear layers' and convolutions', (out, in)"
+    parser.add_argument("--linear", action="store_true", help=words)
 
 
 def extract(args: argparse.Namespace) -> None:
@@ -70,11 +80,12 @@ def extract(args: argparse.Namespace) -> None:
 
         return fit(sized, args.budget, shapes, kernels).spec
 
-    found = tools.extract(args.base, args.tuned, declared, args.targets, steps=args.steps)
+    orientation = {"model": args.model, "linear": args.linear}
+    found = tools.extract(args.base, args.tuned, declared, args.targets, steps=args.steps, **orientation)
     found.adapter.write(args.out)
     if args.json:
         facts = {"folder": args.out, "parameters": found.adapter.num_parameters, "error": found.adapter.error}
-        print(json.dumps({**facts, "errors": found.adapter.errors, "left": found.left}, indent=1))
+        print(json.dumps({**facts, "errors": found.adapter.errors, "left": found.left, "untold": found.untold}, indent=1))
     else:
         print(f"{found}\nsaved: {args.out}")
 
@@ -87,13 +98,14 @@ def probe(args: argparse.Namespace) -> None:
     if args.plot:
         draw.check_ending(args.plot)
     variants = args.variants or PROBED
-    made = probe_checkpoints(args.base, args.tuned, args.targets, args.budgets, variants, steps=args.steps)
+    given = (args.base, args.tuned, args.targets, args.budgets, variants)
+    made = probe_checkpoints(*given, model=args.model, linear=args.linear, steps=args.steps)
     if args.json:
         rows = [
             {"variant": p.variant, "parameters": p.parameters, "energy": p.energy, "spec": p.spec.to_dict()}
             for p in made.points
         ]
-        show_json({"numbers": made.numbers, "points": rows, "refused": dict(made.refused)})
+        show_json({"numbers": made.numbers, "points": rows, "refused": dict(made.refused), "untold": made.untold})
     else:
         print(made)
     if args.plot:

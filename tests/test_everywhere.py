@@ -225,7 +225,7 @@ def test_the_command_extracts_it_or_refuses_in_words(name: str, tmp_path: Path, 
     _, tuned = tuned_by(spec)
     save_file(classifier().state_dict(), tmp_path / "base.safetensors")
     save_file(tuned.bake().state_dict(), tmp_path / "tuned.safetensors")
-    words = ["extract", str(tmp_path / "base.safetensors"), str(tmp_path / "tuned.safetensors"), "--steps", "3"]
+    words = ["extract", str(tmp_path / "base.safetensors"), str(tmp_path / "tuned.safetensors"), "--steps", "3", "--linear"]
     (tmp_path / "spec.json").write_text(json.dumps(spec.to_dict()))
     chosen = ["--variant", name, *rank(name)] if name in VARIANTS else ["--spec", str(tmp_path / "spec.json")]
     status = main([*words, *chosen, "--out", str(tmp_path / "adapter"), "--json"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def checkpoints(folder: Path, spec: sl.AdapterSpec) -> tuple[nn.Module, nn.Modul
 @pytest.mark.parametrize("name", SPECS)
 def test_what_a_declaration_made_is_recovered(name: str, tmp_path: Path) -> None:
     before, after = checkpoints(tmp_path, SPECS[name])
-    found = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", SPECS[name])
+    found = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", SPECS[name], model=before)
     # dW lies in the difference of two float64 weights, some ten times as large.
     assert found.adapter.error < 1e-12
     assert not found.left
@@ -50,7 +51,8 @@ def test_what_a_declaration_made_is_recovered(name: str, tmp_path: Path) -> None
 def test_errors_are_those_of_the_oracle(tmp_path: Path) -> None:
     """Of rank 1 where 2 are needed: the rest of the singular values, weight by weight."""
     before, after = checkpoints(tmp_path, SPECS["lora"])
-    found = sl.extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", sl.lora(1), ["q_proj", "up"])
+    files = (tmp_path / "base.safetensors", tmp_path / "tuned.safetensors")
+    found = sl.extract(*files, sl.lora(1), ["q_proj", "up"], model=before)
     assert {n.rpartition(".")[2] for n in found.adapter.shapes} == {"q_proj", "up"}
     for name, error in found.adapter.errors.items():
         delta = after.get_submodule(name).weight.detach() - before.get_submodule(name).weight.detach()
@@ -75,20 +77,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     checkpoints(tmp_path, SPECS["lokr"])
     files = [str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
     out = tmp_path / "out"
-    assert main(["extract", *files, "--variant", "lokr", "--rank", "2", "--out", str(out)]) == 0
+    assert main(["extract", *files, "--variant", "lokr", "--rank", "2", "--out", str(out), "--linear"]) == 0
     printed = capsys.readouterr().out
     assert "in all the relative error is" in printed
     assert f"saved: {out}" in printed
     assert sl.load(seeded(0, Tiny).double(), out).spec == sl.lokr(2)
-    assert main(["extract", *files, "--variant", "lora", "--budget", "300", "--out", str(out), "--json"]) == 0
+    assert main(["extract", *files, "--variant", "lora", "--budget", "300", "--out", str(out), "--json", "--linear"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["parameters"] <= 300
     assert 0 < facts["error"] < 1
     assert set(facts["errors"]) == set(sl.load(seeded(0, Tiny).double(), out).targets)
-    assert main(["extract", *files, "--variant", "lora", "--rank", "1", "--out", str(tmp_path / "x.safetensors")]) == 2
+    assert (
+        main(["extract", *files, "--variant", "lora", "--rank", "1", "--out", str(tmp_path / "x.safetensors"), "--linear"]) == 2
+    )
     assert "is the name of a file, and this library's own format is a folder" in capsys.readouterr().err
     for words in ("--variant lorra", "--budget 9 --rank 2", "--variant krona --budget 9", "--budget 9"):
-        assert main(["extract", *files, *words.split()]) == 2
+        assert main(["extract", *files, "--linear", *words.split()]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -96,7 +100,7 @@ def test_checkpoints_are_probed_by_the_command(tmp_path: Path, capsys: pytest.Ca
     """LoRA's energy is that of the first singular values; HiRA made the difference of the base's own W, so it holds it all."""
     before, after = checkpoints(tmp_path, sl.hira(1))
     words = ["probe", str(tmp_path / "base.safetensors"), str(tmp_path / "tuned.safetensors")]
-    names = ["--variants", "lora", "hira", "c3a", "--targets", "q_proj"]
+    names = ["--variants", "lora", "hira", "c3a", "--targets", "q_proj", "--linear"]
     assert main([*words, *names, "--budgets", "50", "100", "--json", "--plot", str(tmp_path / "probe.png")]) == 0
     data = json.loads(capsys.readouterr().out)
     assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
@@ -245,7 +249,7 @@ def test_the_kernel_is_taken_from_the_parameters_of_the_files(tmp_path: Path, ca
     files = [str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
     spec = tmp_path / "spec.json"
     spec.write_text(json.dumps(sl.conv_lokr(2).to_dict()))
-    words = ["extract", *files, "--targets", "conv.0", "conv.1", "--out", str(tmp_path / "out"), "--json"]
+    words = ["extract", *files, "--targets", "conv.0", "conv.1", "--out", str(tmp_path / "out"), "--json", "--linear"]
     sizes = {("--spec", str(spec)): 4 + 4 * 2 + 2 * 36, ("--variant", "lokr", "--rank", "2"): 4 + 4 * 36}
     for more, size in sizes.items():
         assert main([*words, *more]) == 0
@@ -256,7 +260,7 @@ def test_the_kernel_is_taken_from_the_parameters_of_the_files(tmp_path: Path, ca
         loaded = sl.load(model, tmp_path / "out")
         assert loaded.num_parameters == facts["parameters"]
         torch.testing.assert_close(loaded.delta("conv.0").double(), delta.flatten(1), rtol=1e-6, atol=1e-7)
-    assert main(["probe", *files, "--variants", "lokr", "--budgets", str(facts["parameters"]), "--json"]) == 0
+    assert main(["probe", *files, "--variants", "lokr", "--budgets", str(facts["parameters"]), "--json", "--linear"]) == 0
     [point] = json.loads(capsys.readouterr().out)["points"]
     assert point["parameters"] == facts["parameters"]
     assert point["energy"] == pytest.approx(1, abs=1e-9)
@@ -269,7 +273,7 @@ def test_weights_of_several_kernels_are_made_into_one_adapter(tmp_path: Path) ->
     names = ["conv.0", "conv.1", "wide", "point", "head"]
     deltas = convolved(tmp_path, sl.krona(), names)
     before = seeded(0, Convs).double()
-    found = sl.extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", sl.krona())
+    found = sl.extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", sl.krona(), model=before)
     counts = {"conv": 2 * (4 + 16 * 9), "wide": 4 + 2 * 4 * 5, "point": 4 + 16, "head": 2 * 2 + 3 * 4}
     assert found.adapter.num_parameters == sum(counts.values())
     assert found.adapter.error < 1e-12
@@ -344,5 +348,130 @@ def test_what_gives_the_declaration_may_ask_for_the_shapes_alone(tmp_path: Path)
         seen.append(shapes)
         return sl.lora(2)
 
-    assert extract(*files, alone).adapter.errors == extract(*files, both).adapter.errors
+    one, other = (extract(*files, maker, linear=True).adapter for maker in (alone, both))
+    assert one.errors == other.errors
     assert seen[0] == seen[1]
+
+
+# --- which axis is out ----------------------------------------------------------------------------------------------
+
+
+class Kept(nn.Module):
+    """Layers that keep (in, out) beside such that keep (out, in), of each a square one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.square = nn.Embedding(9, 6), nn.Embedding(6, 6)
+        self.body, self.bare, self.head = nn.Linear(6, 6), nn.Linear(6, 9, bias=False), nn.Linear(6, 5)
+        self.conv, self.wide = nn.Conv2d(4, 4, 3), nn.Conv1d(3, 5, 2)
+        self.back, self.grouped = nn.ConvTranspose2d(4, 4, 3), nn.ConvTranspose1d(4, 6, 2, groups=2)
+
+
+class Turned(nn.Module):
+    """GPT-2's layer, whose weight is (in, out)."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        self.plain, self.turned = nn.Linear(d_in, d_out), conv1d(d_out, d_in)
+
+
+def changed(folder: Path, make: Any) -> tuple[nn.Module, dict[str, torch.Tensor], list[Path]]:
+    """A model before, all of its values after a change of each of them, and the checkpoints of both."""
+    before = seeded(0, make).double()
+    base = {name: value.clone() for name, value in before.state_dict().items()}
+    after = {name: value + noise(*value.shape, seed=k, dtype=torch.float64) for k, (name, value) in enumerate(base.items())}
+    files = [folder / "base.safetensors", folder / "tuned.safetensors"]
+    for values, file in zip((base, after), files, strict=True):
+        save_file(values, file)
+    return before, after, files
+
+
+def left_out(found: sl.Extracted, of: nn.Module) -> set[str]:
+    """The modules of which nothing is in an adapter, by the names of their weights."""
+    return {n.removesuffix(".weight") for n, p in of.named_parameters() if p.ndim > 1} - set(found.adapter.shapes)
+
+
+def holds(found: sl.Extracted, model: nn.Module, after: dict[str, torch.Tensor], folder: Path) -> None:
+    """Loaded and baked, an adapter of dense dW gives each of its weights as it is after, and the layers' bases' outputs."""
+    found.adapter.write(folder, torch.float64)
+    names = list(found.adapter.shapes)
+    sl.load(model, folder).bake()
+    for name in names:
+        # Base + (after - base), each rounded once in float64.
+        torch.testing.assert_close(model.get_parameter(f"{name}.weight"), after[f"{name}.weight"], rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_tells_which_axis_is_out(device: str, tmp_path: Path) -> None:
+    before, after, files = changed(tmp_path, Kept)
+    found = sl.extract(*files, sl.dense(), model=seeded(0, Kept).to(device))
+    assert not left_out(found, before)
+    assert not found.untold
+    holds(found, before, after, tmp_path / "adapter")
+
+
+def test_gpt2s_layers_are_told_by_their_model(tmp_path: Path) -> None:
+    before, after, files = changed(tmp_path, lambda: Turned(6, 6))
+    holds(sl.extract(*files, sl.dense(), model=before), before, after, tmp_path / "adapter")
+
+
+def test_files_alone_tell_what_the_sizes_of_biases_leave_one_way(tmp_path: Path) -> None:
+    """Not of squares, of layers without a bias, nor of kernels that a transposed convolution in groups may have as well."""
+    before, after, files = changed(tmp_path, Kept)
+    found = sl.extract(*files, sl.dense())
+    assert set(found.adapter.shapes) == {"head", "wide"}
+    assert set(found.untold) == {f"{name}.weight" for name in left_out(found, before)}
+    assert set(found.untold) < set(found.left)
+    assert "7 matrices are left out, as nothing tells which axis is out" in str(found)
+    holds(found, before, after, tmp_path / "adapter")
+    before, after, files = changed(tmp_path, lambda: Turned(6, 4))
+    found = sl.extract(*files, sl.dense())
+    assert set(found.adapter.shapes.values()) == {(4, 6)}
+    holds(found, before, after, tmp_path / "turned")
+
+
+def test_what_nothing_tells_is_refused_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, files = changed(tmp_path, lambda: Turned(6, 6))
+    with pytest.raises(
+        sl.CheckpointError, match=r"which axis of 'plain.weight' \(6, 6\) is out.*\(model=\.\.\.\).*linear=True"
+    ):
+        sl.extract(*files, sl.dense())
+    for command in ("extract", "probe"):
+        assert main([command, *map(str, files)]) == 2
+        assert "(--model FOLDER), or say that such weights are (out, in) (--linear)" in capsys.readouterr().err
+    with pytest.raises(sl.CheckpointError, match=r"has no config\.json of which transformers or diffusers make a model"):
+        sl.extract(*files, sl.dense(), model=tmp_path)
+    assert sl.extract(*files, sl.dense(), linear=True).adapter.shapes.keys() == {"plain", "turned"}  # the user's word
+
+
+def test_a_config_beside_the_files_tells_and_a_tied_table_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """GPT-2 with a square output projection: the logits of the model after, from the adapter on the model before."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 16, "n_positions": 8, "bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.GPT2Config(**sizes)
+    before, after = (seeded(0, lambda: transformers.GPT2LMHeadModel(config)).eval() for _ in range(2))
+    with torch.no_grad():
+        for k, parameter in enumerate(after.parameters()):
+            if parameter.ndim > 1:
+                parameter.add_(noise(*parameter.shape, seed=k), alpha=0.1)
+    for model, name in ((before, "before"), (after, "after")):
+        model.save_pretrained(tmp_path / name)
+    files = [str(tmp_path / name) for name in ("before", "after")]
+    assert main(["extract", *files, "--variant", "dense", "--out", str(tmp_path / "adapter"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["left"] == facts["untold"] == []
+    assert "transformer.wte+lm_head" in facts["errors"]
+    words = torch.arange(8)[None]
+    wanted = after(words).logits
+    sl.load(before, tmp_path / "adapter")
+    # float32 through one block
+    torch.testing.assert_close(before(words).logits, wanted, rtol=1e-5, atol=1e-6)
+    # The same from the files alone, with the config elsewhere.
+    for name in ("before", "after"):
+        (tmp_path / name / "config.json").rename(tmp_path / f"{name}.json")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "before.json").rename(tmp_path / "model" / "config.json")
+    assert "attn.c_proj" in " ".join(sl.extract(*files, sl.dense(), ["c_attn", "c_proj"]).untold)
+    found = sl.extract(*files, sl.dense(), model=tmp_path / "model")
+    assert found.adapter.errors.keys() == facts["errors"].keys()

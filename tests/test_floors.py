@@ -91,7 +91,7 @@ HOUSE = {
         ["attach"],
     ],
     "tools": [
-        ["draw", "measure", "singular", "environment", "looks"],
+        ["draw", "measure", "singular", "environment", "looks", "layers"],
         ["diagram", "difference", "geometry", "closed_forms", "problem"],
         ["als"],
         ["summed"],

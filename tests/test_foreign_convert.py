@@ -438,6 +438,24 @@ def test_a_base_is_read_by_its_headers(tmp_path: Path) -> None:
         base_model(tmp_path)
 
 
+def test_a_base_that_keeps_in_out_is_told_by_its_biases(tmp_path: Path) -> None:
+    """GPT-2's layers: (out, in) of what is not square; the values of a square one, which is either way round, are refused."""
+    sizes = {"attn.c_attn": (6, 18), "attn.c_proj": (6, 6), "mlp.c_fc": (6, 24), "mlp.c_proj": (24, 6)}
+    tensors = {f"h.0.{n}.{k}": torch.randn(s if k == "weight" else s[1:]) for n, s in sizes.items() for k in ("weight", "bias")}
+    write(tmp_path / "base.safetensors", tensors)
+    place = base_model(tmp_path / "base.safetensors")
+    assert place.shapes == {f"h.0.{name}": shape[::-1] for name, shape in sizes.items()}
+    assert torch.equal(place.weight("h.0.attn.c_attn"), tensors["h.0.attn.c_attn.weight"].T)
+    with pytest.raises(CheckpointError, match=r"'h.0.attn.c_proj' is square, .* 'h.0.attn.c_attn' keeps \(in, out\); load\(\)"):
+        place.weight("h.0.attn.c_proj")
+    adapter = {"lora_unet_h_0_attn_c_attn.lora_up.weight": torch.randn(18, 2)}
+    adapter |= {"lora_unet_h_0_attn_c_attn.lora_down.weight": torch.randn(2, 6)}
+    write(tmp_path / "a.safetensors", adapter)
+    convert(tmp_path / "a.safetensors", tmp_path / "b", "peft", base=place)
+    up, down = adapter.values()
+    assert np.allclose(parsed(tmp_path / "b").weights[0].dense().numpy(), (up.double() @ down.double()).numpy(), rtol=WAYS)
+
+
 def test_an_adapter_of_ours_keeps_its_declaration(tmp_path: Path) -> None:
     """Kohya's file of a LoTR is one of LoRAs, but a copy in this format is the LoTR itself."""
     adapter = filled_in(made(sl.lotr(2), LAYERS).entries[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -29,16 +30,32 @@ class BaseModel:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """(out, in) of all weights with two axes or more, by module; a kernel's axes belong to in."""
+        """(out, in) of all weights with two axes or more, by module; a kernel's axes belong to in.
+
+        They are taken to be kept so, but for matrices whose biases tell that they are not; see `turned`.
+        """
         found: dict[str, Shape] = {}
         for name, shape in self.sizes.items():
             module, _, kind = name.rpartition(".")
             if kind == "weight" and module and len(shape) > 1:
-                inward = 1
-                for size in shape[1:]:
-                    inward *= size
-                found[module] = (shape[0], inward)
+                inward = math.prod(shape[1:])
+                found[module] = (inward, shape[0]) if len(shape) == 2 and self.turned(module) else (shape[0], inward)
         return found
+
+    def turned(self, module: str) -> bool | None:
+        """Whether a weight is kept as (in, out, ...), as the size of its bias tells; None where it tells neither.
+
+        So are those of GPT-2's Conv1D and of transposed convolutions. An embedding has no bias, so nothing tells it.
+        """
+        rows, columns, *kernel = self.sizes[f"{module}.weight"]
+        bias = self.sizes.get(f"{module}.bias", ())
+        if len(bias) != 1 or not columns:
+            return None
+        # A transposed convolution has a multiple of its second axis as outputs, one for each group.
+        either = rows % columns == 0 if kernel else rows == columns
+        if bias[0] == rows:
+            return None if either else False
+        return True if bias[0] == columns or (kernel and bias[0] % columns == 0) else None
 
     @property
     def kernels(self) -> dict[str, tuple[int, ...]]:
@@ -46,12 +63,21 @@ class BaseModel:
         return {name: self.sizes[f"{name}.weight"][2:] for name in self.shapes if len(self.sizes[f"{name}.weight"]) > 2}
 
     def weight(self, module: str) -> Tensor:
-        """The weight of a module, (out, in).
+        """The weight of a module, (out, in); it is taken to be kept so where nothing in the files speaks against it.
 
         Raises:
-            CheckpointError: its file is damaged.
+            CheckpointError: its file is damaged; or it is square, and other matrices of the files are kept as (in, out).
         """
-        return self.parameter(f"{module}.weight").flatten(1)
+        held, turned = self.parameter(f"{module}.weight"), self.turned(module)
+        if held.ndim > 2 or held.shape[0] != held.shape[1]:
+            return held.T if held.ndim == 2 and turned else held.flatten(1)
+        other = next((n for n in self.shapes if len(self.sizes[f"{n}.weight"]) == 2 and self.turned(n)), None)
+        if other is not None:
+            raise CheckpointError(
+                f"'{module}' is square, and which of its axes is out cannot be told from the base's files, in which '{other}' "
+                "keeps (in, out); load() the adapter on the model."
+            )
+        return held
 
     def parameter(self, name: str) -> Tensor:
         """A parameter by its full name.

@@ -14,7 +14,7 @@ from superlora_tn.declare.parts import SpecError
 from superlora_tn.declare.rows import Rows, Span
 from superlora_tn.model.kinds import Held, Kind, LayerError, Linear, RowsOf
 from superlora_tn.model.places import PARTS, AttachError, Place, Targets, declared, near, places, tied
-from superlora_tn.model.recognise import kind_of, supported
+from superlora_tn.model.recognise import kind_of, known, supported
 from superlora_tn.model.tables import Table, TableRows
 
 __all__ = ["AttachError", "Place", "Target", "Targets", "bind", "is_sharded", "match", "near", "places"]
@@ -69,6 +69,12 @@ class Target:
     def kernel(self) -> tuple[int, ...]:
         """The sizes of its kernel, which `in` holds behind the channels; () for a matrix."""
         return self.kind.kernel(self.layer)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is an embedding's table, wherever it is adapted; not where an output layer is tied to it."""
+        found = known(self.layer)
+        return found is not None and isinstance(found.kind, Table)
 
     def weight(self) -> Tensor:
         """The weight as it is now, (out, in).

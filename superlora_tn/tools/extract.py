@@ -24,6 +24,7 @@ from superlora_tn.tools.convert import convert as convert_entries
 from superlora_tn.tools.decompose import Decomposition, Progress, fit_weights
 from superlora_tn.tools.difference import difference
 from superlora_tn.tools.fitting import Settings
+from superlora_tn.tools.layers import Model, untold_words
 
 Maker = Callable[[Mapping[str, Shape], Kernels], AdapterSpec] | Callable[[Mapping[str, Shape]], AdapterSpec]
 Declared = AdapterSpec | Budget | Maker
@@ -97,20 +98,24 @@ class Extracted:
 
     Attributes:
         adapter: the nodes, with each weight's error.
-        left: parameters that differ and are no matrices, or are not among the targets: no adapter gives these.
+        left: parameters that differ and are no matrices, or are not among the targets, or are untold: the adapter lacks these.
+        untold: those of them that are matrices among the targets, but nothing tells which of their axes is out.
     """
 
     adapter: Decomposition
     left: tuple[str, ...]
+    untold: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        if not self.left:
-            return str(self.adapter)
-        names = ", ".join(self.left[:5]) + (", ..." if len(self.left) > 5 else "")
-        many = (
-            "1 other parameter differs and is" if len(self.left) == 1 else f"{len(self.left)} other parameters differ and are"
-        )
-        return f"{self.adapter}\n{many} left as in the base: {names}"
+        lines = [str(self.adapter)]
+        if self.left:
+            one = len(self.left) == 1
+            many = "1 other parameter differs and is" if one else f"{len(self.left)} other parameters differ and are"
+            names = ", ".join(self.left[:5]) + (", ..." if len(self.left) > 5 else "")
+            lines.append(f"{many} left as in the base: {names}")
+        if self.untold:
+            lines.append(untold_words(self.untold))
+        return "\n".join(lines)
 
 
 def extract(
@@ -119,32 +124,42 @@ def extract(
     to: Declared,
     targets: Sequence[str] = (),
     *,
+    model: Model | None = None,
+    linear: bool = False,
     steps: int = 200,
     tolerance: float = 1e-5,
     restarts: int = 3,
     seed: int = 0,
     progress: Callable[[Progress], None] | None = None,
 ) -> Extracted:
-    """The adapter whose dW is nearest to the difference of two checkpoints; no model is built.
+    """The adapter whose dW is nearest to the difference of two checkpoints.
+
+    Which axis of a weight is out, files alone tell only of layers whose bias has the size of one axis and not of the other.
+    Of all others a model does, or the config.json of transformers or diffusers beside the files, of which the model is made
+    without memory. What nothing tells of is left out and named in the result.
 
     Args:
         base, tuned: safetensors files, or folders of them, with the same parameters.
         to: the declaration, a budget, or what gives one for the weights' shapes (out, in) and the kernels of the convolutions.
             As in `attach`, a declaration that leaves its kernel open takes those of the weights.
         targets: names of modules or their endings; none takes all matrices and kernels that differ.
+        model: of these parameters, on whatever device, or the folder of its config.json; None looks for one beside the files.
+        linear: say that weights which nothing tells of are those of linear layers and convolutions, (out, in). An embedding's
+            table or a Conv1D among them would make a wrong adapter.
         steps, tolerance, restarts, seed, progress: see `decompose`.
 
     Raises:
-        CheckpointError: files that are damaged, or are no two checkpoints of one model; or nothing differs.
+        CheckpointError: files that are damaged, or are no two checkpoints of one model; nothing differs; or of nothing that
+            does is known which axis is out.
         SpecError: the declaration does not fit.
     """
-    found = difference(base, tuned, targets)
+    found = difference(base, tuned, targets, model, linear)
     given = to if isinstance(to, AdapterSpec | Budget) else _made(to, found.shapes, found.kernels)
     spec = given.choose(found.shapes, found.kernels).spec if isinstance(given, Budget) else given
     settings = Settings(steps, tolerance, restarts)
     start = found.start(spec)
     made = fit_weights(found.shapes, found.delta, spec, settings, seed, start, progress, kernels=found.kernels)
-    return Extracted(made, found.left)
+    return Extracted(made, found.left, found.untold)
 
 
 def _made(maker: Any, shapes: Mapping[str, Shape], kernels: Kernels) -> AdapterSpec:

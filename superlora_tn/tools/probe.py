@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from superlora_tn.tools import draw
 from superlora_tn.tools.decompose import FitError, decompose, fit_weights
 from superlora_tn.tools.difference import difference
 from superlora_tn.tools.fitting import Settings
+from superlora_tn.tools.layers import Model, untold_words
 
 PROBED = ("lora", "lokr", "krona", "lotr", "lorta", "tt_lora", "miss", "gralora")
 PARTS = (256, 64, 16, 4)
@@ -50,11 +51,13 @@ class Probe:
         numbers: entries of dW.
         points: by variant, and in each by number of parameters.
         refused: why structures have no point, by variant.
+        untold: parameters that differ and are not counted, as nothing tells which of their axes is out.
     """
 
     numbers: int
     points: tuple[Held, ...]
     refused: Mapping[str, str] = field(default_factory=dict)
+    untold: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("variant", "parameters", "of dW", "energy")]
@@ -62,7 +65,8 @@ class Probe:
             share = f"{point.parameters / self.numbers:.2%}"
             rows.append((point.variant, f"{point.parameters:,}", share, f"{point.energy:.4f}"))
         lines = table(rows, "parameters energy")
-        return "\n".join([*lines, *(f"{name} is left out: {words}" for name, words in self.refused.items())])
+        lines += [f"{name} is left out: {words}" for name, words in self.refused.items()]
+        return "\n".join([*lines, *([untold_words(self.untold)] if self.untold else [])])
 
     def plot(self, path: str | PathLike[str]) -> Path:
         """Draw energy against parameters, with each structure's frontier, as a PNG (needs matplotlib).
@@ -122,12 +126,14 @@ def probe_checkpoints(
     budgets: Sequence[int] | None = None,
     variants: Sequence[str] = PROBED,
     *,
+    model: Model | None = None,
+    linear: bool = False,
     steps: int = 50,
     tolerance: float = 1e-3,
     restarts: int = 1,
     seed: int = 0,
 ) -> Probe:
-    """`probe` of the difference of two checkpoints, of which a weight is read when its turn comes; no model is built.
+    """`probe` of the difference of two checkpoints, of which a weight is read when its turn comes.
 
     Nodes of the base's own values, as HiRA's, are taken from the base.
 
@@ -135,19 +141,20 @@ def probe_checkpoints(
         base, tuned: safetensors files, or folders of them, with the same parameters.
         targets: names of modules or their endings; none takes all matrices and kernels that differ.
         budgets, variants, steps, tolerance, restarts, seed: see `probe`.
+        model, linear: see `extract`; what they leave open does not count.
 
     Raises:
         CheckpointError: see `extract`.
         SpecError, FitError: see `probe`.
     """
     _check_known(variants)
-    found = difference(base, tuned, targets)
+    found = difference(base, tuned, targets, model, linear)
     settings = Settings(steps, tolerance, restarts)
 
     def held(spec: AdapterSpec) -> float:
         return fit_weights(found.shapes, found.delta, spec, settings, seed, found.start(spec), kernels=found.kernels).error
 
-    return _probed(found.shapes, budgets, variants, held, found.kernels)
+    return replace(_probed(found.shapes, budgets, variants, held, found.kernels), untold=found.untold)
 
 
 def _check_known(variants: Sequence[str]) -> None:
