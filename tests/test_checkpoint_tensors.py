@@ -204,3 +204,14 @@ def test_shards_are_gathered_by_all_processes_that_save(tmp_path: Path) -> None:
     join(forked(*(lambda r=rank: shard_and_save(r, folder, store, 2) for rank in range(2))))
     assert names(folder) == two_files(folder)
     assert torch.equal(read(folder).tensors["group0.factor_in"], torch.arange(6.0).view(3, 2))
+
+
+def test_targets_that_are_tables_are_kept_and_no_part_of_the_declaration(tmp_path: Path) -> None:
+    tables = Entry(ENTRY.spec, ENTRY.targets, tables=["a"])
+    write(tmp_path, [tables], nodes())
+    assert read(tmp_path).tables == {"a"}
+    assert read(tmp_path).entries == (ENTRY,)  # a handle takes the values of a file that does not say it
+    for wrong in ("a", ["b"], [3], {"a": True}):
+        edit_json(tmp_path, lambda body, given=wrong: body["entries"][0].update(tables=given))  # type: ignore[misc]
+        with pytest.raises(sl.CheckpointError, match="tables must be a list of some of the targets"):
+            read(tmp_path)

@@ -208,6 +208,86 @@ def test_embeddings_and_whole_modules_stay(with_base: bool, tmp_path: Path) -> N
         convert(tmp_path / "a", tmp_path / "c", "kohya")
 
 
+class Lookup(nn.Module):
+    """Tables, a square one among them and one that is adapted where it is read, and a layer on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.square = nn.Embedding(50, 16), nn.Embedding(16, 16)
+        self.capped = nn.Embedding(20, 16, max_norm=4.0)
+        self.body = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.body(torch.tanh(self.words(x) + self.square(x % 16)) + self.capped(x % 20))
+        return y
+
+
+TABLES = {"words", "square", "capped"}
+
+
+def looked_up(folder: Path) -> tuple[nn.Module, dict[str, np.ndarray]]:
+    """A base, and a folder of ours of an adapter on all of its layers; the weights that they come to."""
+    torch.manual_seed(0)
+    model = Lookup()
+    tuned = sl.attach(copy.deepcopy(model), sl.lora(3, alpha=5), [*TABLES, "body"], seed=0)
+    shuffle(tuned.parameters())
+    tuned.save(folder)
+    tuned.save(folder.parent / "direct", format="peft")
+    return model, {n: p.detach().double().numpy() for n, p in tuned.bake().named_parameters()}
+
+
+def merged(folder: Path, model: nn.Module) -> dict[str, np.ndarray]:
+    """The weights that PEFT makes of a folder of its own, each key of which it has to know."""
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder))
+    return {n: p.detach().double().numpy() for n, p in theirs.merge_and_unload().named_parameters()}
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_tables_of_ours_are_pefts_embeddings(with_base: bool, tmp_path: Path) -> None:
+    """Of what was saved, of another declaration and a sum made of it, and back from PEFT."""
+    model, wanted = looked_up(tmp_path / "own")
+    place = base_model(base(model, tmp_path / "base")) if with_base else None
+    facts = json.loads((tmp_path / "own" / "adapter.json").read_text())["entries"]
+    assert [sorted(entry["tables"]) for entry in facts] == [sorted(TABLES)]
+    sl.convert(tmp_path / "own", sl.lora(4)).write(tmp_path / "converted")
+    sl.combine({tmp_path / "own": 1.0}).write(tmp_path / "combined")  # type: ignore[dict-item]
+    convert(tmp_path / "own", tmp_path / "first", "peft", base=place)
+    convert(tmp_path / "first", tmp_path / "back", "superlora", base=place)
+    close(merged(tmp_path / "direct", model), wanted, WAYS)
+    for source in ("own", "converted", "combined", "back"):
+        convert(tmp_path / source, tmp_path / f"{source} in PEFT", "peft", base=place)
+        found = merged(tmp_path / f"{source} in PEFT", model)
+        close(found, wanted, WAYS)
+        again = sl.load(copy.deepcopy(model), tmp_path / source).bake()
+        close({n: p.detach().double().numpy() for n, p in again.named_parameters()}, wanted, WAYS)
+
+
+def test_tables_of_an_older_release_are_told_by_the_base(tmp_path: Path) -> None:
+    """Which has (num, dim) where the adapter has (dim, num), and no bias; of a square table nothing tells."""
+    model, wanted = looked_up(tmp_path / "own")
+    saved = own.read(tmp_path / "own")
+    del wanted["square.weight"]
+    entries = [Entry(e.spec, {n: s for n, s in e.targets.items() if n != "square"}) for e in saved.entries]
+    assert "tables" not in json.loads(_json(tmp_path / "old", entries, saved.tensors))["entries"][0]
+    convert(tmp_path / "old", tmp_path / "b", "peft", base=base_model(base(model, tmp_path / "base")))
+    found = merged(tmp_path / "b", model)
+    close({n: found[n] for n in wanted}, wanted, WAYS)
+
+
+def _json(folder: Path, entries: list[Entry], tensors: Any) -> str:
+    """Save the groups of some targets, in the order of the entries."""
+    names = {n for e in entries for g, _ in e.spec.lay_out(e.targets) for n in g.members}
+    whole = [g for e in own.read(folder.parent / "own").entries for g, _ in e.spec.lay_out(e.targets)]
+    kept = [k for k, group in enumerate(whole) if set(group.members) <= names]
+    moved = {f"group{new}.": f"group{old}." for new, old in enumerate(kept)}
+    nodes = {new + n.removeprefix(old): t for new, old in moved.items() for n, t in tensors.items() if n.startswith(old)}
+    own.write(folder, entries, nodes)
+    return (folder / "adapter.json").read_text()
+
+
 def test_norms_and_biases_stay_in_lycoris_files(tmp_path: Path) -> None:
     tensors = {"lora_unet_body.lora_up.weight": torch.ones(16, 2), "lora_unet_body.lora_down.weight": torch.ones(2, 16)}
     tensors |= {f"lora_unet_{n}": torch.ones(16) for n in ("body.diff_b", "norm.w_norm", "norm.b_norm")}

@@ -17,6 +17,7 @@ from superlora_tn.files.names import label
 from superlora_tn.files.own import Saved
 from superlora_tn.files.plain import Wish
 from superlora_tn.files.read import read
+from superlora_tn.files.record import marked
 from superlora_tn.files.standing import check_replaceable, left_over
 from superlora_tn.files.thin import of_weight
 from superlora_tn.files.writes import FORMATS, Beside, Format, Report, save_as, save_weights
@@ -86,11 +87,12 @@ def _converted(
             raise CheckpointError(f"{source} is of this library and has no parts; leave part={part!r} out.")
         beside = Beside(replaced=found.buffers)
         kernels = base.kernels if base else None
-        return save_as(found.entries, found.tensors, target, to, kernels=kernels, beside=beside, **more)
+        entries = marked(found.entries, _tables(found, base)) if base else found.entries
+        return save_as(entries, found.tensors, target, to, kernels=kernels, beside=beside, **more)
     if part is not None:
         found = found.only(part)
     if base is not None:
-        fitted = found.fitted(base.shapes, parameters=base.sizes, weights=base.weight)
+        fitted = found.fitted(base.shapes, parameters=base.sizes, weights=base.weight, stored=True)
         if to == "superlora":
             saved = fitted.saved(base.parameter)
             fitted = Fitted(saved.entries, saved.tensors, {}, saved.buffers, fitted.kernels, fitted.embeddings)
@@ -100,6 +102,12 @@ def _converted(
     if to == "diffusers" and more["prefix"] is None:
         more = {**more, "prefix": found.parts[0] if found.parts[0] not in ("", "denoiser") else None}
     return _from_fitted(found.plain(), target, to, more)
+
+
+def _tables(found: Saved, base: BaseModel) -> list[str]:
+    """The targets that the base has as (num, dim) and without a bias: tables, as adapters of older releases do not say."""
+    shapes = {name: base.sizes.get(f"{name}.weight", ()) for name in found.targets if f"{name}.bias" not in base.sizes}
+    return [name for name, held in shapes.items() if held == found.targets[name][::-1] != found.targets[name]]
 
 
 def _from_fitted(fitted: Fitted, target: str | PathLike[str], to: Format, more: Mapping[str, object]) -> Report:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.fuse import assemble
 from superlora_tn.files.names import Seat, label, seats
 from superlora_tn.files.own import Saved
-from superlora_tn.files.record import Entry, names_of, tensor_name
+from superlora_tn.files.record import Entry, marked, names_of, tensor_name
 from superlora_tn.files.weight import Weight
 from superlora_tn.network.spec import AdapterSpec
 
@@ -118,6 +119,7 @@ class Parsed:
         weights: Callable[[str], Tensor] | None = None,
         part: str | None = None,
         joined: bool = False,
+        stored: bool = False,
     ) -> Fitted:
         """The adapter for a model.
 
@@ -128,19 +130,24 @@ class Parsed:
             weights: gives the base weight (out, in) of a target; needed for DoRA and HiRA.
             part: take the weights of one part of the file alone, see `only`.
             joined: DoRA's norms of rows become magnitudes that train (`sl.dora`); else dW is what they make of the base.
+            stored: shapes and weights are those of a checkpoint, where an embedding's table is (num, dim); it is adapted as
+                (dim, num).
 
         Raises:
             CheckpointError: whatever of the file does not fit, is not clear, or would be left over.
         """
         if part is not None:
-            return self.only(part).fitted(shapes, parameters=parameters, weights=weights, joined=joined)
+            more: Any = {"parameters": parameters, "weights": weights, "joined": joined, "stored": stored}
+            return self.only(part).fitted(shapes, **more)
         source = str(self.path)
         placed = seats([w.name for w in self.weights], shapes, source)
+        tables = {seat.target for w in self.weights if stored and w.flipped for seat in placed[w.name]}
+        shapes = {name: shape[::-1] if name in tables else shape for name, shape in shapes.items()}
         whole = self._complete(placed, shapes)
         made = assemble(whole, placed, shapes, source)
         if joined:
             made = {target: weight.joined() for target, weight in made.items()}
-        made = {target: self._on_base(weight, target, weights) for target, weight in made.items()}
+        made = {target: self._on_base(weight, target, weights, target in tables) for target, weight in made.items()}
         places = self._places(placed, shapes, parameters)
         return _fitted(made, _moved(self.added, places), _moved(self.replaced, places), source)
 
@@ -161,7 +168,7 @@ class Parsed:
             drawn = self.projections((max(out for out, _ in sizes.values()), max(inward for _, inward in sizes.values())))
         return {w.name: w if w.late is None else w.late(w, sizes[w.name], drawn) for w in self.weights}
 
-    def _on_base(self, weight: Weight, target: str, weights: Callable[[str], Tensor] | None) -> Weight:
+    def _on_base(self, weight: Weight, target: str, weights: Callable[[str], Tensor] | None, turned: bool) -> Weight:
         if not weight.rests:
             return weight
         if weights is None:
@@ -169,7 +176,7 @@ class Parsed:
             raise CheckpointError(
                 f"{self.path}: '{target}' is a {kind}, whose update follows from the base weight; give the base weights."
             )
-        return weight.with_base(weights(target))
+        return weight.with_base(weights(target).T if turned else weights(target))
 
     def _places(
         self, placed: Mapping[str, tuple[Seat, ...]], shapes: Mapping[str, Shape], parameters: Iterable[str]
@@ -257,7 +264,7 @@ def gather(made: Mapping[str, Weight], source: str) -> tuple[tuple[Entry, ...], 
                 k += 1
     except SpecError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    return tuple(entries), tensors
+    return marked(entries, [name for name, weight in made.items() if weight.flipped and not weight.turned]), tensors
 
 
 def _node(name: str, members: list[Weight]) -> Tensor:

@@ -29,6 +29,7 @@ from superlora_tn.files.record import (
     buffers_of,
     entries_of,
     file_name,
+    marked,
     most_bytes,
     nodes_of,
     owned,
@@ -41,7 +42,7 @@ from superlora_tn.files.tensors import check_shapes as _check_shapes
 from superlora_tn.files.tensors import packed, unpacked
 from superlora_tn.network.spec import AdapterSpec
 
-__all__ = ["CheckpointError", "DiskError", "Entry", "Saved", "read", "tensor_name", "write"]
+__all__ = ["CheckpointError", "DiskError", "Entry", "Saved", "marked", "read", "tensor_name", "write"]
 
 TRIES, STILL = 100, 3
 """How often a reader begins anew where savers overtake it, and how often where the JSON has not changed."""
@@ -76,6 +77,11 @@ class Saved:
     def targets(self) -> dict[str, Shape]:
         """The adapted weights of all entries, name -> (out, in)."""
         return {name: shape for entry in self.entries for name, shape in entry.targets.items()}
+
+    @property
+    def tables(self) -> frozenset[str]:
+        """Those targets that are known to be embeddings' tables."""
+        return frozenset(name for entry in self.entries for name in entry.tables)
 
     @property
     def rows(self) -> dict[str, Span]:

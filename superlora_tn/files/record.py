@@ -1,7 +1,8 @@
 """What an adapter's JSON says: declarations, the weights they adapt, and the file of their tensors, by its hash.
 
 Schema 1 had one declaration, its tensors in ``adapter.safetensors`` and, during a save, the old ones beside it. Schema 3 is the
-second, with adapters that depart from a start; all others are written in the second, which older releases read.
+second, with adapters that depart from a start; all others are written in the second, which older releases read. An entry has
+``rows`` and ``tables`` only where some of its targets are blocks of rows, or embeddings' tables.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,12 +46,15 @@ class Entry:
         rows: of targets that are blocks of a layer, which rows they are.
         trains: where the adapter departs from a start, the declaration of the half that trains: `spec` is the sum of two of it,
             and the first block of every node is that half (see `Adapter.depart`).
+        tables: targets that are embeddings' tables, (dim, num), which some formats name apart. A fact about the base, not part
+            of what is declared; it is missing in files that were written before it was kept.
     """
 
     spec: AdapterSpec
     targets: Mapping[str, Shape]
     rows: Mapping[str, Span] = field(default_factory=dict)
     trains: AdapterSpec | None = None
+    tables: Collection[str] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ def written(source: str, entries: Sequence[Entry], buffers: Mapping[str, tuple[i
 def _written(entry: Entry) -> dict[str, Any]:
     body: dict[str, Any] = {"spec": entry.spec.to_dict(), "targets": {n: list(s) for n, s in entry.targets.items()}}
     body |= {"rows": {name: str(span) for name, span in entry.rows.items()}} if entry.rows else {}
+    body |= {"tables": sorted(entry.tables)} if entry.tables else {}
     return body | ({} if entry.trains is None else {"trains": entry.trains.to_dict()})
 
 
@@ -182,7 +187,7 @@ def entries_of(record: Record) -> tuple[Entry, ...]:
         CheckpointError: with what was found and what was expected.
     """
     given = record.entries
-    known = {"spec", "targets", "rows"} | ({"trains"} if record.schema > 2 else set())
+    known = {"spec", "targets", "rows", "tables"} | ({"trains"} if record.schema > 2 else set())
     if not isinstance(given, list) or not all(isinstance(e, dict) and {"spec", "targets"} <= set(e) <= known for e in given):
         raise CheckpointError(f"{record.source} has entries={shown(given)}; expected a list of dicts of spec and targets.")
     try:
@@ -198,7 +203,7 @@ def _entry(one: Mapping[str, Any]) -> Entry:
         trains = saved_spec(one["trains"])
         if summed([trains] * 2) != spec:
             raise SpecError(f"'trains' is {trains.network}, and the sum of two of these is not the declaration {spec.network}.")
-    return Entry(spec, targets, rows, trains)
+    return Entry(spec, targets, rows, trains, _tables(one.get("tables", []), targets))
 
 
 def saved_spec(data: Any) -> AdapterSpec:
@@ -263,6 +268,17 @@ def _rows(data: Any, targets: Any) -> dict[str, Span]:
     if not isinstance(data, dict) or not set(data) <= set(targets):
         raise SpecError("rows must be a dict of some of the targets -> 'start:stop/period'.")
     return {name: Span.from_text(text) for name, text in data.items()}
+
+
+def _tables(data: Any, targets: Mapping[str, Shape]) -> frozenset[str]:
+    if not isinstance(data, list) or not all(isinstance(name, str) and name in targets for name in data):
+        raise SpecError("tables must be a list of some of the targets.")
+    return frozenset(data)
+
+
+def marked(entries: Sequence[Entry], tables: Collection[str]) -> tuple[Entry, ...]:
+    """The declarations, those of these targets marked as embeddings' tables that they have."""
+    return tuple(replace(e, tables=frozenset(e.tables) | (frozenset(tables) & e.targets.keys())) for e in entries)
 
 
 def _are_sizes(numbers: Sequence[Any], least: int) -> bool:

@@ -26,7 +26,7 @@ from superlora_tn.files.own import write as write_own
 from superlora_tn.files.peft import CONFIG, PREFIX, TENSORS
 from superlora_tn.files.peft_methods import peft_own
 from superlora_tn.files.plain import Wish
-from superlora_tn.files.record import Entry
+from superlora_tn.files.record import Entry, marked
 from superlora_tn.files.single import DIFFUSERS_METADATA
 from superlora_tn.files.thin import Filled, filled
 from superlora_tn.files.whole import whole
@@ -123,7 +123,8 @@ def save_as(
         error: the largest relative error of a weight, in the Frobenius norm; likewise.
         dtype: of the numbers; None keeps them, and makes products float32 at least.
         kernels: target -> the sizes of its kernel, for convolutions.
-        embeddings: targets that are embeddings' tables -> whether dW is (in, out), as torch has the table.
+        embeddings: targets that are embeddings' tables -> whether dW is (in, out), as torch has the table. Those that the
+            declarations name as tables are (out, in).
         prefix: in front of the names: PEFT's "base_model.model.", diffusers' "transformer", LyCORIS' "lycoris", kohya's
             "lora_unet".
         beside: biases, norms and whole parameters.
@@ -145,7 +146,9 @@ def save_as(
         if wish != Wish():
             raise CheckpointError("this library's own files hold an adapter as it is; leave rank, error and dtype out.")
         _refuse(Beside(added=more.added), format)
-        write_own(path, entries, tensors, more.replaced)
+        write_own(
+            path, marked(entries, [name for name, turned in (embeddings or {}).items() if not turned]), tensors, more.replaced
+        )
         return Report((place_of(path),), tuple(Row(n, OWN, (), 0.0) for e in entries for n in e.targets))
     odd = next((name for entry in entries for name in entry.targets if name in entry.rows or "+" in name), None)
     if odd is not None:
@@ -154,7 +157,7 @@ def save_as(
             "own."
         )
     held = {name: whole(name, tensor, None, FLOATS) for name, tensor in tensors.items()}
-    tables = embeddings or {}
+    tables = {name: False for entry in entries for name in entry.tables} | dict(embeddings or {})
     weights = [
         replace(one, flipped=one.name in tables, turned=tables.get(one.name, False))
         for one in filled(entries, held, kernels or {}, joined=True)

@@ -199,9 +199,10 @@ def _attach(model: nn.Module, request: _Request) -> Tuned:
 
 
 def _entry(spec: AdapterSpec, targets: Sequence[Target], known: Mapping[str, Place]) -> Entry:
-    """A declaration with its targets, and the rows of those that are blocks."""
+    """A declaration with its targets, the rows of those that are blocks, and which are tables."""
     rows = {target.name: span for target in targets if (span := known[target.name].span) is not None}
-    return Entry(spec, {target.name: target.shape for target in targets}, rows)
+    tables = frozenset(target.name for target in targets if target.is_table)
+    return Entry(spec, {target.name: target.shape for target in targets}, rows, tables=tables)
 
 
 def _check_name(model: nn.Module, name: str) -> None:

@@ -84,4 +84,5 @@ def depart(handle: Tuned, entries: Sequence[Entry], values: Sequence[Sequence[Te
     for (entry, graph), adapter, nodes in zip(laid, handle._adapters(), values, strict=True):
         if entry.trains is not None:
             adapter.depart(entry.spec, graph, nodes)
-    handle.entries = tuple(entries)
+    # The model knows which targets are tables, and a file may not.
+    handle.entries = tuple(replace(new, tables=own.tables) for new, own in zip(entries, handle.entries, strict=True))

@@ -32,7 +32,6 @@ from superlora_tn.model.merging import (
     put_back,
 )
 from superlora_tn.model.states import Stated
-from superlora_tn.model.tables import Table
 from superlora_tn.model.targets import AttachError, Target, near
 from superlora_tn.model.weights import Weight, check_mergeable, report_rounding, weight_of
 from superlora_tn.network.spec import AdapterSpec
@@ -308,9 +307,8 @@ class Tuned(Stated):
         if format in FORMATS[1:]:  # this library's own is read before any other
             check_same(folder, now)
             values = values if self._model is None else by_each_name(self._model[0], values)
-        tables = {name: False for name, target in self._targets.items() if isinstance(target.kind, Table)}
         beside = Beside(replaced=values, known=self._base.known)
-        more: Any = {"kernels": kernels_of(self._targets.values(), format), "embeddings": tables, "beside": beside, **options}
+        more: Any = {"kernels": kernels_of(self._targets.values(), format), "beside": beside, **options}
         return save_as(now.entries, now.tensors, folder, format, **more)
 
     def _saved(self) -> Saved:

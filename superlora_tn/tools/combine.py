@@ -22,7 +22,7 @@ from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import CP, SpecError, check_number, check_rank, reference_rank, shown
 from superlora_tn.declare.rows import Span
 from superlora_tn.files.foreign import Fitted
-from superlora_tn.files.own import CheckpointError, Entry, Saved, tensor_name, write
+from superlora_tn.files.own import CheckpointError, Entry, Saved, marked, tensor_name, write
 from superlora_tn.files.read import read
 from superlora_tn.files.thin import Filled, filled, thin
 from superlora_tn.model.attach import load
@@ -157,9 +157,9 @@ def combine(
         spec, settings = entries[0].spec, Settings(200, 1e-5, 3)
         made = fit_weights(shapes, wanted, spec, settings, seed, kernels=_kernels(spec, parts, rows, model))
         entries, tensors = made.entries, dict(made.tensors)
-    placed = tuple(Entry(e.spec, e.targets, {n: s for n, s in rows.items() if n in e.targets}) for e in entries)
+    placed = [Entry(e.spec, e.targets, {n: s for n, s in rows.items() if n in e.targets}) for e in entries]
     errors = {name: _relative(delta, wanted(name)) for name, delta in deltas(placed, tensors)}
-    return Combined(placed, tensors, errors)
+    return Combined(marked(placed, {name for part in parts for name in part.saved.tables}), tensors, errors)
 
 
 def _check(weights: Mapping[Any, float], how: How, on: On, sized: bool, density: float) -> None:

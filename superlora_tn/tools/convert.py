@@ -80,6 +80,7 @@ def convert(
     start = known.rests(own, given, remedy) if base is None else resting(own, known.shapes, base, given)
     settings = Settings(steps, tolerance, restarts)
     found = fit_weights(known.shapes, known.delta, own, settings, seed, start, progress, known.grown, given)
+    found = replace(found, tables=frozenset(name for entry in entries for name in entry.tables))
     if not kept:
         return found
     laid = enumerate(group.members for _, group, _ in lay_out(spec, known.shapes, given))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from superlora_tn.contraction.plan import table
 from superlora_tn.declare.fold import Shape, split_name
 from superlora_tn.declare.parts import BASED, SpecError, check_count, shown
-from superlora_tn.files.own import Entry, tensor_name, write
+from superlora_tn.files.own import Entry, marked, tensor_name, write
 from superlora_tn.network.budget import Budget, words
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.kernels import Kernels, apart, count, lay_out
@@ -66,6 +66,7 @@ class Decomposition:
         error: of all weights together.
         fits: how each network was found; a flat fold has one for each of its groups.
         kernels: the sizes of the kernels of those that are convolutions, where they were known.
+        tables: those that are known to be embeddings' tables, (dim, num).
     """
 
     spec: AdapterSpec
@@ -75,6 +76,7 @@ class Decomposition:
     error: float
     fits: tuple[Fit, ...]
     kernels: Kernels | None = None
+    tables: Collection[str] = ()
 
     @property
     def is_exact(self) -> bool:
@@ -85,7 +87,7 @@ class Decomposition:
     def entries(self) -> tuple[Entry, ...]:
         """The declaration with its weights, as files have it: once for each kernel, where it leaves that open."""
         parts = apart(self.spec, tuple(self.shapes), self.kernels)
-        return tuple(Entry(own, {name: self.shapes[name] for name in names}) for own, names in parts)
+        return marked([Entry(own, {name: self.shapes[name] for name in names}) for own, names in parts], self.tables)
 
     @property
     def num_parameters(self) -> int:

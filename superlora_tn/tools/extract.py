@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from os import PathLike
 from typing import Any
@@ -159,7 +159,7 @@ def extract(
     settings = Settings(steps, tolerance, restarts)
     start = found.start(spec)
     made = fit_weights(found.shapes, found.delta, spec, settings, seed, start, progress, kernels=found.kernels)
-    return Extracted(made, found.left, found.untold)
+    return Extracted(replace(made, tables=found.tables), found.left, found.untold)
 
 
 def _made(maker: Any, shapes: Mapping[str, Shape], kernels: Kernels) -> AdapterSpec:
