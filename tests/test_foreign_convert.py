@@ -265,6 +265,20 @@ def test_tables_of_ours_are_pefts_embeddings(with_base: bool, tmp_path: Path) ->
         close({n: p.detach().double().numpy() for n, p in again.named_parameters()}, wanted, WAYS)
 
 
+@pytest.mark.parametrize("name", ["words", "square"])
+def test_dora_of_a_table_meets_its_base_as_it_is_kept(name: str, tmp_path: Path) -> None:
+    """A checkpoint has (num, dim), dW is (dim, num), and which is which no size of a square one tells."""
+    peft = pytest.importorskip("peft")
+    model = Lookup()
+    wanted = peft_folder(peft.LoraConfig(target_modules=[name], use_dora=True, r=3), model, tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", "superlora", base=base_model(base(model, tmp_path / "base")))
+    saved = own.read(tmp_path / "b")
+    assert saved.tables == {name}
+    close({name: deltas(Fitted(saved.entries, saved.tensors))[name].T}, wanted, WAYS)
+    loaded = sl.load(copy.deepcopy(model), tmp_path / "a")
+    close({name: loaded.delta(name).detach().numpy().T}, wanted, WAYS)
+
+
 def test_tables_of_an_older_release_are_told_by_the_base(tmp_path: Path) -> None:
     """Which has (num, dim) where the adapter has (dim, num), and no bias; of a square table nothing tells."""
     model, wanted = looked_up(tmp_path / "own")

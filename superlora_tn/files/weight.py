@@ -189,8 +189,8 @@ def norms_of(field_: str, tensor: Tensor, weight: Weight) -> Tensor:
     """
     out, inward = weight.shape
     count = tensor.numel()
-    # PEFT lays them along one axis, an embedding's one a token. LyCORIS keeps the weight's axes, which show the side.
-    rows = not weight.flipped if field_ == "magnitude" else tensor.shape[:1] == (count,) and count == out
+    # PEFT lays them along one axis, an embedding's one a number of its rows, as dim is out. LyCORIS' axes show the side.
+    rows = field_ == "magnitude" or (tensor.shape[:1] == (count,) and count == out)
     if count == 0 or (count != out if rows else inward % count):
         raise CheckpointError(
             f"'{weight.name}' has {count} norms (DoRA, shape {tuple(tensor.shape)}): neither one for each of its {out} rows, "
