@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
 import warnings
@@ -524,6 +525,51 @@ def test_a_weight_without_an_update(tmp_path: Path) -> None:
         tensor.zero_()
     report = save(adapter, tmp_path, "peft", rank=1)
     assert set(report.errors.values()) == {0.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, None])
+@pytest.mark.parametrize("of", [torch.float16, torch.float64])
+def test_gguf_has_one_dtype_and_its_true_error(dtype: torch.dtype | None, of: torch.dtype, tmp_path: Path) -> None:
+    """Also of what takes another weight's alpha; llama.cpp reads no float64."""
+    parts = (Entry(sl.lora(2, alpha=4), {"a": (8, 6)}), Entry(sl.lora(3), {"b": (8, 6)}), Entry(sl.loha(2), {"c": (6, 8)}))
+    tensors = {}
+    for k, part in enumerate(parts):
+        tensors |= {n.replace("group0", f"group{k}"): t for n, t in filled_in(part, seed=k, dtype=of).tensors.items()}
+    adapter = Fitted(parts, tensors)
+    report = save_as(parts, tensors, tmp_path, "gguf", dtype=dtype)
+    # By default a LoRA of the common alpha keeps its halves; what takes a factor, and products, are float32.
+    kept = {"a": of if of is torch.float16 else torch.float32, "b": torch.float32, "c": torch.float32}
+    wanted = {name: torch.float32 if dtype is torch.float64 else dtype or own for name, own in kept.items()}
+    weights = {weight.name: weight for weight in parsed(tmp_path).weights}
+    assert {n: {t.dtype for t in w.tensors().values()} for n, w in weights.items()} == {n: {d} for n, d in wanted.items()}
+    found = true_error(adapter, tmp_path)
+    for row in report.rows:
+        assert abs(found[row.name] - row.error) < 1e-6 * max(1.0, row.error / 1e-3)
+
+
+@pytest.mark.parametrize("format", ["peft", "lycoris", "kohya", "diffusers", "gguf"])
+@pytest.mark.parametrize("case", ["lora", "loha", "lokr", "lokr, both dense", "lotr"])
+def test_a_scale_of_zero_stays_zero(case: str, format: str, tmp_path: Path) -> None:
+    """Readers of kohya's and LyCORIS' files take an alpha of 0 for the rank, those of GGUF for 1: the factors are zero."""
+    spec = dataclasses.replace(SPECS[case][0], alpha=0.0)
+    names = ["attn_1.to_q", "ff.0"]
+    report = save(made(spec, names), tmp_path, format)
+    assert set(report.errors.values()) == {0.0}
+    found = deltas(parsed(tmp_path).fitted(shapes(Net())))
+    assert found.keys() == set(names)
+    assert not any(delta.any() for delta in found.values())
+
+
+@pytest.mark.parametrize("format", ["peft", "lycoris", "kohya", "gguf"])
+@pytest.mark.parametrize("case", ["lora", "loha", "lotr"])
+@pytest.mark.parametrize("alpha", [0.1, 1e-44, 1e-60])
+def test_an_alpha_that_float32_does_not_hold_has_its_true_error(alpha: float, case: str, format: str, tmp_path: Path) -> None:
+    """0.1 is rounded, 1e-44 is some seven of the smallest steps, and 1e-60 is zero, all of dW."""
+    adapter = made(dataclasses.replace(SPECS[case][0], alpha=alpha), ["attn_1.to_q"], dtype=torch.float64)
+    report = save(adapter, tmp_path, format)
+    [(name, found)] = true_error(adapter, tmp_path).items()
+    # What is stated is the sum of the errors of alpha and factors, a bound of the two together.
+    assert 0.5 * report.errors[name] - 1e-12 < found < 1.01 * report.errors[name] + 1e-12
 
 
 def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:

@@ -76,12 +76,17 @@ def pointwise(matrix: Tensor, kernel: tuple[int, ...]) -> Tensor:
 # --- plain LoRA -----------------------------------------------------------------------------------------------------
 
 
-def lora(weights: Sequence[Filled], wish: Wish, write: Callable[[Filled, Pair], Written]) -> Content:
-    """All weights as plain LoRAs."""
+def lora(
+    weights: Sequence[Filled],
+    wish: Wish,
+    write: Callable[[Filled, Pair], Written],
+    held: Callable[[Pair], Pair] = lambda pair: pair,
+) -> Content:
+    """All weights as plain LoRAs; `held` makes of a pair what the format holds of it."""
     tensors: Written = {}
     rows, scales = [], {}
     for one in weights:
-        pair = pair_of(one, method_of(one), wish)
+        pair = held(pair_of(one, method_of(one), wish))
         tensors |= write(one, pair)
         rows.append(Row(one.name, "lora", (pair.rank,), pair.error))
         scales[one.name] = (pair.rank, pair.alpha)
@@ -158,6 +163,14 @@ def magnitude(one: Filled, key: str, axis: int | None) -> Written:
     return {key: one.magnitude.reshape(shape)}
 
 
+def kohya_held(pair: Pair) -> Pair:
+    """A pair whose alpha is float32, and zeros where that would be 0, which readers of kohya's files take for the rank."""
+    if not float(float32(pair.alpha)):
+        lost = bool(pair.scale) and bool(pair.up.any()) and bool(pair.down.any())
+        return replace(pair, up=torch.zeros_like(pair.up), scale=1.0, error=1.0 if lost else pair.error)
+    return replace(pair, error=pair.error + alpha_error(pair.alpha))
+
+
 def kohya_pair(rename: Callable[[str], str]) -> Callable[[Filled, Pair], Written]:
     """kohya's keys for a LoRA."""
 
@@ -166,7 +179,7 @@ def kohya_pair(rename: Callable[[str], str]) -> Callable[[Filled, Pair], Written
         return {
             f"{name}.lora_down.weight": kernelled(pair.down, one.kernel),
             f"{name}.lora_up.weight": pointwise(pair.up, one.kernel),
-            f"{name}.alpha": torch.tensor(pair.alpha, dtype=torch.float32),
+            f"{name}.alpha": float32(pair.alpha),
             **magnitude(one, f"{name}.dora_scale", 1),
         }
 
@@ -192,14 +205,16 @@ def lycoris(weights: Sequence[Filled], wish: Wish, rename: Callable[[str], str],
         method = method_of(narrow)
         own = None if method is None or wish.truncates else _lycoris_own(narrow, method, kept)
         if own is None or method is None:
-            pair = pair_of(one, method_of(one), wish)
+            pair = kohya_held(pair_of(one, method_of(one), wish))
             tensors |= kohya_pair(rename)(one, pair)
             rows.append(Row(one.name, "lora", (pair.rank,), pair.error))
             continue
         keys = {"up": "lora_up.weight", "mid": "lora_mid.weight", "down": "lora_down.weight"}
         tensors |= {f"{rename(one.name)}.{keys.get(f, f)}": t for f, t in own.items()}
         tensors |= magnitude(one, f"{rename(one.name)}.dora_scale", 1)
-        rows.append(Row(one.name, method.kind, method.ranks, off + _alpha_error(one, method)))
+        rows.append(
+            Row(one.name, method.kind, method.ranks, off + alpha_error(one.scale * method.ranks[0] if method.ranks else 0.0))
+        )
     return Content(tensors, tuple(rows))
 
 
@@ -213,14 +228,14 @@ def _narrowed(one: Filled, dtype: torch.dtype | None) -> tuple[Filled, float]:
     return narrowed(whole, dtype or torch.promote_types(one.dtype, torch.float32))
 
 
-def _alpha(value: float) -> Tensor:
+def float32(value: float) -> Tensor:
+    """An alpha as a file's tensor."""
     return torch.tensor(value, dtype=torch.float32)
 
 
-def _alpha_error(one: Filled, method: Method) -> float:
-    """What the scale loses as an alpha in float32."""
-    alpha = one.scale * method.ranks[0] if method.ranks else 0.0
-    return abs(float(_alpha(alpha)) - alpha) / abs(alpha) if alpha else 0.0
+def alpha_error(alpha: float) -> float:
+    """What the scale loses as an alpha in float32, all of it where that is 0 there."""
+    return abs(float(float32(alpha)) - alpha) / abs(alpha) if alpha else 0.0
 
 
 def _lycoris_own(one: Filled, method: Method, kept: bool) -> Written | None:
@@ -238,9 +253,11 @@ def _lycoris_own(one: Filled, method: Method, kept: bool) -> Written | None:
         fields["down"] = pointwise(fields["down"], tuple(axes)) if "mid" in fields else kernelled(fields["down"], kernel)
     if "lokr_w2" in fields:
         fields["lokr_w2"] = kernelled(fields["lokr_w2"], kernel)
-    if method.ranks:
-        return {**fields, "alpha": _alpha(one.scale * method.ranks[0])}
-    return {**fields, "alpha": _alpha(1.0)}
+    alpha = float32(one.scale * method.ranks[0] if method.ranks else 1.0)
+    if not float(alpha):  # which LyCORIS takes for the rank, so dW is zero by its first factor
+        first = next(iter(fields))
+        fields, alpha = {**fields, first: torch.zeros_like(fields[first])}, float32(method.ranks[0])
+    return {**fields, "alpha": alpha}
 
 
 def split_of(one: Filled, fields: Mapping[str, Tensor]) -> tuple[tuple[int, int], tuple[int, int]] | None:

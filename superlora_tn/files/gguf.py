@@ -19,8 +19,8 @@ from torch import Tensor
 from superlora_tn.files.anatomy import method_of
 from superlora_tn.files.container import GGUF_DTYPES
 from superlora_tn.files.errors import CheckpointError
-from superlora_tn.files.formats import Content, Row, Written
-from superlora_tn.files.plain import Pair, Wish, pair_of
+from superlora_tn.files.formats import Content, Row, Written, alpha_error, float32
+from superlora_tn.files.plain import Pair, Wish, pair_of, rounded
 from superlora_tn.files.thin import Filled
 
 ALIGNMENT = 32
@@ -48,30 +48,35 @@ def content(weights: Sequence[Filled], wish: Wish, architecture: Architecture) -
     """
     if convolution := next((one for one in weights if one.kernel), None):
         raise CheckpointError(f"'{convolution.name}' is a convolution; GGUF's adapters have matrices only.")
-    pairs = {one.name: pair_of(one, method_of(one), wish) for one in weights}
-    alpha = Counter(pair.alpha for pair in pairs.values()).most_common(1)[0][0] or 1.0
+    pairs = {one.name: pair_of(one, method_of(one), _wished(one, wish)) for one in weights}
+    alpha = Counter(pair.alpha for pair in pairs.values()).most_common(1)[0][0]
+    alpha = alpha if float(float32(alpha)) else 1.0
     rename = _names(architecture, list(pairs))
     tensors: Written = {}
     rows = []
-    for name, pair in pairs.items():
-        even, off = _with_alpha(pair, alpha)
+    for one in weights:
+        name, pair = one.name, pairs[one.name]
+        even = _with_alpha(pair, one, alpha, _wished(one, wish))
         up = _reordered(even.up, name, architecture)
         tensors |= {f"{rename(name)}.weight.lora_a": even.down, f"{rename(name)}.weight.lora_b": up}
-        rows.append(Row(name, "lora", (pair.rank,), pair.error + off))
+        rows.append(Row(name, "lora", (pair.rank,), even.error))
     metadata = {"architecture": architecture.name or "unknown", "alpha": repr(alpha)}
     return Content(tensors, tuple(rows), {}, metadata)
 
 
-def _with_alpha(pair: Pair, alpha: float) -> tuple[Pair, float]:
-    """The pair with another alpha, the rest in its up; and what that rounds."""
-    ratio = pair.alpha / alpha
-    if ratio == 1.0:
-        return pair, 0.0
-    exact = pair.up.double() * ratio
-    up = exact.to(torch.promote_types(pair.up.dtype, torch.float32))
-    size = float(torch.linalg.vector_norm(exact))
-    off = float(torch.linalg.vector_norm(up.double() - exact)) / size if size else 0.0
-    return replace(pair, up=up), off
+def _wished(one: Filled, wish: Wish) -> Wish:
+    """The same in a dtype that llama.cpp reads: float64 becomes float32."""
+    return replace(wish, dtype=torch.float32) if torch.float64 in (wish.dtype, wish.dtype or one.dtype) else wish
+
+
+def _with_alpha(pair: Pair, one: Filled, alpha: float, wish: Wish) -> Pair:
+    """The pair of a weight with another alpha, the rest in its up, and narrowed only then; and what all of that rounds."""
+    if pair.alpha == alpha:
+        return replace(pair, error=pair.error + alpha_error(alpha))
+    wide = pair_of(one, method_of(one), replace(wish, dtype=torch.float64))
+    up, dtype = wide.up * (pair.alpha / float(float32(alpha))), wish.dtype or torch.promote_types(pair.up.dtype, torch.float32)
+    found, off = rounded(up, wide.down, one.name, dtype)
+    return replace(wide, up=found[0], down=found[1], error=wide.error + off)
 
 
 def _names(architecture: Architecture, names: Sequence[str]) -> Callable[[str], str]:
@@ -137,9 +142,8 @@ def _tensors(tensors: Mapping[str, Tensor]) -> tuple[bytes, bytes]:
     kinds = {dtype: kind for kind, dtype in GGUF_DTYPES.items()}
     head, body = bytearray(), bytearray()
     for name, tensor in tensors.items():
-        kept = tensor if tensor.dtype in kinds and tensor.dtype != torch.float64 else tensor.float()
-        sizes = list(reversed(kept.shape))
-        head += _string(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kinds[kept.dtype], len(body))
-        body += kept.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        sizes = list(reversed(tensor.shape))
+        head += _string(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kinds[tensor.dtype], len(body))
+        body += tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
         body += b"\0" * (-len(body) % ALIGNMENT)
     return bytes(head), bytes(body)

@@ -103,6 +103,18 @@ def narrowed(filled: Filled, dtype: torch.dtype | None) -> tuple[Filled, float]:
     return made, abs(filled.scale) * distance(*thin(made).exact(), *found.exact()) / size if size else 0.0
 
 
+def rounded(up: Tensor, down: Tensor, name: str, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], float]:
+    """Two factors in float64 in another dtype, and the relative error that this makes of their product.
+
+    Raises:
+        CheckpointError: a value does not fit.
+    """
+    made = up.to(dtype), down.to(dtype)
+    _check(made, name, dtype)
+    size = distance(up, down, up[:, :0], down[:0])
+    return made, distance(made[0].double(), made[1].double(), up, down) / size if size else 0.0
+
+
 def _check(values: Iterable[Tensor], name: str, dtype: torch.dtype) -> None:
     if not all(bool(torch.isfinite(value).all()) for value in values):
         raise CheckpointError(f"'{name}' does not fit into {dtype}; write it in a wider one.")

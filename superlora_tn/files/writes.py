@@ -238,7 +238,7 @@ def content(
         return gguf.content(weights, wish, architecture)
     rename = underscored([one.name for one in weights], prefix or ("lycoris" if format == "lycoris" else "lora_unet"))
     if format == "kohya":
-        made = formats.lora(weights, wish, formats.kohya_pair(rename))
+        made = formats.lora(weights, wish, formats.kohya_pair(rename), formats.kohya_held)
         words = {"ss_network_module": "networks.lora"}
     else:
         made = formats.lycoris(weights, wish, rename, kept)
