@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from torch import nn
 
 import superlora_tn as sl
 from superlora_tn.files.own import Entry, read, write
+from superlora_tn.model.describe import names as stored_names
 
 every_variant = pytest.mark.parametrize("spec", VARIANTS.values(), ids=VARIANTS)
 
@@ -120,6 +122,43 @@ def test_an_adapter_of_several_dtypes_loads_as_it_was(tmp_path: Path) -> None:
     loaded = sl.load(seeded(0, Tiny), tmp_path)
     assert [p.dtype for p in loaded.parameters()] == [p.dtype for p in tuned.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), tuned.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "spec", [sl.lora(2), sl.loha(2), sl.lotr(2), sl.vera(2), sl.dora(sl.lora(2)), sl.lorta(2, projection=sl.Fastfood(0.5))]
+)
+def test_nodes_of_several_dtypes_become_one_of_the_widest(spec: sl.AdapterSpec, tmp_path: Path) -> None:
+    """A contraction takes one; values that bfloat16 holds are the same in all, so dW is."""
+    model = seeded(0, Tiny).double()
+    tuned = sl.attach(model, spec, TARGETS, seed=0, dtype=torch.float64)
+    perturb(tuned)
+    with torch.no_grad():
+        for node in tuned.parameters():
+            node.copy_(node.to(torch.bfloat16))
+    kinds = [torch.bfloat16, torch.float64, torch.float32]
+    saved = tuned._saved()
+    # Frozen nodes keep theirs, whose values bfloat16 does not hold.
+    trained = {
+        name
+        for k, a in enumerate(tuned.adapters)
+        for name in stored_names(k, a)
+        if f"node_{name.split('.')[-1]}" in a._parameters
+    }
+    tensors = {n: t.to(kinds[k % 3]) if n in trained else t for k, (n, t) in enumerate(saved.tensors.items())}
+    write(tmp_path, saved.entries, tensors, saved.buffers)
+    assert len({value.dtype for value in read(tmp_path).tensors.values()}) > 1
+    base = seeded(0, Tiny).double()
+    loaded = sl.load(base, tmp_path)
+    x = noise(2, 3, DIM, dtype=torch.float64)
+    # Some groups are of float32.
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+    close(base(x), model(x))
+    for name in tuned.targets:
+        close(loaded.delta(name).double(), tuned.delta(name).double())
+    loaded.bake()
+    tuned.bake()
+    for name in tuned.targets:
+        close(base.get_parameter(f"{name}.weight"), model.get_parameter(f"{name}.weight"))
 
 
 def test_convolutions_round_trip(tmp_path: Path) -> None:

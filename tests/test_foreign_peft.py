@@ -173,6 +173,26 @@ def test_a_loaded_dora_trains_on_as_pefts_does(targets: list[str], tmp_path: Pat
     torch.testing.assert_close(model(x), tuned(x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("up", "down"), [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
+def test_factors_of_two_dtypes_are_merged(up: torch.dtype, down: torch.dtype, tmp_path: Path) -> None:
+    model = Net()
+    saved(model, peft.LoraConfig(target_modules=["to_q", "conv_in"], r=4, lora_alpha=12), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors = {name: tensor.to(down if "lora_A" in name else up) for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    before = {name: model.get_submodule(name).weight.detach().double() for name in ("attn_1.to_q", "conv_in")}  # type: ignore[union-attr]
+    loaded = sl.load(model, tmp_path)
+    deltas_ = {name: loaded.delta(name).detach().double() for name in before}
+    loaded.bake()
+    for name, weight in before.items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{x}.weight"].double().flatten(1) for x in "AB")
+        wanted = 12 / 4 * b @ a
+        # A product in float32, and a sum rounded to it.
+        torch.testing.assert_close(deltas_[name], wanted, rtol=1e-5, atol=1e-6)
+        after = model.get_submodule(name).weight.detach().double()  # type: ignore[union-attr]
+        torch.testing.assert_close(after, weight + wanted.reshape(weight.shape), rtol=1e-5, atol=1e-6)
+
+
 def test_dora_needs_the_base(tmp_path: Path) -> None:
     saved(Net(), peft.LoraConfig(target_modules=LINEAR, r=4, use_dora=True), tmp_path)
     with pytest.raises(CheckpointError, match="DoRA, whose update follows from the base weight"):

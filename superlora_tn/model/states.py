@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from functools import reduce
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from superlora_tn.declare.parts import check_number
 from superlora_tn.model.buffers import Snapshot
@@ -15,6 +17,15 @@ from superlora_tn.model.weights import check_unmerged, check_whole
 from superlora_tn.update.base import Adapter, Member
 from superlora_tn.update.passes import Passes
 from superlora_tn.update.placed import Placed
+
+
+def alike(values: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Saved values of an adapter, its `count` nodes first, these all of their widest dtype.
+
+    A contraction takes one dtype, and files of other libraries may have several. Magnitudes may have another.
+    """
+    widest = reduce(torch.promote_types, [value.dtype for value in values[:count]])
+    return [*(value.to(widest) for value in values[:count]), *values[count:]]
 
 
 class Stated(Placed):

@@ -31,7 +31,7 @@ from superlora_tn.model.merging import (
     leave,
     put_back,
 )
-from superlora_tn.model.states import Stated
+from superlora_tn.model.states import Stated, alike
 from superlora_tn.model.targets import AttachError, Target, near
 from superlora_tn.model.weights import Weight, check_mergeable, report_rounding, weight_of
 from superlora_tn.network.spec import AdapterSpec
@@ -345,7 +345,8 @@ class Tuned(Stated):
             raise CheckpointError(f"this base has no '{wrong}' of shape {tuple(saved.buffers[wrong].shape)}, as was saved.")
         with torch.inference_mode(False), torch.no_grad():
             for k, adapter in enumerate(self._adapters()):
-                adapter.write([saved.tensors[name] for name in names(k, adapter)], keep_dtype)
+                values = alike([saved.tensors[name] for name in names(k, adapter)], len(adapter.graph.nodes))
+                adapter.write(values, keep_dtype)
         self._base.take(saved.buffers)
 
     def __str__(self) -> str:
