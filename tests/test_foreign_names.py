@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from superlora_tn.files.container import Container
 from superlora_tn.files.dialects import atoms, unet
 from superlora_tn.files.errors import CheckpointError
+from superlora_tn.files.foreign import Fitted
 from superlora_tn.files.names import label, seats
 from superlora_tn.files.single import parse_single
 from superlora_tn.files.weight import Weight
@@ -259,6 +261,50 @@ def test_kronecker_products_cut_to_rows(w1: tuple[int, int], w2: tuple[int, int]
     whole = lokr(tensors["a.qkv.lokr_w1"].double().numpy(), tensors["a.qkv.lokr_w2"].double().numpy())
     split = {f"a.to_{x}": (4, 6) for x in "qkv"}
     close(fitted(tmp_path, tensors, split), dict(zip(split, np.split(whole, 3), strict=True)), 1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(6, 3, 3), (4, 4, 4), (1, 7, 4), (10, 1, 1)])
+@pytest.mark.parametrize(("w1", "w2"), [((3, 2), (4, 3)), ((4, 2), (3, 3)), ((2, 2), (6, 3)), ((1, 2), (12, 3))])
+def test_doras_norms_are_cut_once_with_their_rows(
+    w1: tuple[int, int], w2: tuple[int, int], sizes: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """Through however many indices the network is cut, down to single rows; and laid under each other again."""
+    tensors = kron("a.qkv_proj", w1, w2)
+    magnitude = random(12, 1, seed=3).abs() + 0.5
+    delta = lokr(tensors["a.qkv_proj.lokr_w1"].double().numpy(), tensors["a.qkv_proj.lokr_w2"].double().numpy())
+    base = random(12, 6, seed=4).double()
+    moved = base.numpy() + delta
+    whole = magnitude.double().numpy() * moved / np.linalg.norm(moved, axis=1, keepdims=True) - base.numpy()
+    names, ends = [f"a.{x}_proj" for x in "qkv"], np.cumsum(sizes)[:-1]
+    split = {name: (size, 6) for name, size in zip(names, sizes, strict=True)}
+    bases = dict(zip(names, torch.split(base, list(sizes)), strict=True))
+    file = parsed(write(tmp_path / "x.safetensors", tensors | {"a.qkv_proj.dora_scale": magnitude}))
+    wanted = dict(zip(names, np.split(whole, ends), strict=True))
+    # dW of a DoRA is built in float64 and kept in that of the base.
+    close(deltas(file.fitted(split, weights=bases.__getitem__)), wanted, 1e-6)
+    joined = file.fitted(split, joined=True)
+    close(deltas_of_rows(joined), dict(zip(names, np.split(delta, ends), strict=True)), 1e-6)
+    norms = dict(zip(names, torch.split(magnitude[:, 0], list(sizes)), strict=True))
+    assert {n: m.tolist() for n, m in magnitudes(joined).items()} == {n: m.tolist() for n, m in norms.items()}
+    parts = {k: t for n, x in enumerate(names) for k, t in pair(x, split[x][0], 6, seed=n).items()}
+    delta = np.concatenate([product(parts, name) for name in names])
+    moved = base.numpy() + delta
+    whole = magnitude.double().numpy() * moved / np.linalg.norm(moved, axis=1, keepdims=True) - base.numpy()
+    parts |= {f"{name}.dora_scale": norms[name][:, None] for name in names}
+    file = parsed(write(tmp_path / "y.safetensors", parts))
+    close(deltas(file.fitted({"a.qkv_proj": (12, 6)}, weights=lambda _: base)), {"a.qkv_proj": whole}, 1e-6)
+
+
+def deltas_of_rows(found: Fitted) -> dict[str, np.ndarray]:
+    """dW of a DoRA before its rows are scaled."""
+    plain = tuple(replace(entry, spec=replace(entry.spec, join=None)) for entry in found.entries)
+    return deltas(Fitted(plain, found.tensors))
+
+
+def magnitudes(found: Fitted) -> dict[str, Tensor]:
+    """DoRA's norms by their targets."""
+    groups = [group for entry in found.entries for group, _ in entry.spec.lay_out(entry.targets)]
+    return {name: found.tensors[f"magnitude{k}"] for k, group in enumerate(groups) for name in group.members}
 
 
 def test_kronecker_products_under_each_other_stay_kronecker_products(tmp_path: Path) -> None:

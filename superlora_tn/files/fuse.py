@@ -39,13 +39,16 @@ def cut(weight: Weight, start: int, stop: int) -> Weight:
     if (start, stop) == (0, weight.shape[0]):
         return weight
     magnitude = weight.magnitude
-    if magnitude is not None:
-        if magnitude.shape[0] == 1:
-            raise CheckpointError(
-                f"'{weight.name}' has DoRA's norms over all of its rows, but the model has it in several parts."
-            )
-        magnitude = magnitude[start:stop]
-    weight = replace(weight, magnitude=magnitude, shared=frozenset())
+    if magnitude is not None and magnitude.shape[0] != weight.shape[0]:
+        raise CheckpointError(f"'{weight.name}' has DoRA's norms over all of its rows, but the model has it in several parts.")
+    network = _cut(replace(weight, magnitude=None, shared=frozenset()), start, stop)
+    return replace(network, magnitude=None if magnitude is None else magnitude[start:stop])
+
+
+def _cut(weight: Weight, start: int, stop: int) -> Weight:
+    """The same of a network alone, index by index."""
+    if (start, stop) == (0, weight.shape[0]):
+        return weight
     out, inward = parse_modes(weight.modes)
     inner = math.prod(weight.sizes[i] for i in out[1:])
     first = out[0]
@@ -56,8 +59,8 @@ def cut(weight: Weight, start: int, stop: int) -> Weight:
         chosen = start // inner
         modes = _written([out[1:], inward])
         picked = _map(weight, modes, first, lambda t, axis: t.select(axis, chosen).clone(), gone=True)
-        return cut(picked, start - chosen * inner, stop - chosen * inner)
-    return cut(as_lora(weight), start, stop)
+        return _cut(picked, start - chosen * inner, stop - chosen * inner)
+    return _cut(as_lora(weight), start, stop)
 
 
 def _map(weight: Weight, modes: str, index: str, change: Callable[[Tensor, int], Tensor], gone: bool = False) -> Weight:
@@ -98,7 +101,8 @@ def join(parts: Sequence[Weight | int], name: str) -> Weight:
             f"the parts of '{name}' read {', '.join(str(w.shape[1]) for w in real)} inputs; they are of one layer."
         )
     norms = [w.magnitude for w in real if w.magnitude is not None]
-    if norms and (len(norms) < len(parts) or any(n.shape[0] == 1 for n in norms)):
+    rows = [w for w in real if w.magnitude is not None and w.magnitude.shape == (w.shape[0], 1)]
+    if norms and len(rows) < len(parts):
         raise CheckpointError(f"some parts of '{name}' lack DoRA's norms of their rows, so its weight cannot be made whole.")
     # The largest scale stays one factor; the others' share goes into a node.
     scale = max((w.scale for w in real), key=abs)
