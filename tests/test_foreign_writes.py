@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreign import Net, close, deltas, inputs, parsed, shapes
+from foreign import Net, close, deltas, inputs, parsed, shapes, shuffle
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -446,6 +446,29 @@ def test_a_narrower_dtype_has_its_true_error(case: str, format: str, tmp_path: P
     for row in report.rows:
         assert 1e-4 < row.error < 0.02
         assert abs(found[row.name] - row.error) < 1e-6
+
+
+@pytest.mark.parametrize("format", ["peft", "lycoris", "kohya"])
+@pytest.mark.parametrize("spec", [sl.conv_lora(2, tucker=True, alpha=3), sl.conv_lokr(1, tucker=True)], ids=["lora", "lokr"])
+@pytest.mark.parametrize(("of", "dtype"), [(torch.float64, torch.float16), (torch.bfloat16, None), (torch.float32, None)])
+def test_a_core_that_is_multiplied_in_has_its_true_error(
+    spec: sl.AdapterSpec, format: Any, of: torch.dtype, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    """A kernel of one position is no axis in other libraries' files, so its core goes into a factor: narrowed once, by both."""
+    model = Net()
+    names = ["attn_1.to_q", "down_blocks.0"]
+    tuned = sl.attach(model, spec, names, dtype=torch.float64, seed=0)
+    shuffle(tuned.parameters(), by=0.5)
+    tuned.to(of)
+    exact = {name: tuned.to(torch.float64).delta(name).detach().numpy() for name in names}
+    report = tuned.to(of).save(tmp_path, format, dtype=dtype)
+    found = deltas(parsed(tmp_path).fitted(shapes(Net())))
+    assert report.errors.keys() == set(names)
+    for name, error in report.errors.items():
+        true = float(np.linalg.norm(found[name] - exact[name]) / np.linalg.norm(exact[name]))
+        # Halves in a file of halves are as they were but for the product, which is float32.
+        assert true < (1e-3 if dtype else 1e-6)
+        assert abs(true - error) < 1e-9 + 1e-3 * true
 
 
 def _tensors(folder: Path) -> Mapping[str, Tensor]:

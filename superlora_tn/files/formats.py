@@ -17,7 +17,7 @@ from torch import Tensor
 
 from superlora_tn.declare.fold import factorise
 from superlora_tn.files.anatomy import Method, method_of
-from superlora_tn.files.plain import Pair, Wish, narrowed, pair_of
+from superlora_tn.files.plain import Pair, Wish, as_method, pair_of
 from superlora_tn.files.thin import Filled
 
 
@@ -201,8 +201,7 @@ def lycoris(weights: Sequence[Filled], wish: Wish, rename: Callable[[str], str],
     tensors: Written = {}
     rows = []
     for one in weights:
-        narrow, off = _narrowed(one, wish.dtype)
-        method = method_of(narrow)
+        narrow, method, off = _as_method(one, wish.dtype)
         own = None if method is None or wish.truncates else _lycoris_own(narrow, method, kept)
         if own is None or method is None:
             pair = kohya_held(pair_of(one, method_of(one), wish))
@@ -218,14 +217,14 @@ def lycoris(weights: Sequence[Filled], wish: Wish, rename: Callable[[str], str],
     return Content(tensors, tuple(rows))
 
 
-def _narrowed(one: Filled, dtype: torch.dtype | None) -> tuple[Filled, float]:
-    """A network in the file's dtype; LyCORIS takes 1 for the scale where no factor has a rank, so it goes into a node."""
+def _as_method(one: Filled, dtype: torch.dtype | None) -> tuple[Filled, Method | None, float]:
+    """`as_method`; LyCORIS takes 1 for the scale where no factor has a rank, so it goes into a node."""
     method = method_of(one)
     if method is None or method.ranks or one.scale == 1.0:
-        return narrowed(one, dtype)
+        return as_method(one, dtype)
     first, *others = one.nodes
     whole = replace(one, nodes=(first.double() * one.scale, *others), scale=1.0)
-    return narrowed(whole, dtype or torch.promote_types(one.dtype, torch.float32))
+    return as_method(whole, dtype or torch.promote_types(one.dtype, torch.float32))
 
 
 def float32(value: float) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from superlora_tn.files.anatomy import Method, method_of
+from superlora_tn.files.anatomy import Method
 from superlora_tn.files.formats import Content, Row, Written, common, number, pair_split, patterns, split_of
-from superlora_tn.files.plain import Wish, narrowed
+from superlora_tn.files.plain import Wish, as_method
 from superlora_tn.files.thin import Filled
 
 Item = tuple[Filled, Method, float]
@@ -23,8 +23,7 @@ def peft_own(weights: Sequence[Filled], wish: Wish, prefix: str) -> Content | No
         return None
     found: list[Item] = []
     for one in weights:
-        narrow, off = narrowed(one, wish.dtype)
-        method = method_of(narrow)
+        narrow, method, off = as_method(one, wish.dtype)
         if method is None or method.kind != (found[0][1].kind if found else method.kind) or one.flipped:
             return None
         found.append((narrow, method, off))

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from superlora_tn.files.anatomy import Method
+from superlora_tn.files.anatomy import Method, method_of
 from superlora_tn.files.errors import CheckpointError
-from superlora_tn.files.thin import Filled, Thin, distance, thin
+from superlora_tn.files.thin import Filled, Thin, distance, of_weight, thin
+from superlora_tn.files.weight import build
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def pair_of(filled: Filled, method: Method | None, wish: Wish) -> Pair:
     Raises:
         CheckpointError: an error that the given rank does not reach, or values that are not finite.
     """
-    lora = method.fields if method is not None and method.kind == "lora" and "mid" not in method.fields else None
+    lora = method.fields if method is not None and _is_lora(filled, method) else None
     if lora is not None and wish.error is None and lora["up"].shape[1] <= (wish.rank or lora["up"].shape[1]):
         up, down = lora["up"], lora["down"]
         if up.dtype == down.dtype == (wish.dtype or up.dtype):
@@ -86,6 +87,44 @@ def pair_of(filled: Filled, method: Method | None, wish: Wish) -> Pair:
         return _rounded((up.double(), down.double()), thin(filled), wish.dtype or filled.dtype)
     found = thin(filled)
     return _rounded(_chosen(found, wish), found, wish.dtype or torch.promote_types(filled.dtype, torch.float32))
+
+
+def _is_lora(filled: Filled, method: Method) -> bool:
+    """Whether a network is a LoRA as it stands; where a pointwise core was multiplied in, the product is rounded, too."""
+    return method.kind == "lora" and "mid" not in method.fields and len(method.fields) == len(filled.nodes)
+
+
+def as_method(filled: Filled, dtype: torch.dtype | None) -> tuple[Filled, Method | None, float]:
+    """A network as another library's method with its tensors in a dtype, and the relative error that this makes.
+
+    Where nodes are multiplied for the method (a pointwise convolution's core), that is done in float64 and narrowed once.
+
+    Args:
+        filled: the network.
+        dtype: of the tensors, None for the nodes' own; products are float32 at least.
+
+    Returns:
+        The network, its nodes in the dtype where they are the method's tensors; the method, None where there is none; the
+            error.
+
+    Raises:
+        CheckpointError: a value does not fit.
+    """
+    method = method_of(filled)
+    if method is None:
+        return filled, None, 0.0
+    if len(method.fields) == len(filled.nodes):
+        narrow, off = narrowed(filled, dtype)
+        return narrow, method_of(narrow), off
+    wide = method_of(replace(filled, nodes=tuple(node.double() for node in filled.nodes)))
+    assert wide is not None
+    own = dtype or torch.promote_types(filled.dtype, torch.float32)
+    fields = {name: tensor.to(own) for name, tensor in wide.fields.items()}
+    _check(fields.values(), filled.name, own)
+    found, made = thin(filled), of_weight(build(filled.name, fields))
+    size = found.norm()
+    off = abs(filled.scale) * distance(*thin(made).exact(), *found.exact())
+    return filled, replace(wide, fields=fields), off / size if size else 0.0
 
 
 def narrowed(filled: Filled, dtype: torch.dtype | None) -> tuple[Filled, float]:
