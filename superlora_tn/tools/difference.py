@@ -122,8 +122,8 @@ def difference(
     if not found:
         sizes = first.sizes[f"{asked[0]}.weight"]
         raise CheckpointError(
-            f"{base} does not tell which axis of '{asked[0]}.weight' {sizes} is out: nn.Linear keeps (out, in), nn.Embedding "
-            f"and GPT-2's Conv1D (in, out). {REMEDY}"
+            f"{base} does not tell which axis of '{asked[0]}.weight' {sizes} is out: linear layers and convolutions keep "
+            f"(out, in), embeddings, GPT-2's Conv1D and transposed convolutions (in, out). {REMEDY}"
         )
     layers = {layer.name: layer for layer in found.values()}
     left = tuple(name for name in changed if name not in {layer.parameter for layer in layers.values()})
