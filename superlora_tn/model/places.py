@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -20,6 +20,7 @@ from superlora_tn.update.base import Adapter
 Targets = str | Sequence[str | Rows]
 PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
 MOST_TIED = 6
+HEADS = ("score", "classifier")
 
 
 class AttachError(ValueError):
@@ -193,3 +194,27 @@ def _joined(some: Sequence[Place]) -> Place:
     """The place of modules that use one parameter: that of a linear layer among them, whose (out, in) is the parameter's."""
     first, *others = sorted(some, key=lambda place: isinstance(place.module, nn.Embedding))
     return replace(first, tied=tuple(others))
+
+
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether it is PEFT's, or inherits from PEFT's."""
+    return any(t.__module__.partition(".")[0] == "peft" for t in type(module).__mro__)
+
+
+def is_beside(name: str, wrappers: set[str]) -> bool:
+    """Whether a layer is part of an adapter that PEFT has put beside the layer it wraps, its `base_layer`."""
+    words = name.split(".")
+    around = [k for k in range(1, len(words)) if ".".join(words[:k]) in wrappers]
+    return bool(around) and "base_layer" not in words[around[-1] :]
+
+
+def output_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that "all-linear" leaves out, as PEFT does: a transformers model's output layer or classification head."""
+    outputs: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
+    if not callable(outputs):
+        return []
+    head = outputs()
+    if isinstance(head, nn.Module):
+        return [head]
+    named = type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification"))
+    return [module for name, module in model.named_children() if named and name in HEADS]

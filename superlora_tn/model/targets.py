@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,13 +13,24 @@ from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import SpecError
 from superlora_tn.declare.rows import Rows, Span
 from superlora_tn.model.kinds import Held, Kind, LayerError, Linear, RowsOf
-from superlora_tn.model.places import PARTS, AttachError, Place, Targets, declared, near, places, tied
+from superlora_tn.model.places import (
+    PARTS,
+    AttachError,
+    Place,
+    Targets,
+    declared,
+    is_beside,
+    is_of_peft,
+    near,
+    output_layers,
+    places,
+    tied,
+)
 from superlora_tn.model.recognise import kind_of, known, supported
 from superlora_tn.model.tables import Table, TableRows
 
 __all__ = ["AttachError", "Place", "Target", "Targets", "bind", "is_sharded", "match", "near", "places"]
 
-HEADS = ("score", "classifier")
 # Modules whose stacks are (which, in, out) and that do not say so themselves, as transformers' do by `is_transposed`.
 TRANSPOSED_STACKS = ("Llama4TextExperts",)
 # Modules that read a layer's weight without calling the layer: the names of those layers, by the module's full class name.
@@ -202,10 +213,10 @@ def _together(names: list[str], known: Mapping[str, Place]) -> list[str]:
 def _named(model: nn.Module, targets: Targets, found: Mapping[str, Place], adaptable: list[str], word: str) -> list[str]:
     """The names that the entries of an argument, called `word`, mean."""
     if targets == "all-linear":
-        outputs = _output_layers(model)
-        wrappers = {n for n, place in found.items() if f"{n}.base_layer" in found and _is_of_peft(place.module)}
+        outputs = output_layers(model)
+        wrappers = {n for n, place in found.items() if f"{n}.base_layer" in found and is_of_peft(place.module)}
         own = [n for n in adaptable if found[n].is_linear and found[n].module not in outputs and not found[n].tied]
-        return [n for n in own if not _is_beside(n, wrappers)]
+        return [n for n in own if not is_beside(n, wrappers)]
     if isinstance(targets, str):
         try:
             pattern = re.compile(targets)
@@ -227,18 +238,6 @@ def _named(model: nn.Module, targets: Targets, found: Mapping[str, Place], adapt
     return [n for n in found if n in wanted]
 
 
-def _is_of_peft(module: nn.Module) -> bool:
-    """Whether it is PEFT's, or inherits from PEFT's."""
-    return any(t.__module__.partition(".")[0] == "peft" for t in type(module).__mro__)
-
-
-def _is_beside(name: str, wrappers: set[str]) -> bool:
-    """Whether a layer is part of an adapter that PEFT has put beside the layer it wraps, its `base_layer`."""
-    words = name.split(".")
-    around = [k for k in range(1, len(words)) if ".".join(words[:k]) in wrappers]
-    return bool(around) and "base_layer" not in words[around[-1] :]
-
-
 def _endings(names: Iterable[str]) -> dict[str, list[str]]:
     """Names by each of their endings, the whole ones too: looked up once an entry, where entries may be thousands."""
     found: dict[str, list[str]] = {}
@@ -257,20 +256,8 @@ def _spelled(targets: Sequence[str | Rows]) -> list[str]:
     return found
 
 
-def _output_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that "all-linear" leaves out, as PEFT does: a transformers model's output layer or classification head."""
-    outputs: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
-    if not callable(outputs):
-        return []
-    head = outputs()
-    if isinstance(head, nn.Module):
-        return [head]
-    named = type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification"))
-    return [module for name, module in model.named_children() if named and name in HEADS]
-
-
 def _check(name: str, place: Place) -> None:
-    if not place.is_supported and _is_of_peft(place.module):
+    if not place.is_supported and is_of_peft(place.module):
         raise AttachError(
             f"'{name}' is PEFT's wrapper of a layer ({type(place.module).__name__}), with an adapter in it. Merge it and take "
             "PEFT off first, model.merge_and_unload(), or make a declaration a method of PEFT: superlora_tn.peft."
