@@ -568,6 +568,7 @@ SPECS = [
     sl.AdapterSpec(sl.Hadamard(sl.TensorTrain((2, 3)), sl.Tucker((1, 2), "out in")), sl.PhysicalFold("layer head out in", 2)),
     sl.AdapterSpec(sl.Network("o i", {"r": 2}, b=sl.Node("o r", init="zeros"), **{"lambda": sl.Node("r i", trainable=False)})),
     NETWORK,
+    sl.AdapterSpec(sl.CP(2), sl.FlatFold(2), sl.Compose(sl.Shuffle(1), sl.Fastfood(0.5, tanh=True))),
 ]
 
 

@@ -78,7 +78,7 @@ def verify(
 
     Raises:
         VerifyError: Hypothesis is not installed.
-        SpecError: an unknown reference or preset, a declaration without sizes on the given weights, or examples below 1.
+        SpecError: an unknown reference or preset, no weights or such as the declaration has no sizes on, or examples below 1.
     """
     certificate: Certificate = _engine().verify_spec(spec, against, examples, seed, shapes)
     return certificate

@@ -86,6 +86,11 @@ class Case:
         """The same case in double precision."""
         return replace(self, dtype="float64")
 
+    def in_order_of(self, model: nn.Module) -> Case:
+        """The same case with its weights in a model's order, in which they are numbered where it is adapted."""
+        known = dict(self.shapes)
+        return replace(self, shapes=tuple((name, known[name]) for name, _ in model.named_modules() if name in known))
+
     def of_network(self) -> Case:
         """The network alone, over the sides that its join gives it, as an update that is added where it can be one.
 

@@ -40,7 +40,7 @@ from superlora_tn.network import variants
 from superlora_tn.network.catalogue import VARIANTS
 from superlora_tn.network.joined import dora
 from superlora_tn.network.relatives import kradapter, miss
-from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.network.spec import AdapterSpec, named_shapes
 from superlora_tn.verification.cases import Case
 from superlora_tn.verification.references import papers
 
@@ -51,10 +51,13 @@ GRIDS = ((1, 1), (2, 1), (2, 2), (3, 1))  # layers x types
 ALPHAS = (None, 1.0, 0.5, 3.0, 16.0)
 BATCHES = ((2,), (1,), (), (3, 2), (0,))
 ENOUGH = 8
+KERNELS: tuple[tuple[int, ...], ...] = ((), (3,), (2, 3), (2, 1, 2))  # of a matrix, and by their number of axes
 
 
-def grid(layers: int, types: int, shape: Shape) -> Shapes:
-    """`layers` x `types` weights of one shape, named as in a model."""
+def grid(layers: int, types: int, shape: Shape, experts: bool = False) -> Shapes:
+    """`layers` x `types` weights of one shape, named as in a model; or as many experts' of each layer."""
+    if experts:
+        return tuple((f"model.layer.{k}.mlp.experts.{t}.w1", shape) for k in range(layers) for t in range(types))
     return tuple((f"model.layer.{k}.attention.{'qkv'[t]}_proj", shape) for k in range(layers) for t in range(types))
 
 
@@ -64,11 +67,13 @@ def mixed(first: Shape, second: Shape) -> Shapes:
     return tuple(zip(names, (first, second, first, second), strict=True))
 
 
-def candidates(d_out: int, d_in: int, grids: Sequence[tuple[int, int]] = GRIDS, sizes: Sequence[int] = SIZES) -> list[Shapes]:
+def candidates(
+    d_out: int, d_in: int, grids: Sequence[tuple[int, int]] = GRIDS, sizes: Sequence[int] = SIZES, experts: bool = False
+) -> list[Shapes]:
     """Sets of weights to try, small ones first; sizes are multiples of `d_out` and `d_in`."""
     pairs = [(o * d_out, i * d_in) for o in sizes for i in sizes]
-    found = [grid(*g, pair) for pair in pairs for g in grids]
-    found += [mixed(a, b) for a, b in zip(pairs[1::5], pairs[3::5], strict=False)]
+    found = [grid(*g, pair, experts) for pair in pairs for g in grids]
+    found += [] if experts else [mixed(a, b) for a, b in zip(pairs[1::5], pairs[3::5], strict=False)]
     return sorted(found, key=lambda shapes: (sum(o * i for _, (o, i) in shapes), len(shapes)))
 
 
@@ -80,21 +85,32 @@ def layouts(network: Part, fold: Fold, projection: Projection | None, join: Join
     if isinstance(join, Multiply):  # over one side of the weight twice
         d_out, d_in = (1, math.lcm(d_out, d_in)) if join.side == "right" else (math.lcm(d_out, d_in), 1)
     found: list[Shapes] = []
+    experts = isinstance(fold, PhysicalFold) and "expert" in fold.modes.split()
     sizes = sorted((*SIZES, *PRIMES)) if is_cropped(network) else SIZES
     for factor in (1, 4, 16, 64):
         grids = GRIDS if factor <= 4 else GRIDS[:1]
-        found += [shapes for shapes in candidates(factor * d_out, factor * d_in, grids, sizes) if fits(spec, shapes)]
+        found += [shapes for shapes in candidates(factor * d_out, factor * d_in, grids, sizes, experts) if fits(spec, shapes)]
         if len(found) >= ENOUGH:
             break
     return tuple(found)
 
 
 def declared(network: Part, fold: Fold) -> tuple[int, int]:
-    """What out and in have to be multiples of: heads, and the declared sizes of a split mode."""
+    """What out and in have to be multiples of: heads, a kernel, and the declared sizes of a split mode."""
     if isinstance(fold, FlatFold):
         return 1, 1
     sizes = _multiples(network, fold.modes.split())
-    return sizes["out"] * (fold.heads or 1), sizes["in"]
+    cells = math.prod(fold.kernel or ())
+    return sizes["out"] * (fold.heads or 1), sizes["in"] * cells if fold.kernel_modes else math.lcm(sizes["in"], cells)
+
+
+def with_kernels(spec: AdapterSpec) -> list[AdapterSpec]:
+    """The declaration; one that has modes for a kernel and leaves its sizes open, with each of some kernels."""
+    fold = spec.fold
+    if not isinstance(fold, PhysicalFold) or not fold.kernel_modes or fold.kernel is not None:
+        return [spec]
+    own = KERNELS if fold.kernel_modes == ("kernel",) else KERNELS[: len(fold.kernel_modes) + 1]
+    return [replace(spec, fold=replace(fold, kernel=kernel)) for kernel in own]
 
 
 def _multiples(part: Part, modes: Sequence[str]) -> dict[str, int]:
@@ -156,11 +172,12 @@ def rooted(spec: AdapterSpec, wanted: bool) -> AdapterSpec:
 
 def named(shapes: Mapping[str, Shape] | Sequence[Shape] | None) -> list[Shapes]:
     """The caller's weights: by name, or as a list taken as one weight a layer."""
-    if not shapes:
+    if shapes is None:
         return []
-    if isinstance(shapes, Mapping):
-        return [tuple(shapes.items())]
-    return [tuple((f"layer.{k}.weight", (int(o), int(i))) for k, (o, i) in enumerate(shapes))]
+    found = tuple(named_shapes(shapes).items())
+    if not found:
+        raise SpecError("verify was given no weight; give at least one shape (out, in), or shapes=None to draw them.")
+    return [found]
 
 
 # --- presets --------------------------------------------------------------------------------------------------------

@@ -175,11 +175,16 @@ def _subject(spec: AdapterSpec | str, given_shapes: Sequence[draws.Shapes]) -> t
         return spec, preset(spec)
     if not isinstance(spec, AdapterSpec):
         raise SpecError(f"verify was given {spec!r}; give an AdapterSpec(...), or the name of a variant.")
+    able = draws.with_kernels(spec)
     for own in given_shapes:
-        spec.lay_out(dict(own))
-    if not given_shapes and not draws.layouts(spec.network, spec.fold, spec.projection, spec.join):
+        able[0].lay_out(dict(own))
+    able = [
+        one for one in able if (any(draws.fits(one, own) for own in given_shapes) if given_shapes else draws.draw_layouts(one))
+    ]
+    if not able:
         raise SpecError(f"verify found no weights that {spec!r} fits; give shapes=[(out, in), ...].")
-    return type(spec.network).__name__, draws.rescaled(spec)
+    drawn = draws.rescaled(spec) if able == [spec] else st.sampled_from(able).flatmap(draws.rescaled)
+    return type(spec.network).__name__, drawn
 
 
 def _applies(check: Check, spec: AdapterSpec) -> bool:

@@ -6,6 +6,7 @@ import keyword
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
+from superlora_tn.declare.maps import Compose
 from superlora_tn.declare.parts import Hadamard, Kronecker, Network, Node, Sum
 
 
@@ -21,6 +22,8 @@ def source(value: Any) -> str:
         if isinstance(value, Sum) and value.weights is not None:
             words.append(f"weights={value.weights}")
         return f"sl.{type(value).__name__}({', '.join(words)})"
+    if isinstance(value, Compose):
+        return f"sl.Compose({', '.join(map(source, value.maps))})"
     if is_dataclass(value) and not isinstance(value, type):
         given = [(f.name, getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != _default(f)]
         return f"sl.{type(value).__name__}({', '.join(f'{name}={source(v)}' for name, v in given)})"

@@ -9,7 +9,7 @@ from superlora_tn.declare.fold import FlatFold, Shape
 from superlora_tn.declare.parts import CP, Base, Dense, Frozen, Hadamard, Kronecker, Network, Part, Sum, TensorTrain
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.verification.references.mapped import stored_numbers
-from superlora_tn.verification.references.textbook import mode_sizes
+from superlora_tn.verification.references.textbook import KERNEL, mode_sizes
 
 
 def group_count(spec: AdapterSpec, shapes: Mapping[str, Shape]) -> int:
@@ -22,16 +22,18 @@ def group_count(spec: AdapterSpec, shapes: Mapping[str, Shape]) -> int:
         inner = math.ceil(round(ratio * total / groups, 9))
         width = max(i for _, i in shapes.values())
         splits = fold.splits or 1
-        side = _side(inner, fold.order * splits) ** splits
+        side = math.ceil(_side(inner, fold.order * splits) ** splits / fold.multiple) * fold.multiple
         sides = (width, math.ceil(inner / width)) if fold.stacked else (side,) * fold.order
         return groups * part_count(spec.network, {f"m{k + 1}": s for k, s in enumerate(sides)})
-    return part_count(spec.network, mode_sizes(fold, shapes))
+    sizes = mode_sizes(fold, shapes)
+    return part_count(spec.network, sizes, 1 if set(sizes) & set(KERNEL) else math.prod(fold.kernel or ()))
 
 
-def part_count(part: Part, sizes: Mapping[str, int]) -> int:
-    """Trainable numbers of a part over modes of the given sizes."""
+def part_count(part: Part, sizes: Mapping[str, int], cells: int = 1) -> int:
+    """Trainable numbers of a part over modes of the given sizes; of `in` so many cells are a kernel's, never split."""
     each = list(sizes.values())
-    if isinstance(part, Dense) or (isinstance(part, CP) and part.dense_if_large and 2 * part.rank >= max(each)):
+    sides = [size // cells if mode == "in" else size for mode, size in sizes.items()]
+    if isinstance(part, Dense) or (isinstance(part, CP) and part.dense_if_large and 2 * part.rank >= max(sides)):
         return math.prod(each)
     if isinstance(part, Base):
         return 0
@@ -39,11 +41,9 @@ def part_count(part: Part, sizes: Mapping[str, int]) -> int:
         rank = min(part.rank, math.prod(each) // max(each)) if part.over == "cap" else part.rank
         return rank * sum(each) if len(each) > 1 else each[0]
     if isinstance(part, Hadamard | Sum):
-        return sum(part_count(p, sizes) for p in part.parts if not isinstance(p, Frozen))
+        return sum(part_count(p, sizes, cells) for p in part.parts if not isinstance(p, Frozen))
     if isinstance(part, Kronecker):
-        divide = sides_of if part.crop else split
-        splits = {m: divide(s, len(part.parts), part.factor) for m, s in sizes.items()}
-        return sum(part_count(p, {m: s[k] for m, s in splits.items()}) for k, p in enumerate(part.parts))
+        return _kronecker_count(part, sizes, cells)
     if isinstance(part, Network):
         return _network_count(part, sizes)
     if isinstance(part, TensorTrain):
@@ -58,6 +58,16 @@ def part_count(part: Part, sizes: Mapping[str, int]) -> int:
         ranks = {m: min(r, sizes[m], math.prod(each) // sizes[m]) for m, r in ranks.items()}
     core = math.prod(ranks.get(m, s) for m, s in sizes.items())
     return core + sum(sizes[m] * r for m, r in ranks.items())
+
+
+def _kronecker_count(part: Kronecker, sizes: Mapping[str, int], cells: int) -> int:
+    """All channels are split, and the last part has the kernel, apart from them or in `in`."""
+    divide = sides_of if part.crop else split
+    held = {m: cells if m == "in" else 1 for m in sizes if m not in KERNEL}
+    splits = {m: divide(sizes[m] // cell, len(part.parts), part.factor) for m, cell in held.items()}
+    *slow, last = ({m: s[k] for m, s in splits.items()} for k in range(len(part.parts)))
+    last = {m: last[m] * held[m] if m in held else size for m, size in sizes.items()}
+    return sum(map(part_count, part.parts, slow)) + part_count(part.parts[-1], last, cells)
 
 
 def _network_count(part: Network, sizes: Mapping[str, int]) -> int:

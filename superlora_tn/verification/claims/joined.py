@@ -24,6 +24,7 @@ def joins(case: Case) -> float:
     join, shapes = case.spec.join, dict(case.shapes)
     if join is None:
         raise NotApplicable
+    case = case.in_order_of(linear_model(shapes, DTYPES[case.dtype], case.seed))
     try:
         groups = case.of_network().groups()
     except SpecError as error:  # sizes of a network that fit the weight, and not (out, out) or (in, in)

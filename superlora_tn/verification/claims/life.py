@@ -24,6 +24,7 @@ def _adapted(case: Case) -> tuple[nn.Module, Tuned, list[tuple[Sized, Adapter]]]
     """A model of plain layers with the whole declaration, and the adapter of each group."""
     shapes, dtype = dict(case.shapes), DTYPES[case.dtype]
     model = linear_model(shapes, dtype, case.seed)
+    case = case.in_order_of(model)
     handle = attach(model, case.spec, list(shapes), dtype=dtype, seed=case.seed).eval()
     made = {tuple(one.group.members): one for one in handle.adapters if isinstance(one, Adapter)}
     return model, handle, [(sized, made[tuple(sized.shapes)]) for sized in case.of_network().groups()]

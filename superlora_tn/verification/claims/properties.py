@@ -352,6 +352,7 @@ def _attached(case: Case, dtype: torch.dtype) -> Iterator[tuple[Sized, torch.nn.
         raise NotApplicable  # what is not added is merged in `claims.joined`
     shapes = dict(case.shapes)
     model = linear_model(shapes, dtype, case.seed)
+    case = case.in_order_of(model)
     handle = attach(model, case.spec, list(shapes), dtype=DTYPES[case.dtype], seed=case.seed)
     handle.eval()
     adapters = {tuple(a.group.members): a for a in handle.adapters}  # type: ignore[union-attr, arg-type]

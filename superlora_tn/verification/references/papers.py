@@ -92,7 +92,7 @@ def written_out(spec: AdapterSpec) -> Formula | None:
     if fold == MEMBERS and isinstance(part, Tucker) and part.factors == "out in":
         return _lotr
     modes = fold.modes.split()
-    if len(modes) > 2 and modes[-2:] == ["out", "in"] and "member" not in modes:
+    if len(modes) > 2 and modes[-2:] == ["out", "in"] and not {"member", "expert"} & set(modes):
         if isinstance(part, Tucker) and part.factors is None:
             return partial(_tenslora_tucker, modes)
         if isinstance(part, CP) and not part.dense_if_large:

@@ -37,6 +37,7 @@ from superlora_tn.update.fixed_maps import gaussians, permutation, signs
 
 Array = np.ndarray[Any, Any]
 Values = Mapping[str, Array]
+KERNEL = ("kernel", "kd", "kh", "kw")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,12 @@ def tensor(
     if isinstance(part, Network):
         return network(part, {name: own(name) for name, _ in part.nodes})
     mark = "k" if isinstance(part, Kronecker) else "t" if isinstance(part, Sum) else "h"
-    inner = [tensor(p, modes, values, formulas, f"{prefix}{mark}{k + 1}_", absolute) for k, p in enumerate(inner_parts(part))]
+    parts = inner_parts(part)
+    inner = []
+    for k, own_part in enumerate(parts):  # of a Kronecker product the last has the kernel
+        held = [m for m in modes if m not in KERNEL or k == len(parts) - 1 or not isinstance(part, Kronecker)]
+        found = tensor(own_part, held, values, formulas, f"{prefix}{mark}{k + 1}_", absolute)
+        inner.append(np.expand_dims(found, [place for place, m in enumerate(modes) if m not in held]))
     if isinstance(part, Sum):
         weights = part.weights or (1.0,) * len(inner)
         common = tuple(slice(min(sides)) for sides in zip(*(one.shape for one in inner), strict=True))
@@ -171,11 +177,29 @@ def delta(
 
 def mode_sizes(fold: PhysicalFold, shapes: Mapping[str, Shape]) -> dict[str, int]:
     """The modes of a group of weights with their sizes, in the fold's order."""
-    d_out, d_in = next(iter(shapes.values()))
-    layers, types = (len({layer_and_type(n)[k] for n in shapes}) for k in (0, 1))
-    heads = fold.heads or 1
-    sizes = {"out": d_out // heads, "in": d_in, "head": heads, "layer": layers, "type": types, "member": len(shapes)}
-    return {mode: sizes[mode] for mode in fold.modes.split()}
+    (d_out, d_in), modes = next(iter(shapes.values())), fold.modes.split()
+    heads, kernel = fold.heads or 1, fold.kernel or ()
+    cells = math.prod(kernel)
+    channels = d_in // cells if set(modes) & set(KERNEL) else d_in
+    sizes = {"out": d_out // heads, "head": heads, "in": channels, "kernel": cells}
+    sizes |= dict(zip(("kw", "kh", "kd"), (*reversed(kernel), 1, 1, 1), strict=False))
+    sizes |= {mode: len(set(words)) for mode, words in numbered(fold, list(shapes)).items()}
+    return {mode: sizes[mode] for mode in modes}
+
+
+def numbered(fold: PhysicalFold, names: Sequence[str]) -> dict[str, list[str]]:
+    """What each weight is on each mode that numbers weights, and on those that a fold may lack."""
+    rest = [expert_apart(name) for name in names] if "expert" in fold.modes.split() else [(name, "") for name in names]
+    layers, types = zip(*(layer_and_type(name) for name, _ in rest), strict=True)
+    return {"layer": [*layers], "type": [*types], "expert": [number for _, number in rest], "member": [*names]}
+
+
+def expert_apart(name: str) -> tuple[str, str]:
+    """A weight's name without its expert's number: the first behind ``experts``, else the last word."""
+    words = name.split(".")
+    start = max((k for k, word in enumerate(words) if word == "experts"), default=len(words) - 2)
+    place = next(k for k in range(start + 1, len(words)) if words[k].isdigit())
+    return ".".join(words[:place] + words[place + 1 :]), words[place]
 
 
 def scaling(spec: AdapterSpec) -> float:
@@ -202,19 +226,14 @@ def layer_and_type(name: str) -> tuple[str, str]:
 
 
 def physical_weight(whole: Array, fold: PhysicalFold, name: str, names: Sequence[str]) -> Array:
-    """One member's (out, in): pick its place on the member modes, order (head, out, in), join head and out."""
-    modes = fold.modes.split()
-    words = {
-        "layer": [layer_and_type(n)[0] for n in names],
-        "type": [layer_and_type(n)[1] for n in names],
-        "member": list(names),
-    }
+    """One member's (out, in): pick its place on the member modes, order (head, out, in, kernel), join both sides."""
+    modes, words = fold.modes.split(), numbered(fold, names)
     own = names.index(name)
     place = {k: list(dict.fromkeys(words[m])).index(words[m][own]) for k, m in enumerate(modes) if m in words}
     left = [m for k, m in enumerate(modes) if k not in place]
     picked = whole[tuple(place.get(k, slice(None)) for k in range(whole.ndim))]
-    ordered = picked.transpose([left.index(m) for m in ("head", "out", "in") if m in left])
-    return ordered.reshape(-1, ordered.shape[-1])
+    ordered = picked.transpose([left.index(m) for m in ("head", "out", "in", *KERNEL) if m in left])
+    return ordered.reshape(math.prod(ordered.shape[: 1 + ("head" in left)]), -1)
 
 
 def _flat(
