@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from operator import index
 from typing import Any
 
 from superlora_tn.declare.bounds import (
@@ -136,11 +137,7 @@ class AdapterSpec:
         """
         if not shapes:
             raise SpecError("the adapter was given no target; give at least one weight.")
-        for name, shape in shapes.items():
-            if len(shape) != 2 or not all(isinstance(s, int) and 1 <= s <= MAX_SIDE for s in shape):
-                raise SpecError(
-                    f"target '{name:.80}' has the shape {shown(shape)}; a weight is (out, in), whole numbers of at least 1."
-                )
+        check_shapes(shapes)
         elements = sum(d_out * d_in for d_out, d_in in shapes.values())
         given, ratio = shapes, self.projection.ratio if self.projection else 1.0
         if isinstance(self.join, Multiply):
@@ -223,6 +220,16 @@ class AdapterSpec:
         return cls(**{name: decode(value) for name, value in data.items()})
 
 
+def check_shapes(shapes: Mapping[str, Shape]) -> None:
+    """Raise unless each weight's shape is (out, in)."""
+    for name, shape in shapes.items():
+        pair = isinstance(shape, Sequence) and len(shape) == 2
+        if not pair or not all(isinstance(s, int) and 1 <= s <= MAX_SIDE for s in shape):
+            raise SpecError(
+                f"target '{name!s:.80}' has the shape {shown(shape)}; a weight is (out, in), whole numbers of at least 1."
+            )
+
+
 def named_shapes(shapes: Mapping[str, Shape] | Sequence[Shape]) -> Mapping[str, Shape]:
     """Shapes (out, in) by name; a list is taken as one weight a layer, in order.
 
@@ -232,7 +239,7 @@ def named_shapes(shapes: Mapping[str, Shape] | Sequence[Shape]) -> Mapping[str, 
     if isinstance(shapes, Mapping):
         return shapes
     try:
-        return {f"layer.{k}.weight": (int(d_out), int(d_in)) for k, (d_out, d_in) in enumerate(shapes)}
+        return {f"layer.{k}.weight": (index(d_out), index(d_in)) for k, (d_out, d_in) in enumerate(shapes)}
     except (TypeError, ValueError) as error:
         raise SpecError(
             f"the weights' shapes were given as {shown(shapes)}; give (out, in) of each, as [(768, 768)] or "

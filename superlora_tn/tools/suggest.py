@@ -18,7 +18,7 @@ from superlora_tn.model.targets import Targets, targets_of
 from superlora_tn.network.budget import words
 from superlora_tn.network.catalogue import VARIANTS, bought
 from superlora_tn.network.kernels import Kernels, lay_out
-from superlora_tn.network.spec import AdapterSpec, named_shapes
+from superlora_tn.network.spec import AdapterSpec, check_shapes, named_shapes
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ def _weights(
     named = named_shapes(where)
     if not named:
         raise SpecError("suggest was given no weight; give at least one shape (out, in).")
-    return {name: (int(d_out), int(d_in)) for name, (d_out, d_in) in named.items()}, kernels
+    check_shapes(named)
+    return dict(named), kernels
 
 
 def cost(
