@@ -145,6 +145,9 @@ UNROUTED: dict[str, Case] = {
     "multi_mode_dot at a negative mode": (lambda x, m: tlg.multi_mode_dot(x, [m], modes=[-1]), (X, (6, 5))),
     "multi_mode_dot at a mode twice": (lambda x, a, b: tlg.multi_mode_dot(x, [a, b], modes=[0, 0]), (X, (3, 3), (3, 3))),
     "multi_mode_dot of no matrix": (lambda x: tlg.multi_mode_dot(x, []), (X,)),
+    "kronecker of vectors": (lambda *v: tlg.kronecker(list(v), skip_matrix=1), ((2,), (3,), (4,))),
+    "kronecker of tensors": (lambda *t: tlg.kronecker(list(t), reverse=True), ((2, 1, 3), (2, 2, 2))),
+    "khatri_rao with a mask": (lambda m, w, *f: tlg.khatri_rao(list(f), weights=w, mask=m), ((60, 1), *CP)),
     "tl.dot": (lambda a, b: tl.dot(a, b), ((3, 4), (4, 5))),
     "tl.matmul": (lambda a, b: tl.matmul(a, b), ((3, 4), (4, 5))),
     "tl.tensordot": (lambda a, b: tl.tensordot(a, b, 1), ((3, 4), (4, 5))),
@@ -188,6 +191,31 @@ def sections() -> tuple[str, str]:
 @pytest.mark.parametrize("name", [*ROUTED, *UNROUTED])
 def test_the_docs_say_where_a_function_runs(name: str) -> None:
     assert f"`{name.split()[0]}`" in sections()[name in UNROUTED]
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 3), (5, 2, 3)])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_moment_is_the_mean_over_the_samples(shape: tuple[int, ...], order: int) -> None:
+    """TensorLy's einsum form gives the sum at order 1, and both of its forms raise above."""
+    (tensor,) = draw(shape)
+    products = []
+    for sample in tensor:
+        product = sample
+        for _ in range(order - 1):
+            product = torch.tensordot(product, sample, dims=0)
+        products.append(product)
+    with planned():
+        found = tlg.higher_order_moment(tensor, order)
+    torch.testing.assert_close(found, sum(products) / len(tensor), rtol=1e-12, atol=1e-12)
+
+
+def test_a_mask_stays_out_of_the_callers_list() -> None:
+    first, second, mask = draw((2, 3), (4, 3), (8,))
+    given = [first, second]
+    with planned():
+        found = tlg.khatri_rao(given, mask=mask)
+    assert len(given) == 2
+    torch.testing.assert_close(found, torch.einsum("ar,br->abr", first, second).reshape(8, 3) * mask[:, None])
 
 
 # --- decompositions --------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from superlora_tn_backends.tensorly_torch import Program, compile
 BACKEND_NAME = "superlora_tn"
 CACHE = 512  # equations kept; the least recently used one goes first
 LETTERS = sorted(string.ascii_letters)
+_FIRST = 0x4E00  # of characters that go on for thousands, where letters run out
 Axes = tuple[tuple[int, ...], ...]
 _KINDS = ((backend, set_backend), (tenalg, set_tenalg_backend))
 _lock = threading.Lock()
@@ -121,7 +122,7 @@ class PlannedBackend(PyTorchBackend, backend_name=BACKEND_NAME):  # type: ignore
 
 
 class PlannedTenalgBackend(EinsumTenalgBackend, backend_name=BACKEND_NAME):  # type: ignore[misc, call-arg]
-    """TensorLy's einsum algebra; the mode products that it gets wrong (silently) go to TensorLy's core."""
+    """TensorLy's einsum algebra; what it gets wrong, some of it silently, goes to TensorLy's core or is put right."""
 
     @staticmethod
     def mode_dot(tensor: Any, matrix_or_vector: Any, mode: int, transpose: bool = False) -> Any:
@@ -138,6 +139,27 @@ class PlannedTenalgBackend(EinsumTenalgBackend, backend_name=BACKEND_NAME):  # t
         chained = not places or min(places) < 0 or len(set(places)) < len(places)
         algebra = core_tenalg if chained else EinsumTenalgBackend
         return algebra.multi_mode_dot(tensor, matrix_or_vec_list, modes=modes, skip=skip, transpose=transpose)
+
+    @staticmethod
+    def kronecker(matrices: Any, skip_matrix: Any = None, reverse: bool = False) -> Any:
+        """TensorLy's kronecker; its einsum form takes matrices alone, and no vectors or tensors of higher order."""
+        algebra = EinsumTenalgBackend if all(backend.ndim(m) == 2 for m in matrices) else core_tenalg
+        return algebra.kronecker(matrices, skip_matrix=skip_matrix, reverse=reverse)
+
+    @staticmethod
+    def khatri_rao(matrices: Any, weights: Any = None, skip_matrix: Any = None, mask: Any = None) -> Any:
+        """TensorLy's khatri_rao; its einsum form leaves a mask in the caller's list, and takes none with one axis or two."""
+        algebra = EinsumTenalgBackend if mask is None else core_tenalg
+        return algebra.khatri_rao(list(matrices), weights=weights, skip_matrix=skip_matrix, mask=mask)
+
+    @staticmethod
+    def higher_order_moment(tensor: Any, order: int) -> Any:
+        """The mean over samples of the outer product of `order` copies: TensorLy's forms sum it, or raise above order 1."""
+        features = backend.ndim(tensor) - 1
+        symbols = [chr(_FIRST + k) for k in range(1 + order * features)]
+        own = ["".join(symbols[1 + k * features : 1 + (k + 1) * features]) for k in range(order)]
+        equation = f"{','.join(symbols[0] + axes for axes in own)}->{''.join(own)}"
+        return backend.einsum(equation, *[tensor] * order) / backend.shape(tensor)[0]
 
 
 def _has_plan(equation: Any, operands: tuple[Any, ...]) -> bool:
