@@ -89,9 +89,19 @@ def test_the_cost_of_a_step_is_that_of_its_plans():
     assert found.state == 16 * 1920
     frozen = cost(sl.lora_fa(3), SHAPES, 256)
     assert frozen.state == 8 * (16 * 48 * 3 + 4 * 32 * 3)
+    mapped = cost(sl.fourier_ft(5), SHAPES, 256)
+    assert mapped.state == 16 * 5 * 8  # the coefficients; the dense matrix that they make is on no list of tensors
+    assert cost(sl.dora(sl.lora(3)), SHAPES, 256).state == 16 * (1920 + 8 * 48)
     flat = cost(sl.lorta(2), SHAPES, 256)
     assert flat.peak >= 4 * 8 * 48 * 32  # the vector of all weights
     assert cost(sl.lora(3), SHAPES, 4096).seconds > found.seconds
+
+
+def test_a_flat_sum_builds_each_term_and_multiplies_each_weight_once():
+    part, fold = sl.CP(2), sl.FlatFold(2)
+    ((_, graph),) = sl.AdapterSpec(part, fold).lay_out(SHAPES)
+    one, two = (cost(sl.AdapterSpec(sl.Sum(*parts), fold), SHAPES, 256).seconds for parts in ([part], [part, part]))
+    assert two - one == pytest.approx(sl.make_plan(graph, "delta").price, rel=1e-9)
 
 
 def test_suggestions_come_cheapest_first():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,8 @@ class Cost:
     Attributes:
         seconds: forward and backward of all updates, by the plans' prices, each weight for itself: what layers share makes it
             less, and a fixed map's own time is not in it.
-        state: bytes of the nodes in float32, with gradients and Adam's two moments of those that train.
+        state: bytes of what is stored of the nodes, and of magnitudes, in float32, with gradients and Adam's two moments of
+            what trains.
         peak: bytes of the largest single tensor that is made on the way, dW where a layer builds it.
     """
 
@@ -174,9 +176,9 @@ def cost(
         PlanError: dW has no affordable path.
     """
     seconds, state, peak = 0.0, 0, 0
-    for _, group, graph in lay_out(spec, shapes, kernels):
-        trained = graph.num_parameters
-        state += ITEM * (4 * trained + graph.num_numbers - trained)
+    for declared, group, graph in lay_out(spec, shapes, kernels):
+        trained = graph.num_parameters + declared.magnitudes(group)
+        state += ITEM * (4 * trained + sum(math.prod(node.stored) for node in graph.nodes if not node.trainable))
         if isinstance(group, PhysicalGroup):
             found = choose_all(graph, group.shape, tokens, device)
             seconds += len(group.members) * found.price
@@ -184,8 +186,11 @@ def cost(
                 built = chosen.shape[0] * chosen.shape[1] if chosen.route == "delta" else 0
                 peak = max(peak, chosen.chosen.peak, ITEM * built)
             continue
-        # A flat fold's vector is built once a step, and each of its weights multiplied.
-        single = [choose(own.graph, shapes[name], tokens, device) for own in graph.networks for name in group.members]
-        seconds += single[0].delta.price + sum(one.delta_price - one.delta.price for one in single)
-        peak = max(peak, single[0].delta.peak, ITEM * sum(shapes[name][0] * shapes[name][1] for name in group.members))
+        # A flat fold's vector is built once a step, of each term of a sum, and each of its weights multiplied once.
+        terms = [choose(term.graph, shapes[next(iter(group.members))], tokens, device).delta for term in graph.networks]
+        single = [choose(graph.networks[0].graph, shapes[name], tokens, device) for name in group.members]
+        seconds += sum(term.price for term in terms) + sum(one.delta_price - one.delta.price for one in single)
+        peak = max(
+            peak, *(term.peak for term in terms), ITEM * sum(shapes[name][0] * shapes[name][1] for name in group.members)
+        )
     return Cost(seconds, state, peak)
