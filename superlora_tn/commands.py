@@ -58,7 +58,7 @@ def _added(args: argparse.Namespace, shapes: Mapping[str, Shape]) -> AdapterSpec
         refuse(args, ("variant", "rank", "set"), "goes with a variant, not with --network")
         sizes = {name: _whole(value) for name, value in pairs(args.size).items()}
         nodes = pairs(args.node)
-        for taken in {"self", "modes", "sizes"} & set(nodes):
+        for taken in {"self", "modes", "sizes", "crop"} & set(nodes):
             raise UsageError(f"a node cannot be named '{taken}'; choose another name.")
         return AdapterSpec(Network(args.network, sizes, **nodes), PhysicalFold(args.modes or MODES, args.heads))
     refuse(args, ("node", "size", "modes", "heads"), "goes with --network")
@@ -130,9 +130,10 @@ def _whole(text: str) -> int:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+        value = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
     except ValueError:
         return text
+    return tuple(value) if isinstance(value, list) else value  # several ranks, or the sizes of axes
 
 
 def _shapes(args: argparse.Namespace) -> dict[str, Shape]:

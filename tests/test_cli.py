@@ -71,6 +71,15 @@ def test_every_variant_plans_and_draws(name, tmp_path, capsys):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_setting_of_several_numbers_is_a_list(capsys):
+    """Ranks one a mode, and the sizes of axes, which are tuples in Python."""
+    words = ["--shape", "12x10", "--weights", "1", "--json"]
+    assert main(["plan", "tenslora", "--set", "rank=[1,1,2,3]", *words]) == 0
+    assert json.loads(capsys.readouterr().out)["routes"]["delta"]["equation"].endswith("-> out in")
+    assert main(["plan", "quan_ta", "--set", "splits=[3,4]", *words]) == 0
+    assert "out1" in json.loads(capsys.readouterr().out)["terms"][0]["equation"]
+
+
 def test_a_sum_is_planned_term_by_term_and_what_is_cropped_or_joined_is_told(tmp_path, capsys):
     low, crop = sl.Network("o i", {"r": 2}, B="o r", A="r i"), sl.Network("(a b) i", {"a": 8}, crop=True, C="a i", D="b i")
     (tmp_path / "sum.json").write_text(json.dumps(sl.AdapterSpec(sl.Sum(low, crop)).to_dict()))
@@ -201,6 +210,7 @@ def test_variants_and_suggest_take_a_models_weights(tmp_path, capsys):
         (["plan", "--network", "o i", "--node", "B=o i", "--modes", "head out in"], "needs --heads N exactly when"),
         (["plan", "--network", "((o", "--node", "w=o i"], "cannot read the modes '((o'"),
         (["plan", "--network", "o i", "--node", "sizes=o i"], "a node cannot be named 'sizes'; choose another name"),
+        (["plan", "--network", "o i", "--node", "crop=o i"], "a node cannot be named 'crop'; choose another name"),
         (["plan", "superlora", "--set", "budget=1"], "below the smallest possible count"),
     ],
 )
