@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,10 @@ from test_equals_dense import VARIANTS
 from superlora_tn.contraction.backend import compiled
 from superlora_tn.contraction.layout import volume
 from superlora_tn.contraction.plan import CPU, Plan, choose, make_plan
-from superlora_tn.contraction.profile import DEVICES, ITEM
+from superlora_tn.contraction.profile import DEVICES, ITEM, Device
 from superlora_tn.contraction.search import PlanError
 from superlora_tn.declare.fold import PhysicalFold
-from superlora_tn.declare.parts import CP, TOKEN, Dense, Network, TensorTrain, Tucker
+from superlora_tn.declare.parts import CP, TOKEN, Dense, Network, SpecError, TensorTrain, Tucker
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.network.variants import loha, lokr, lonkr, lora, lorta, lotr, vera
@@ -225,6 +226,37 @@ def test_the_activation_and_the_output_are_viewed_never_permuted(spec: AdapterSp
 
 
 # --- caching --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"route": "aply"}, "route='aply'; choose 'apply' or 'delta'"),
+        ({"tokens": 0}, "tokens=0; give the rows of x, a whole number of at least 1"),
+        ({"tokens": -3}, "tokens=-3;"),
+        ({"tokens": 2.5}, "tokens=2.5;"),
+        ({"device": "cpu"}, "device='cpu'; give a Device"),
+    ],
+)
+def test_what_cannot_be_priced_is_refused_in_words(asked: dict[str, Any], message: str) -> None:
+    """An unknown route was planned as `apply`, and negative rows had a negative price."""
+    graph = graph_of(lora(2))
+    with pytest.raises(PlanError, match=re.escape(message)):
+        make_plan(graph, **{"route": "apply", **asked})
+    if "route" not in asked:
+        for one in (graph, graph_of(lorta(2))):
+            with pytest.raises(PlanError, match=re.escape(message)):
+                choose(one, (12, 18), **{"tokens": 1, **asked})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"flops": 0}, {"bandwidth": -1.0}, {"latency": math.nan}, {"item": -1}, {"width": 0}, {"flops": "1e9"}, {"flops": True}],
+)
+def test_a_device_has_speeds_above_zero(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=f"Device was given {next(iter(wrong))}="):
+        Device(**{"name": "mine", "flops": 1e9, "bandwidth": 1e9, "latency": 0.0, **wrong})
+    assert Device("ideal", 1e9, math.inf, 0.0).width == 1
 
 
 def test_plans_are_cached_on_equal_arguments() -> None:

@@ -20,6 +20,7 @@ from superlora_tn.contraction.profile import CPU, ITEM, Device
 from superlora_tn.contraction.search import Optimizer, PlanError, steps_of
 from superlora_tn.declare.bounds import KEPT_STEPS, PEAK_SPARE, PEAK_TIMES
 from superlora_tn.declare.cache import kept
+from superlora_tn.declare.checks import shown
 from superlora_tn.declare.parts import TOKEN
 from superlora_tn.network.applied import applied
 from superlora_tn.network.graph import Graph, GraphNode, Term
@@ -165,8 +166,12 @@ def make_plan(
 
     Raises:
         PlanError: the graph is a sum, the route does not exist for it, nothing fits the memory limit, or dW, without which no
-            layer can do, needs an intermediate that no machine has room for beside the weights.
+            layer can do, needs an intermediate that no machine has room for beside the weights; tokens that are no whole
+            number of at least 1, or a device that is no `Device`.
     """
+    if route not in ("apply", "delta"):
+        raise PlanError(f"a plan was asked for route={shown(route)}; choose 'apply' or 'delta'.")
+    _check_rows(tokens, device)
     if graph.terms:
         raise PlanError(
             f"dW is a sum of {len(graph.terms)} networks, and each has plans of its own; plan them one by one (`graph.terms`)."
@@ -175,6 +180,16 @@ def make_plan(
     if route == "delta":
         _check_peak(plan, graph)
     return plan
+
+
+def _check_rows(tokens: object, device: object) -> None:
+    """Raise for rows of x, or a device, that nothing could be priced for."""
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise PlanError(f"a plan was asked for tokens={shown(tokens)}; give the rows of x, a whole number of at least 1.")
+    if not isinstance(device, Device):
+        raise PlanError(
+            f"a plan was asked for device={shown(device)}; give a Device, such as calibrate() measures, or leave it."
+        )
 
 
 def _check_peak(plan: Plan, graph: Graph) -> None:
@@ -345,7 +360,12 @@ def choose(
     optimize: Optimizer = "dp",
     memory_limit: int | None = None,
 ) -> RouteChoice:
-    """Plan both routes of a graph for a number of tokens, for a weight of shape (out, in)."""
+    """Plan both routes of a graph for a number of tokens, for a weight of shape (out, in).
+
+    Raises:
+        PlanError: see `make_plan`.
+    """
+    _check_rows(tokens, device)
     delta = make_plan(graph, "delta", 1, device, optimize)  # dW itself is no intermediate, so no limit here
     if graph.is_flat:
         return RouteChoice(None, delta, tokens, shape)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from superlora_tn.declare.checks import SpecError, check_count, shown
+
 ITEM = 4
 
 
@@ -19,6 +21,9 @@ class Device:
         latency: seconds an operation costs beside its arithmetic.
         item: seconds that one more product of a batched product costs.
         width: how long the contiguous axis of a product's result has to be for full speed.
+
+    Raises:
+        SpecError: a speed that is not above 0, a negative time, or a width below 1.
     """
 
     name: str
@@ -27,6 +32,15 @@ class Device:
     latency: float
     item: float = 0.0
     width: int = 1
+
+    def __post_init__(self) -> None:
+        for field in ("flops", "bandwidth", "latency", "item"):
+            value, speed = getattr(self, field), field in ("flops", "bandwidth")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not (value > 0 or (value == 0 and not speed)):
+                least = "a number above 0, in FLOP or bytes a second" if speed else "seconds, a number of at least 0"
+                raise SpecError(f"Device was given {field}={shown(value)}; give {least}.")
+        check_count("Device", "width", self.width, 1 << 20)
 
 
 # Measured on a 2-core AMD EPYC (AVX-512), float32, 2026-11: see benchmarks/route_ranking.py. The GPUs are from data sheets.
