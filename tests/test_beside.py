@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -330,15 +330,28 @@ def test_a_refused_bake_merges_nothing() -> None:
     first.bake()
 
 
-@pytest.mark.parametrize(("given", "said"), [({"at": "weights"}, "at='weights'"), ({"route": "Delta"}, "route='Delta'")])
-def test_a_mistyped_place_or_route_is_refused(given: dict[str, str], said: str, tmp_path: Path) -> None:
+WRONG: list[tuple[dict[str, object], str]] = [
+    ({"at": "weights"}, "at='weights' is neither"),
+    ({"route": "Delta"}, "route='Delta' is neither"),
+    ({"backend": "numpy_reference"}, "computes outside of torch"),
+    ({"dtype": "float32"}, "dtype='float32' holds no trained numbers"),
+    ({"dtype": torch.int32}, "dtype=torch.int32 holds no trained numbers"),
+    ({"seed": "a"}, "seed='a' is no whole number"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), WRONG)
+def test_a_wrong_argument_is_refused(given: dict[str, object], said: str, tmp_path: Path) -> None:
     model = net()
+    before = state(model)
     attached(model, ["0"]).save(tmp_path)
     sl.tuned(model).detach()
-    calls: list[Callable[[], object]] = [lambda: attached(model, ["0"], **given), lambda: sl.load(model, tmp_path, **given)]  # type: ignore[arg-type]
-    for call in calls:
+    with pytest.raises(sl.AttachError, match=said):
+        sl.attach(model, sl.lora(2), ["0"], **given)  # type: ignore[arg-type]
+    if "seed" not in given:
         with pytest.raises(sl.AttachError, match=said):
-            call()
+            sl.load(model, tmp_path, **given)  # type: ignore[arg-type]
+    assert is_base(model, before)
 
 
 def test_a_checkpointed_head_trains_beside_and_is_put_back() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from os import PathLike
 
 import torch
@@ -167,10 +168,7 @@ def _bought(
 
 def _attach(model: nn.Module, request: _Request) -> Tuned:
     """Everything that can fail comes before the first change of the model."""
-    if request.at not in (None, "weight", "output"):
-        raise AttachError(f"at={request.at!r} is neither 'weight' nor 'output'; leave it out, and the layer decides.")
-    if request.settings.route not in (None, "apply", "delta"):
-        raise AttachError(f"route={request.settings.route!r} is neither 'apply' nor 'delta'; leave it out for the cheaper one.")
+    _check_asked(request)
     _check_name(model, request.name)
     known = places(model, request.rows)
     named = [(spec, [bound(spec.join, n, known[n], request.at) for n in names]) for spec, names in request.entries]
@@ -196,6 +194,21 @@ def _attach(model: nn.Module, request: _Request) -> Tuned:
     handle.seed, handle._base = seed, Snapshot(model, (Tuned, Adapter), request.also)
     _put_on(model, handle, request.name)
     return handle
+
+
+def _check_asked(request: _Request) -> None:
+    """Raise for arguments that no adapter can be made with."""
+    settings, dtype, seed = request.settings, request.dtype, request.seed
+    if request.at not in (None, "weight", "output"):
+        raise AttachError(f"at={request.at!r} is neither 'weight' nor 'output'; leave it out, and the layer decides.")
+    if settings.route not in (None, "apply", "delta"):
+        raise AttachError(f"route={settings.route!r} is neither 'apply' nor 'delta'; leave it out for the cheaper one.")
+    if settings.backend == "numpy_reference":
+        raise AttachError("backend='numpy_reference' computes outside of torch, for verification; leave it out.")
+    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex) or dtype.itemsize < 2:
+        raise AttachError(f"dtype={dtype!r} holds no trained numbers; give a floating type such as torch.float32.")
+    if not isinstance(seed, Integral | None):
+        raise AttachError(f"seed={seed!r} is no whole number; give one, or None to draw from torch's generator.")
 
 
 def _entry(spec: AdapterSpec, targets: Sequence[Target], known: Mapping[str, Place]) -> Entry:
