@@ -334,6 +334,30 @@ def test_modules_to_save_train_and_are_saved(tmp_path: Path) -> None:
     close(out(again, given), adapted)
 
 
+def test_rows_of_a_batch_meet_what_was_saved_beside_their_adapter() -> None:
+    """Also where an adapter saved nothing, and where the first axis is longer than the names, as under beam search."""
+    model, targets, (x,) = tiny()
+    model = peft.get_peft_model(model, config("lokr", targets, modules_to_save=["head"], init_weights=False, seed=0)).eval()
+    model.add_adapter("other", config("lora", targets, modules_to_save=["head"], init_weights=False, seed=1))
+    model.add_adapter("bare", config("lora", targets, init_weights=False, seed=2))
+    with torch.no_grad():
+        for k, head in enumerate(model.base_model.model.head.modules_to_save.values()):
+            head.weight.add_(1.0 + k)
+    with model.disable_adapter():
+        expected = {"__base__": out(model, (x,)).detach()}
+    for name in ("default", "other", "bare"):
+        model.set_adapter(name)
+        expected[name] = out(model, (x,)).detach()
+    model.set_adapter("default")
+    names = ["other", "default", "__base__", "bare"]
+    rows = x[:1].expand(4, -1, -1)
+    mixed = out(model, (rows,), adapter_names=names)
+    for row, name in zip(mixed, names, strict=True):
+        close(row, expected[name][0])
+    twice = out(model, (rows.repeat_interleave(2, 0),), adapter_names=names)
+    close(twice, mixed.repeat_interleave(2, 0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wide", [False, True])
 def test_half_bases(dtype: torch.dtype, wide: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from superlora_tn.model.joins import bound
@@ -275,7 +276,7 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Within it, each row of a batch meets its own adapter: ``model(x, adapter_names=[...])``."""
+        """Within it each row of a batch meets its own adapter, and what trains beside it: ``model(x, adapter_names=[...])``."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
@@ -285,8 +286,9 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
         unknown = sorted({n for n in names if n != BASE} - set(self.peft_config))
         if unknown:
             raise ValueError(f"adapter_names names {unknown}, which the model does not carry; it has {list(self.peft_config)}.")
-        hook = partial(_named, names=names)
-        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in self._layers()]
+        beside = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        hooks = [(_named, layer) for layer in self._layers()] + [(_named_beside, module) for module in beside]
+        handles = [m.register_forward_pre_hook(partial(hook, names=names), with_kwargs=True) for hook, m in hooks]
         try:
             yield
         finally:
@@ -325,6 +327,15 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
 def _named(layer: nn.Module, args: Any, kwargs: dict[str, Any], names: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """A layer's arguments with the rows' adapters."""
     return args, {**kwargs, "adapter_names": names}
+
+
+def _named_beside(
+    module: AuxiliaryTrainingWrapper, args: Any, kwargs: dict[str, Any], names: Sequence[str]
+) -> tuple[Any, dict[str, Any]]:
+    """A module of `modules_to_save`: PEFT wants a name for each row, and knows the base alone for who did not save it."""
+    each, left = divmod(len(args[0]), len(names)) if args else (1, 0)
+    own = [name if name in module._adapters else BASE for name in names for _ in range(1 if left else each)]
+    return args, {**kwargs, "adapter_names": own}
 
 
 def _device_and_dtype(target: Target) -> tuple[torch.device, torch.dtype]:
