@@ -29,7 +29,17 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
             pl_module.strict_loading = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep what is not the base's."""
+        """Keep what is not the base's.
+
+        Raises:
+            CheckpointError: an adapter is merged, so that it is in the base's weights alone, which are left out.
+        """
+        merged = next((name for name, handle in handles(pl_module).items() if handle.merged), None)
+        if merged is not None:
+            raise CheckpointError(
+                f"the adapter '{merged}' is merged: what it learnt is in the base's weights, which a checkpoint leaves out; "
+                "unmerge() it before one is saved."
+            )
         frozen = _frozen(pl_module)
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name not in frozen}
 
@@ -39,8 +49,9 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
         Raises:
             CheckpointError: it lacks a value, or has one that the module does not have.
         """
-        wanted, found = set(pl_module.state_dict()) - _frozen(pl_module), set(checkpoint["state_dict"])
-        for words, names in (("lacks", wanted - found), ("has no place for", found - wanted)):
+        known, found = set(pl_module.state_dict()), set(checkpoint["state_dict"])
+        # The base's weights may be there, where the checkpoint is older than this callback, or another callback put them back.
+        for words, names in (("lacks", known - _frozen(pl_module) - found), ("has no place for", found - known)):
             if names and handles(pl_module):
                 which = "the checkpoint" if words == "lacks" else "the module, as it is attached now,"
                 raise CheckpointError(f"{which} {words} '{min(names)}'; attach the adapter that was trained, then load.")

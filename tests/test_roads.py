@@ -72,11 +72,24 @@ def test_lightning_goes_on_bit_for_bit_from_the_adapter_alone(tmp_path: Path) ->
     saved = torch.load(last, weights_only=False)["state_dict"]
     frozen = {"net.0.weight", "net.0.bias", "net.4.weight", "net.4.bias"}
     assert set(saved) == set(whole.state_dict()) - frozen
+    older = torch.load(last, weights_only=False) | {"state_dict": whole.state_dict()}  # as it is without the callback
+    torch.save(older, tmp_path / "older.ckpt")
+    assert all(
+        torch.equal(v, saved[n]) for n, v in fit(tmp_path, [], tmp_path / "older.ckpt").state_dict().items() if n in saved
+    )
     del saved["net.1.running_mean"]
     broken = torch.load(last, weights_only=False) | {"state_dict": saved}
     torch.save(broken, tmp_path / "broken.ckpt")
     with pytest.raises(sl.CheckpointError, match=r"the checkpoint lacks 'net.1.running_mean'"):
         fit(tmp_path / "killed", [], tmp_path / "broken.ckpt")
+
+    class Merger(lightning.Callback):  # type: ignore[misc, name-defined]
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            sl.tuned(pl_module.net).merge()
+
+    with pytest.raises(sl.CheckpointError, match=r"the adapter 'superlora' is merged: what it learnt is in the base's weights"):
+        fit(tmp_path / "merged", [Merger()])
+    assert not (tmp_path / "merged" / "last.ckpt").exists()
 
 
 def test_accelerates_state_of_the_whole_model_goes_on_bit_for_bit(tmp_path: Path) -> None:
