@@ -20,6 +20,7 @@ from transformers import Trainer
 from superlora_tn.model.attach import load
 from superlora_tn.model.attach import tuned as handle_of
 from superlora_tn.model.several import handles
+from superlora_tn.model.targets import AttachError
 from superlora_tn.model.tuned import Tuned
 
 ARGUMENTS = "training_args.bin"
@@ -42,6 +43,23 @@ class AdapterCheckpoints:
     def _adapters(self) -> Mapping[str, Tuned]:
         model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return handles(model)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train, as the Trainer does.
+
+        Raises:
+            AttachError: something trains that no adapter saves, so that a checkpoint would lack it.
+        """
+        found = self._adapters()
+        saved = {id(p) for handle in found.values() for p in (*handle.parameters(), *handle._base.training().values())}
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        lost = next((name for name, p in model.named_parameters() if p.requires_grad and id(p) not in saved), None)
+        if found and lost is not None:
+            raise AttachError(
+                f"'{lost}' trains and is saved with no adapter, so no checkpoint would hold it; attach the adapter to the "
+                f"whole model with also=['{lost}'], or freeze it."
+            )
+        return super().train(*args, **options)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         found = self._adapters()

@@ -124,6 +124,22 @@ def test_the_best_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert all(torch.equal(loaded.delta(t), tuned.delta(t)) for t in tuned.targets)
 
 
+def test_what_no_checkpoint_would_hold_is_not_trained(tmp_path: Path) -> None:
+    """A head that trains without `also=`, by one handle or by several; a checkpoint would silently lack it."""
+    base = attached("lora")[0]
+    sl.attach(base, sl.lora(2), ["o_proj"], name="other", also=["embed_tokens"])
+    base.lm_head.requires_grad_(True)
+    trainer = AdapterTrainer(base, arguments(tmp_path), train_dataset=data())
+    with pytest.raises(
+        sl.AttachError, match=r"'lm_head.weight' trains and is saved with no adapter, .* also=\['lm_head.weight'\]"
+    ):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    base.lm_head.requires_grad_(False)
+    trainer.train()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == STEPS // SAVED
+
+
 def test_a_model_without_an_adapter_is_saved_as_ever(tmp_path: Path) -> None:
     trainer = AdapterTrainer(model(), arguments(tmp_path), train_dataset=data())
     trainer.train()
