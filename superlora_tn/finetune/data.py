@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,9 +21,10 @@ from superlora_tn.finetune.config import Config
 from superlora_tn.finetune.named import ConfigError, unreachable
 
 Row = dict[str, Any]
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 SEEN = ("image-classification", "diffusion")
 METADATA = ("metadata.jsonl", "metadata.csv")
+LONGEST = 2**31 - 1  # characters of a cell; the csv module's own limit is a text of some pages
 EVAL = ("validation", "valid", "val", "eval", "test")
 
 
@@ -64,7 +68,7 @@ def read_rows(config: Config) -> Rows:
 
 def in_order(labels: Iterable[str]) -> list[str]:
     """Each label once: numbers by their size, then words."""
-    return sorted(set(labels), key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label))
+    return sorted(set(labels), key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label))
 
 
 def _apart(rows: list[Any], config: Config) -> tuple[list[Any], list[Any]]:
@@ -72,6 +76,12 @@ def _apart(rows: list[Any], config: Config) -> tuple[list[Any], list[Any]]:
     count = min(max(1, round(config.eval_share * len(rows))), len(rows) - 1)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
     held = set(order[:count])
+    if config.task.endswith("classification"):  # what no other row shows stays, as it could not be learnt
+        left = {rows[k]["label"] for k in order[count:]}
+        for k in order[:count]:
+            if rows[k]["label"] not in left:
+                held.remove(k)
+                left.add(rows[k]["label"])
     return [r for k, r in enumerate(rows) if k not in held], [r for k, r in enumerate(rows) if k in held]
 
 
@@ -107,30 +117,31 @@ def _seen(config: Config, folder: Path) -> list[Row]:
     if note is not None:
         return [_captioned(config, folder, where, row) for where, row in _objects(note)]
     rows = []
-    for file in sorted(folder.iterdir()):
+    for file in _shown(folder):
         if file.suffix.lower() in PICTURES:
             beside = file.with_suffix(".txt")
-            rows.append({"image": file} | ({"text": beside.read_text(encoding="utf-8").strip()} if beside.is_file() else {}))
+            rows.append({"image": file} | ({"text": _read(beside).strip()} if beside.is_file() else {}))
     return rows or _pictures(folder)
 
 
 def _captioned(config: Config, folder: Path, where: str, row: Any) -> Row:
     """One row of a metadata file: ``file_name``, and the columns of caption and label where they are."""
-    if not isinstance(row, dict) or not row.get("file_name"):
+    if not isinstance(row, dict) or not row.get("file_name") or not isinstance(row["file_name"], str):
         raise ConfigError(f"{where}: a row is an object with 'file_name', and '{config.text}' or '{config.label}'.")
     if not (folder / row["file_name"]).is_file():
         raise ConfigError(f"{where}: there is no picture {folder / row['file_name']}.")
     columns = {"text": config.text, "label": config.label}
-    known = {to: str(row[column]) for to, column in columns.items() if row.get(column) is not None}
+    none = {"text": (None,), "label": (None, "")}
+    known = {to: str(row[column]) for to, column in columns.items() if row.get(column) not in none[to]}
     return {"image": folder / row["file_name"], **known}
 
 
 def _pictures(folder: Path) -> list[Row]:
     rows = [
         {"image": file, "label": place.name}
-        for place in sorted(folder.iterdir())
+        for place in _shown(folder)
         if place.is_dir()
-        for file in sorted(place.iterdir())
+        for file in _shown(place)
         if file.suffix.lower() in PICTURES
     ]
     if not rows:
@@ -138,33 +149,64 @@ def _pictures(folder: Path) -> list[Row]:
     return rows
 
 
+def _shown(folder: Path) -> list[Path]:
+    """What a folder holds, in order, but for hidden files: editors and other systems leave copies of pictures in those."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _read(path: Path, newline: str | None = None) -> str:
+    """A text in UTF-8, without the mark that some programs put in front of it.
+
+    Raises:
+        ConfigError: it is in another encoding.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: this is no UTF-8 ({error.reason}); save the file in that encoding.") from error
+
+
 def _rows_of_file(config: Config, path: Path) -> list[Row]:
     if config.task in SEEN:
         raise ConfigError(f"data '{path}' is a file; give the folder of the pictures.")
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         if config.task != "causal-lm":
             raise ConfigError(
                 f"data '{path}' has no labels; give a .jsonl or .csv file with '{config.text}' and '{config.label}'."
             )
-        return [{"text": path.read_text(encoding="utf-8")}]
+        return [{"text": _read(path)}]
     return [_row(config, where, row) for where, row in _objects(path)]
 
 
 def _objects(path: Path) -> Iterator[tuple[str, Any]]:
     """Where each row of a .csv or .jsonl file is, and its columns."""
-    if path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as lines:
-            reader = csv.DictReader(lines)
-            for row in reader:
-                yield f"{path}:{reader.line_num}", row
+    if path.suffix.lower() == ".csv":
+        yield from _cells(path)
         return
-    for k, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for k, line in enumerate(io.StringIO(_read(path)), 1):  # splitlines would also split at what JSON lets stand in a text
         if line.strip():
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{path}:{k}: this line is no JSON: {error}.") from error
             yield f"{path}:{k}", value
+
+
+def _cells(path: Path) -> Iterator[tuple[str, Any]]:
+    reader = csv.DictReader(io.StringIO(_read(path, ""), newline=""))
+    usual = csv.field_size_limit(LONGEST)
+    try:
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row:
+                raise ConfigError(f"{where}: this row has more cells than the first has names; put text with commas in quotes.")
+            yield where, row
+    except csv.Error as error:
+        raise ConfigError(f"{path}:{reader.line_num}: this line is no CSV: {error}.") from error
+    finally:
+        csv.field_size_limit(usual)
 
 
 def _row(config: Config, where: str, row: Any) -> Row:
@@ -173,8 +215,10 @@ def _row(config: Config, where: str, row: Any) -> Row:
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: a row is an object with {' and '.join(columns)}, not {str(row)[:40]}.")
     for column in columns:
-        if row.get(column) is None:
-            raise ConfigError(f"{where}: there is no column '{column}'; {near(column, row)}")
+        if column not in row:
+            raise ConfigError(f"{where}: there is no column '{column}'; {near(column, map(str, row))}")
+        if row[column] is None or (column == config.label and not str(row[column]).strip()):
+            raise ConfigError(f"{where}: the column '{column}' is empty in this row; fill it, or leave the row out.")
     return {"text": str(row[config.text])} | ({"label": str(row[config.label])} if len(columns) > 1 else {})
 
 
@@ -210,6 +254,35 @@ def _captioned_of_datasets(config: Config, name: str, found: Any) -> list[Row]:
     return [{to: make(row[column]) for to, (column, make) in makes.items()} for row in found]
 
 
+def opened(given: Any, mode: str = "RGB") -> Any:
+    """A picture in a mode of PIL's, the way up that its file says; 16 bits are scaled to 8, where PIL would cut them off.
+
+    Args:
+        given: a path, or a picture.
+        mode: RGB or L.
+
+    Raises:
+        ConfigError: the file is no picture, broken, or beyond what PIL takes for harmless.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(given) if isinstance(given, Path) else nullcontext(given) as picture:
+            return _upright(picture).convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        where = given if isinstance(given, Path) else "of the data"
+        raise ConfigError(f"the picture {where} cannot be read: {error}. Replace it, or leave it out.") from error
+
+
+def _upright(picture: Any) -> Any:
+    from PIL import Image, ImageOps
+
+    turned = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):  # older releases of PIL say I
+        return Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
+    return turned
+
+
 class Images(Dataset[dict[str, Any]]):
     """Pictures as a model's processor reads them, opened when they are asked for."""
 
@@ -221,18 +294,25 @@ class Images(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, k: int) -> dict[str, Any]:
-        from PIL import Image
-
         row = self.rows[k]
-        picture = Image.open(row["image"]) if isinstance(row["image"], Path) else row["image"]
-        pixels: Tensor = self.processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        pixels: Tensor = self.processor(opened(row["image"]), return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": self.number[row["label"]]}
 
 
 def labelled(rows: Sequence[Row], classes: Sequence[str], tokenizer: Any, length: int) -> list[dict[str, Any]]:
-    """Texts as tokens with their labels' numbers."""
+    """Texts as tokens with their labels' numbers.
+
+    Raises:
+        ConfigError: a text without a token.
+    """
     number = {name: k for k, name in enumerate(classes)}
-    return [dict(tokenizer(row["text"], truncation=True, max_length=length)) | {"labels": number[row["label"]]} for row in rows]
+    found = []
+    for row in rows:
+        own = dict(tokenizer(row["text"], truncation=True, max_length=length))
+        if not own["input_ids"]:
+            raise ConfigError(f"the text {row['text'][:40]!r} (label '{row['label']}') has no tokens; leave that row out.")
+        found.append(own | {"labels": number[row["label"]]})
+    return found
 
 
 def blocks(rows: Sequence[Row], tokenizer: Any, length: int) -> list[dict[str, Any]]:

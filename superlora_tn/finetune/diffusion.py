@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, default_collate
 
 from superlora_tn.declare.checks import near
 from superlora_tn.finetune.config import Config
-from superlora_tn.finetune.data import Row, in_order, read_rows
+from superlora_tn.finetune.data import Row, in_order, opened, read_rows
 from superlora_tn.finetune.denoiser import Denoiser, load
 from superlora_tn.finetune.job import Job, adapted
 from superlora_tn.finetune.named import ConfigError
@@ -48,11 +48,9 @@ class Pictures(Dataset[dict[str, Any]]):
 
     def pixels(self, k: int) -> Tensor:
         """One image, (channels, size, size) in [-1, 1]."""
-        from PIL import Image, ImageOps
+        from PIL import ImageOps
 
-        given = self.rows[k]["image"]
-        picture = Image.open(given) if isinstance(given, Path) else given
-        fitted = ImageOps.fit(picture.convert("L" if self.grey else "RGB"), (self.size, self.size))
+        fitted = ImageOps.fit(opened(self.rows[k]["image"], "L" if self.grey else "RGB"), (self.size, self.size))
         values = torch.from_numpy(np.array(fitted, dtype=np.float32)) / 127.5 - 1
         return values[None] if self.grey else values.permute(2, 0, 1).contiguous()
 
