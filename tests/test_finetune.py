@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -268,6 +269,10 @@ MISTAKES = [
     ("eval_data: ./none.jsonl", ":14: eval_data is './none.jsonl', which is not there"),
     ("budget: 90\nsettings: {rank: 3}", ":14: budget is in place of a rank"),
     ("exclude: [a", "this is no YAML"),
+    ("exclude: a\x01", "this is no YAML in UTF-8: special characters are not allowed"),
+    ("? [a, b]\n: 3", ":14: a key is a word, such as 'task'; here it is a list or a mapping."),
+    ("seed: 4294967296", ":14: seed is 4294967296, and has to be at most 4,294,967,295."),
+    ("clip: .inf", ":14: clip is inf, and has to be finite."),
     ("join: doora", ":14: join is 'doora'; did you mean dora"),
     ("variant: oft\njoin: dora", ":15: join 'dora' was given for a declaration that joins otherwise already (W' = W N)"),
     ("variant: superlora\nbudget: 90\njoin: dora", ":16: what a budget of superlora buys is counted as added"),
@@ -375,6 +380,53 @@ def test_a_folder_of_another_run_is_left_alone(bases: Path, tmp_path: Path) -> N
     assert ran(written(tmp_path, text)) == first
     with pytest.raises(ConfigError, match=r"holds a run with rate: 0.01, and this one has rate: 0.1"):
         ran(written(tmp_path, text), "--rate", "0.1")
+
+
+def test_a_run_that_was_refused_is_put_right_in_the_same_folder(bases: Path, tmp_path: Path) -> None:
+    """By its data, or by its targets; once a checkpoint is there, the folder is the run's."""
+    path = written(tmp_path, lines(bases, "text-classification", tmp_path / "out").replace("steps: 12", "steps: 2"))
+    with pytest.raises(ConfigError, match=r"there is no column 'words'"):
+        ran(path, "--text", "words")
+    with pytest.raises(sl.AttachError, match=r"the target 'qury' matches no module"):
+        ran(path, "--targets", "[qury]")
+    assert ran(path)["steps"] == 2
+    with pytest.raises(
+        ConfigError, match=r"holds a run with targets: \['query', 'value'\], and this one has targets: \['key'\]"
+    ):
+        ran(path, "--targets", "[key]")
+    (tmp_path / "out" / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"holds a run, and .*config.json does not say which"):
+        ran(path)
+
+
+@pytest.mark.parametrize("damage", ["adapter", "report"])
+def test_a_finished_run_whose_result_is_gone_writes_it_again(damage: str, bases: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, lines(bases, "causal-lm", tmp_path / "out").replace("steps: 12", "steps: 2"))
+    first = ran(path)
+    before = sl.read(tmp_path / "out" / "adapter").tensors
+    if damage == "adapter":
+        shutil.rmtree(tmp_path / "out" / "adapter")
+    else:
+        (tmp_path / "out" / "report.json").write_text("")
+    again = ran(path)
+    assert (again["resumed_from"], again["history"], again["files"]) == (2, first["history"], first["files"])
+    assert all(torch.equal(value, before[name]) for name, value in sl.read(tmp_path / "out" / "adapter").tensors.items())
+    assert ran(path) == again
+
+
+def test_a_run_that_diverged_is_reported_in_strict_json(
+    bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    path = written(tmp_path, lines(bases, "causal-lm", tmp_path / "out").replace("rate: 1e-2", "rate: 1e30"))
+    assert main(["finetune", path, "--steps", "2", "--json"]) == 0
+    for text in (capsys.readouterr().out, (tmp_path / "out" / "report.json").read_text()):
+        history = json.loads(text, parse_constant=refuse)["history"]
+        assert history[-1]["eval_loss"] is None
+    assert main(["finetune", path, "--steps", "2"]) == 0
+    assert "evaluation: loss not finite" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

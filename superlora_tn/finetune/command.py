@@ -42,8 +42,9 @@ def run(args: argparse.Namespace) -> None:
     if as_json:
         print(json.dumps(report, indent=1))
         return
-    last: dict[str, float] = next((row for row in reversed(report["history"]) if "eval_loss" in row), {})
-    scores = [f"{name.removeprefix('eval_')} {last[name]:.4g}" for name in ("eval_loss", "eval_accuracy") if name in last]
+    last: dict[str, float | None] = next((row for row in reversed(report["history"]) if "eval_loss" in row), {})
+    measured = {name.removeprefix("eval_"): last[name] for name in ("eval_loss", "eval_accuracy") if name in last}
+    scores = [f"{name} {'not finite' if value is None else f'{value:.4g}'}" for name, value in measured.items()]
     print(f"{report['parameters']:,} parameters on {report['targets']} weights, {report['steps']} steps")
     print(f"evaluation: {', '.join(scores)}" if scores else "no evaluation")
     pictures = [report["samples"]] if "samples" in report else []

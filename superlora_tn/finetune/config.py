@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -29,14 +30,16 @@ RANK = 8
 MOST_SHOWN = 8  # choices of a key that its words list
 
 
-def facts(words: str, choices: Sequence[str] = (), least: float | None = None) -> dict[str, Any]:
+def facts(words: str, choices: Sequence[str] = (), least: float | None = None, most: float = math.inf) -> dict[str, Any]:
     """What a key is for, and which values are allowed."""
-    return {"words": words, "choices": tuple(choices), "least": least}
+    return {"words": words, "choices": tuple(choices), "least": least, "most": most}
 
 
-def key(words: str, default: Any = MISSING, choices: Sequence[str] = (), least: float | None = None) -> Any:
+def key(
+    words: str, default: Any = MISSING, choices: Sequence[str] = (), least: float | None = None, most: float = math.inf
+) -> Any:
     """A key of the configuration, with its default where it has one."""
-    return field(default=default, metadata=facts(words, choices, least))
+    return field(default=default, metadata=facts(words, choices, least, most))
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Config:
     log: int = key("steps between lines of progress", 10, least=1)
     keep: int = key("how many checkpoints stay", 2, least=2)
     patience: int = key("stop after so many evaluations that are not better; 0 never", 0, least=0)
-    seed: int = key("of everything that is drawn", 0, least=0)
+    seed: int = key("of everything that is drawn", 0, least=0, most=2**32 - 1)
     precision: str = key("of the computation", "float32", choices=PRECISIONS)
     cpu: bool = key("compute on the processor, whatever is there", False)
     format: str = key("of the adapter (merged writes the model W + dW)", "superlora", choices=(*FORMATS, "merged"))
@@ -168,14 +171,19 @@ def _lines(path: str) -> Iterator[tuple[str, tuple[str, Any]]]:
     """Key -> its place in the file, and its value."""
     import yaml
 
-    loader = yaml.SafeLoader(Path(path).read_text())
     seen = set[str]()
+    try:
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
+        raise ConfigError(f"{path}: this is no YAML in UTF-8: {error.reason}; save the file in that encoding.") from error
     try:
         top = loader.get_single_node()
         if not isinstance(top, yaml.MappingNode):
             raise ConfigError(f"{path}: a configuration is lines of 'key: value', such as 'task: causal-lm'.")
         for name, value in top.value:
             where = f"{path}:{name.start_mark.line + 1}"
+            if not isinstance(name, yaml.ScalarNode):
+                raise ConfigError(f"{where}: a key is a word, such as 'task'; here it is a list or a mapping.")
             if name.value in seen:
                 raise ConfigError(f"{where}: '{name.value}' is given twice; give it once.")
             seen.add(name.value)
@@ -209,6 +217,9 @@ def _checked(where: str, own: Field[Any], value: Any) -> Any:
         raise ConfigError(f"{where}: {own.name} is '{value}'; {near(value, allowed['choices'])}")
     if allowed["least"] is not None and not value >= allowed["least"]:
         raise ConfigError(f"{where}: {own.name} is {value}, and has to be at least {allowed['least']}.")
+    if kind in ("int", "float") and (value > allowed["most"] or value == math.inf):
+        wanted_most = "finite" if math.isinf(allowed["most"]) else f"at most {allowed['most']:,}"
+        raise ConfigError(f"{where}: {own.name} is {value}, and has to be {wanted_most}.")
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from superlora_tn.model.targets import bind, match, places
 from superlora_tn.model.tuned import Tuned
 from superlora_tn.trainers import AdapterTrainer
 
+REPORT = "report.json"
 AUTO = {
     "image-classification": transformers.AutoModelForImageClassification,
     "text-classification": transformers.AutoModelForSequenceClassification,
@@ -155,23 +157,37 @@ def _model(config: Config, rows: Rows) -> tuple[Any, list[str], list[str]]:
 def same_run(folder: Path, config: Config) -> None:
     """Note the configuration in the folder of a run, or compare it with the one that is there.
 
+    A folder without a checkpoint or a report holds no run yet: one that was refused can be put right and started again.
+
     Raises:
         ConfigError: the folder holds a run of another configuration.
     """
     note = folder / "config.json"
     now = json.loads(json.dumps(config.identity()))
-    if not note.exists():
+    before = _noted(note)
+    if before == now:
+        return
+    if not ((folder / REPORT).exists() or any(folder.glob("checkpoint-*"))):
         folder.mkdir(parents=True, exist_ok=True)
         draft = note.with_suffix(".draft")
         draft.write_text(json.dumps(now, indent=1))
         draft.replace(note)
         return
+    if before is None:
+        raise ConfigError(f"{folder} holds a run, and {note} does not say which; give another output, or remove that folder.")
     # A folder of an earlier release lacks keys that came since.
-    before = json.loads(json.dumps({f.name: f.default for f in fields(Config) if f.default is not MISSING}))
-    before |= json.loads(note.read_text())
+    before = json.loads(json.dumps({f.name: f.default for f in fields(Config) if f.default is not MISSING})) | before
     for name in now:
         if before.get(name) != now[name]:
             raise ConfigError(
                 f"{folder} holds a run with {name}: {before.get(name)}, and this one has {name}: {now[name]}; "
                 "give another output, or remove that folder."
             )
+
+
+def _noted(note: Path) -> dict[str, Any] | None:
+    """What a folder's note says; None where there is none that can be read."""
+    with suppress(FileNotFoundError, ValueError):
+        found = json.loads(note.read_text())
+        return found if isinstance(found, dict) else None
+    return None

@@ -15,11 +15,11 @@ import transformers
 
 from superlora_tn.files.writes import Report
 from superlora_tn.finetune.config import Config
-from superlora_tn.finetune.job import Job, prepare, same_run
+from superlora_tn.finetune.job import REPORT, Job, prepare, same_run
 from superlora_tn.tools import draw
 
 WHOLE = "whole"  # a file that says that a checkpoint was written to its end
-REPORT, CURVES = "report.json", "curves.png"
+CURVES = "curves.png"
 
 
 class Progress(transformers.TrainerCallback):  # type: ignore[misc]
@@ -55,10 +55,9 @@ def finetune(config: Config) -> dict[str, Any]:
     arguments = _arguments(config)
     with arguments.main_process_first():
         same_run(out, config)
-    if (out / REPORT).exists():
-        done: dict[str, Any] = json.loads((out / REPORT).read_text())
-        if done["format"] == config.format:
-            return done
+    done = _done(out)
+    if done.get("format") == config.format:
+        return done
     job = _job(config, arguments)
     if config.format not in ("superlora", "merged"):
         with tempfile.TemporaryDirectory() as folder:  # what its format cannot say is refused before it is learnt
@@ -80,7 +79,7 @@ def finetune(config: Config) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "stopped_early": trainer.state.global_step < trainer.state.max_steps,
         "best_step": _best_step(trainer.state),
-        "history": history,
+        "history": [{name: _told(value) for name, value in row.items()} for row in history],
         "resumed_from": None if last is None else int(last.name.rpartition("-")[2]),
         "seconds": round(time.perf_counter() - start, 2),
     }
@@ -89,9 +88,24 @@ def finetune(config: Config) -> dict[str, Any]:
     report |= job.results(out)
     report["files"] = _write(config, job, out)
     draft = out / f"{REPORT}.draft"
-    draft.write_text(json.dumps(report, indent=1))
+    draft.write_text(json.dumps(report, indent=1, allow_nan=False))
     draft.replace(out / REPORT)
     return report
+
+
+def _done(out: Path) -> dict[str, Any]:
+    """The report of a run that is finished; empty where it cannot be read, or what it says was written is gone."""
+    try:
+        found: dict[str, Any] = json.loads((out / REPORT).read_text())
+        names = [Path(file).name for file in found["files"]]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}
+    return found if all((out / name).exists() or (out / "adapter" / name).exists() for name in names) else {}
+
+
+def _told(value: Any) -> Any:
+    """A measured number as JSON has it: none where it is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _job(config: Config, arguments: Any) -> Job:
