@@ -129,6 +129,24 @@ def test_merging_after_compiling_is_noticed() -> None:
             torch.testing.assert_close(compiled(x), seeded(0, Mlp)(x))
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_adapter_that_comes_or_goes_after_compiling_is_noticed(inside: bool) -> None:
+    """On a base that was frozen before, so that nothing but hooks changes; compiled as a model, or within a function."""
+    model, x = seeded(0, Mlp).requires_grad_(False), noise(2, 3, DIM)
+    with compiling():
+        called = torch.compile((lambda x: model(x)) if inside else model, fullgraph=True, backend="eager")
+        plain = called(x)
+        handles = []
+        for name, target in (("first", "up"), ("second", "down")):
+            handles.append(sl.attach(model, VARIANTS["lora"], [target], seed=0, name=name))
+            perturb(handles[-1])
+            torch.testing.assert_close(called(x), model(x), rtol=1e-4, atol=1e-5)
+        for handle in handles:
+            handle.detach()
+            torch.testing.assert_close(called(x), model(x), rtol=1e-4, atol=1e-5)
+        assert torch.equal(called(x), plain)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("variant", ["lotr"])
 def test_inductor_runs(variant: str) -> None:

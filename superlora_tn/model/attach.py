@@ -290,7 +290,7 @@ def _put_on(model: nn.Module, handle: Tuned, name: str) -> None:
         for parameter_name in handle._base.also:
             train(model.get_parameter(parameter_name), handle._holder)
         _hook(model, handle)
-        forget_compiled(model)
+        forget_compiled()
     except BaseException:
         handle._leave()
         raise

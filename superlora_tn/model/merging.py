@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from superlora_tn.declare.joins import Magnitude
 from superlora_tn.declare.parts import BASED
@@ -106,7 +107,11 @@ def leave(targets: Mapping[str, Target], members: Members) -> None:
         delist(target, members[name])
 
 
-def forget_compiled(model: nn.Module) -> None:
-    """Where a part of the model was compiled, compile anew at its next call: Dynamo does not look for hooks that changed."""
-    if any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in model.modules()):
+def forget_compiled() -> None:
+    """Compile anew at the next call whatever was compiled.
+
+    Dynamo does not look for hooks that changed; and a model that was compiled from outside, by itself or within a function
+    that calls it, does not know of it.
+    """
+    if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

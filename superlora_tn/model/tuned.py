@@ -248,7 +248,7 @@ class Tuned(Stated):
         leave(self._targets, self._members)
         thaw_all(model, self._frozen, self._holder)
         delattr(model, name)
-        forget_compiled(model)
+        forget_compiled()
         self._hooks, self._frozen, self._model = [], [], None
         return model
 
