@@ -26,6 +26,7 @@ from superlora_tn.network.kernels import count as trained
 from superlora_tn.network.spec import AdapterSpec
 
 RANK, MODES = 8, "out in"  # where none are given
+MOST = 2**62  # the largest whole number of the library's own arguments
 
 
 class UsageError(ValueError):
@@ -34,8 +35,10 @@ class UsageError(ValueError):
 
 def count(text: str) -> int:
     """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or not text.strip("0"):
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    if len(text) > len(f"{MOST}") or int(text) > MOST:
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is more than {MOST:,}, beyond which nothing is counted")
     return int(text)
 
 
@@ -78,8 +81,8 @@ def read_spec(path: str) -> AdapterSpec:
         OSError: the file cannot be read.
     """
     try:
-        return AdapterSpec.from_dict(json.loads(Path(path).read_text()))
-    except ValueError as error:
+        return AdapterSpec.from_dict(json.loads(Path(path).read_text(encoding="utf-8-sig")))
+    except (ValueError, RecursionError) as error:
         if isinstance(error, SpecError):
             raise SpecError(f"{path}: {error}") from error
         raise UsageError(f"{path} is no JSON ({error}); write it with json.dumps(spec.to_dict()).") from error

@@ -248,6 +248,23 @@ def test_counts_are_whole_numbers_of_at_least_1(arguments, capsys):
     assert f"'{arguments[-1]}' is not a whole number of at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", [f"{2**62 + 1}", "9" * 400, "9" * 5000])
+def test_a_count_beyond_all_machines_is_refused(text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "lora", "--tokens", text])
+    assert stopped.value.code == 2
+    assert f"'{text[:40]}' is more than 4,611,686,018,427,387,904" in capsys.readouterr().err
+
+
+def test_a_declarations_file_may_have_a_mark_in_front_and_is_refused_where_it_nests_too_deep(tmp_path, capsys):
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps(sl.lora(2).to_dict()), encoding="utf-8-sig")
+    assert main(["plan", "--spec", str(path)]) == 0
+    path.write_text("[" * 100_000)
+    assert main(["plan", "--spec", str(path)]) == 2
+    assert "spec.json is no JSON (" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", REFUSALS, ids=lambda kind: kind.__name__)
 def test_what_is_refused_is_one_line_and_status_2(kind, monkeypatch, capsys):
     def refuse(args):
