@@ -146,6 +146,22 @@ def test_saved_and_loaded_under_another_seed(name: str, base: str, low_cpu_mem_u
     assert read.adapter_spec == SPECS[name]
 
 
+@pytest.mark.parametrize("spec", [sl.lora_xs(2), sl.boft(4, 2), sl.hira(2), sl.tiny_lora(2), sl.randlora(2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_nodes_are_loaded_where_little_memory_is_used(spec: sl.AdapterSpec, dtype: torch.dtype, tmp_path: Path) -> None:
+    """PEFT makes an adapter's parameters without memory, but not its buffers; the first adapter and the next."""
+    names, (x,) = ["q_proj", "o_proj"], llama()[2]
+    given = Config(spec=spec, target_modules=names, init_weights=False)
+    model = peft.get_peft_model(llama()[0].to(dtype), given).eval()
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(llama()[0].to(dtype), tmp_path, low_cpu_mem_usage=True).eval()
+    again.load_adapter(tmp_path, adapter_name="next", low_cpu_mem_usage=True)
+    for name in ("default", "next"):
+        again.set_adapter(name)
+        torch.testing.assert_close(out(again, (x,)), out(model, (x,)), **(ROUNDING if dtype == torch.float32 else {}))
+    assert not any(tensor.is_meta for tensor in (*again.parameters(), *again.buffers()))
+
+
 @each
 @both
 def test_computes_what_attach_computes(name: str, base: str) -> None:

@@ -228,10 +228,16 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for adapter in self._adapters(adapter_name):
             first = adapter.stored()[0]
+            dtype = torch.float32 if autocast_adapter_dtype and first.dtype in NARROW else first.dtype
+            if is_empty(
+                adapter.stored()
+            ):  # before it is loaded: PEFT makes parameters without memory, and frozen nodes with it
+                adapter.to(dtype)
+                continue
             fixed = adapter.map if isinstance(adapter, FlatAdapter) else None
-            if fixed is not None and is_empty(list(fixed.buffers())) and not is_empty(adapter.stored()):
+            if fixed is not None and is_empty(list(fixed.buffers())):
                 fixed.reset(first.device)
-            adapter.to(first.device, torch.float32 if autocast_adapter_dtype and first.dtype in NARROW else first.dtype)
+            adapter.to(first.device, dtype)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
