@@ -328,6 +328,31 @@ def test_a_failed_injection_leaves_the_model_as_it_was() -> None:
 
 
 @pytest.mark.skipif(Version("0.21") > RELEASE, reason="PEFT finds layers at the top of a model from 0.21 on")
+@pytest.mark.filterwarnings("ignore:.*PEFT for a second time|Already found a `peft_config`")
+def test_a_base_that_is_adapted_twice() -> None:
+    """As a notebook's cell does that is run again: with the base, or with the model that came of it; also where it fails."""
+    base, targets, (x,) = tiny()
+    first = peft.get_peft_model(base, config("lokr", targets, init_weights=False, seed=0)).eval()
+    adapted = out(first, (x,)).detach()
+    for wrong in (
+        {"spec": SPECS["lora"], "target_modules": [*targets, "none"]},
+        {"spec": sl.c3a(7), "target_modules": targets},
+    ):
+        with pytest.raises(ValueError, match=r"."):
+            peft.get_peft_model(base, Config(**wrong))
+        close(out(first, (x,)), adapted)
+    again = peft.get_peft_model(first, config("lora", targets, init_weights=False, seed=1)).eval()
+    plain = peft.get_peft_model(tiny()[0], config("lora", targets, init_weights=False, seed=1)).eval()
+    close(out(again, (x,)), out(plain, (x,)))
+
+
+def test_a_batch_of_no_names_is_refused() -> None:
+    model, targets, (x,) = tiny()
+    model = peft.get_peft_model(model, config("lora", targets)).eval()
+    with pytest.raises(ValueError, match=r"adapter_names is empty; give one name for each row"):
+        out(model, (x,), adapter_names=[])
+
+
 def test_selection_as_peft_does_it() -> None:
     model, _, _ = tiny()
     found = peft.get_peft_model(

@@ -68,7 +68,7 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
         return [adapter for adapter in found if isinstance(adapter, Adapter)]
 
     def _layers(self) -> list[SuperLoraLayer]:
-        return [module for module in self.model.modules() if isinstance(module, SuperLoraLayer)]
+        return layers_of(self.model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Make the adapters of all groups, then let PEFT put the layers in their places; nothing stays where either fails."""
@@ -80,6 +80,8 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
         config = self._prepare_adapter_config(self.peft_config[adapter_name], self.get_model_config(model))
         config = _maybe_include_all_linear_layers(config, model)
         trained = [(p, p.requires_grad) for group in self._groups() for p in group.parameters()]
+        # The base may carry adapters of another tuner, of this very name.
+        before = [(layer, dict(layer.superlora_members), dict(layer.superlora_joins)) for layer in layers_of(model)]
         empty = bool(kwargs.get("low_cpu_mem_usage", args[1] if len(args) > 1 else False))
         try:
             self._targets = self._bound(config, model)
@@ -88,6 +90,8 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             self._drop(adapter_name)
+            for layer, members, joins in before:
+                layer.superlora_members, layer.superlora_joins = members, joins
             raise
         finally:
             self._targets = {}
@@ -139,8 +143,8 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
         for k, place in enumerate(sorted(made)):
             container = self._modules.get(f"{PREFIX}{k}")
             if container is None:
-                container = nn.ModuleDict()
-                self.add_module(f"{PREFIX}{k}", container)
+                # add_module asks for the attribute, and PEFT looks it up in the base too, which may be such a model itself.
+                container = self._modules[f"{PREFIX}{k}"] = nn.ModuleDict()
             assert isinstance(container, nn.ModuleDict)
             container[adapter_name] = made[place]
 
@@ -289,6 +293,8 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if not names:
+            raise ValueError("adapter_names is empty; give one name for each row of the batch, or leave it out.")
         unknown = sorted({n for n in names if n != BASE} - set(self.peft_config))
         if unknown:
             raise ValueError(f"adapter_names names {unknown}, which the model does not carry; it has {list(self.peft_config)}.")
@@ -328,6 +334,11 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
                 f"the config ({len(wrong)} such). {why} layers."
             )
         return found
+
+
+def layers_of(model: nn.Module) -> list[SuperLoraLayer]:
+    """The adapted layers of a model, whichever tuner put them there."""
+    return [module for module in model.modules() if isinstance(module, SuperLoraLayer)]
 
 
 def _named(layer: nn.Module, args: Any, kwargs: dict[str, Any], names: Sequence[str]) -> tuple[Any, dict[str, Any]]:
