@@ -399,6 +399,32 @@ def test_a_run_that_was_refused_is_put_right_in_the_same_folder(bases: Path, tmp
         ran(path)
 
 
+def test_a_merged_model_that_cannot_be_written_is_refused_before_it_is_learnt(bases: Path, tmp_path: Path) -> None:
+    """An embedding whose weight is the head's too."""
+    tied = transformers.LlamaConfig(vocab_size=len(WORDS), **SIZES, bos_token_id=2, eos_token_id=2, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(tied).save_pretrained(tmp_path / "tied")
+    tokenizer(tmp_path / "tied")
+    text = lines(bases, "causal-lm", tmp_path / "out").replace(str(bases / "llama"), str(tmp_path / "tied"))
+    path = written(tmp_path, text.replace("[q_proj, v_proj]", "[embed_tokens]"))
+    with pytest.raises(sl.AttachError, match=r"the weight of 'model.embed_tokens' is shared with 'lm_head.weight'"):
+        ran(path, "--format", "merged")
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert ran(path, "--steps", "1")["targets"] == 1
+
+
+def test_grey_models_and_configs_of_several_labels_a_row(bases: Path, tmp_path: Path) -> None:
+    vit = transformers.ViTConfig(image_size=16, patch_size=8, num_channels=1, **SIZES)
+    transformers.ViTForImageClassification(vit).save_pretrained(tmp_path / "grey")
+    means = {"image_mean": [0.5], "image_std": [0.5]}
+    transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}, **means).save_pretrained(tmp_path / "grey")
+    shutil.copytree(bases / "bert", tmp_path / "several")
+    config = json.loads((tmp_path / "several" / "config.json").read_text())
+    (tmp_path / "several" / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
+    for kind, name, usual in (("image-classification", "grey", "vit"), ("text-classification", "several", "bert")):
+        text = lines(bases, kind, tmp_path / "out" / name).replace(str(bases / usual), str(tmp_path / name))
+        assert ran(written(tmp_path, text), "--steps", "1")["steps"] == 1
+
+
 @pytest.mark.parametrize("damage", ["adapter", "report"])
 def test_a_finished_run_whose_result_is_gone_writes_it_again(damage: str, bases: Path, tmp_path: Path) -> None:
     path = written(tmp_path, lines(bases, "causal-lm", tmp_path / "out").replace("steps: 12", "steps: 2"))

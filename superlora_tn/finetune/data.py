@@ -284,10 +284,10 @@ def _upright(picture: Any) -> Any:
 
 
 class Images(Dataset[dict[str, Any]]):
-    """Pictures as a model's processor reads them, opened when they are asked for."""
+    """Pictures as a model's processor reads them, opened when they are asked for in a mode of PIL's."""
 
-    def __init__(self, rows: Sequence[Row], classes: Sequence[str], processor: Any) -> None:
-        self.rows, self.processor = rows, processor
+    def __init__(self, rows: Sequence[Row], classes: Sequence[str], processor: Any, mode: str = "RGB") -> None:
+        self.rows, self.processor, self.mode = rows, processor, mode
         self.number = {name: k for k, name in enumerate(classes)}
 
     def __len__(self) -> int:
@@ -295,7 +295,7 @@ class Images(Dataset[dict[str, Any]]):
 
     def __getitem__(self, k: int) -> dict[str, Any]:
         row = self.rows[k]
-        pixels: Tensor = self.processor(opened(row["image"]), return_tensors="pt")["pixel_values"][0]
+        pixels: Tensor = self.processor(opened(row["image"], self.mode), return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": self.number[row["label"]]}
 
 

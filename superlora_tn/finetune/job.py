@@ -95,7 +95,8 @@ def prepare(config: Config) -> Job:
     train: Any
     held: Any
     if config.task == "image-classification":
-        train, held = (Images(own, classes, processor) for own in (rows.train, rows.held))
+        mode = "L" if getattr(model.config, "num_channels", None) == 1 else "RGB"
+        train, held = (Images(own, classes, processor, mode) for own in (rows.train, rows.held))
     elif config.task == "text-classification":
         if processor.pad_token_id is None:
             processor.pad_token = processor.eos_token
@@ -149,6 +150,7 @@ def _model(config: Config, rows: Rows) -> tuple[Any, list[str], list[str]]:
             classes = own  # its head knows these labels
         named = {"id2label": dict(enumerate(classes)), "label2id": {name: k for k, name in enumerate(classes)}}
         options |= {"num_labels": len(classes), "ignore_mismatched_sizes": True, **named}
+        options["problem_type"] = "single_label_classification"  # the base's config may say that a row has several
     model, facts = AUTO[config.task].from_pretrained(config.model, **options)
     missing = {*facts["missing_keys"], *(entry[0] for entry in facts["mismatched_keys"])}
     return model, classes, [name for name, _ in model.named_parameters() if name in missing]

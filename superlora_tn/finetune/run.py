@@ -16,6 +16,7 @@ import transformers
 from superlora_tn.files.writes import Report
 from superlora_tn.finetune.config import Config
 from superlora_tn.finetune.job import REPORT, Job, prepare, same_run
+from superlora_tn.model.weights import check_mergeable
 from superlora_tn.tools import draw
 
 WHOLE = "whole"  # a file that says that a checkpoint was written to its end
@@ -59,8 +60,11 @@ def finetune(config: Config) -> dict[str, Any]:
     if done.get("format") == config.format:
         return done
     job = _job(config, arguments)
-    if config.format not in ("superlora", "merged"):
-        with tempfile.TemporaryDirectory() as folder:  # what its format cannot say is refused before it is learnt
+    # What its format cannot say is refused before it is learnt.
+    if config.format == "merged":
+        check_mergeable(job.model, list(job.tuned._targets.values()))
+    elif config.format != "superlora":
+        with tempfile.TemporaryDirectory() as folder:
             _write(config, job, Path(folder))
     trainer = _trainer(config, job, arguments)
     last = _last_checkpoint(out)
