@@ -27,6 +27,7 @@ from superlora_tn.network.spec import AdapterSpec
 
 RANK, MODES = 8, "out in"  # where none are given
 MOST = 2**62  # the largest whole number of the library's own arguments
+MOST_WEIGHTS = 100_000  # of one shape; each has a name, and the largest models have some thousands
 
 
 class UsageError(ValueError):
@@ -144,6 +145,8 @@ def _shapes(args: argparse.Namespace) -> dict[str, Shape]:
     if len(words) != 2 or not all(w.isdecimal() for w in words):
         raise UsageError(f"--shape {args.shape!r} is not OUTxIN; write for instance 768x768.")
     shape = (_whole(words[0]), _whole(words[1]))
+    if args.weights > MOST_WEIGHTS:
+        raise UsageError(f"--weights {args.weights:,} is more than the {MOST_WEIGHTS:,} that are looked at; give fewer.")
     return {f"layer.{k}.weight": shape for k in range(args.weights)}
 
 

@@ -452,3 +452,8 @@ def test_probe_and_show_refuse_a_picture_before_they_read(tmp_path, capsys):
         assert "a picture cannot be written as 'p.txt': end its name in .png" in capsys.readouterr().err
     assert main(["probe", nowhere, nowhere, "--variants", "lor"]) == 2
     assert "probe was given the variant 'lor'; did you mean" in capsys.readouterr().err
+
+
+def test_more_weights_than_models_have_are_refused_before_they_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "lora", "--weights", "999999999"]) == 2
+    assert "--weights 999,999,999 is more than the 100,000 that are looked at" in capsys.readouterr().err

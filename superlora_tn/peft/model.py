@@ -233,9 +233,7 @@ class SuperLoraModel(BaseTuner):  # type: ignore[misc]
         for adapter in self._adapters(adapter_name):
             first = adapter.stored()[0]
             dtype = torch.float32 if autocast_adapter_dtype and first.dtype in NARROW else first.dtype
-            if is_empty(
-                adapter.stored()
-            ):  # before it is loaded: PEFT makes parameters without memory, and frozen nodes with it
+            if is_empty(adapter.stored()):  # not loaded yet: PEFT makes parameters without memory, and frozen nodes with it
                 adapter.to(dtype)
                 continue
             fixed = adapter.map if isinstance(adapter, FlatAdapter) else None
