@@ -103,6 +103,20 @@ BAGS: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
 }
 
 
+def bagged(layer: nn.EmbeddingBag, table: Tensor, x: Tensor, offsets: Tensor | None = None, weights: Any = None) -> Tensor:
+    """What torch's own function gives for a table (num, dim), with the options of a layer."""
+    return F.embedding_bag(
+        x,
+        table,
+        offsets,
+        scale_grad_by_freq=layer.scale_grad_by_freq,
+        mode=layer.mode,
+        per_sample_weights=weights,
+        include_last_offset=layer.include_last_offset,
+        padding_idx=layer.padding_idx,
+    )
+
+
 @each_spec
 @pytest.mark.parametrize("case", BAGS.values(), ids=BAGS)
 def test_bags_of_rows(spec: sl.AdapterSpec, case: tuple[dict[str, Any], tuple[Any, ...]]) -> None:
@@ -110,16 +124,7 @@ def test_bags_of_rows(spec: sl.AdapterSpec, case: tuple[dict[str, Any], tuple[An
     layer, tuned, delta = attached(nn.EmbeddingBag(NUM, DIM, **options), spec)
     weights = rest[1] if len(rest) > 1 else None
     weights = None if weights is None else weights.requires_grad_()
-    expected = F.embedding_bag(
-        x,
-        layer.weight + delta.T,
-        rest[0] if rest else None,
-        scale_grad_by_freq=layer.scale_grad_by_freq,
-        mode=layer.mode,
-        per_sample_weights=weights,
-        include_last_offset=layer.include_last_offset,
-        padding_idx=layer.padding_idx,
-    )
+    expected = bagged(layer, layer.weight + delta.T, x, *rest)
     y = layer(x, *rest)
     torch.testing.assert_close(y, expected)
     g = noise(*y.shape, dtype=torch.float64)
@@ -191,16 +196,7 @@ def test_what_joins_in_bags_is_weighted_as_the_tables_own(join: str, case: tuple
     perturb(tuned)
     layer = model["layer"]
     assert tuned.held == (["layer"] if layer.scale_grad_by_freq else [])
-    expected = F.embedding_bag(
-        x,
-        joined(tuned, layer._parameters["weight"].T).T,
-        rest[0] if rest else None,
-        scale_grad_by_freq=layer.scale_grad_by_freq,
-        mode=layer.mode,
-        per_sample_weights=rest[1] if len(rest) > 1 else None,
-        include_last_offset=layer.include_last_offset,
-        padding_idx=layer.padding_idx,
-    )
+    expected = bagged(layer, joined(tuned, layer._parameters["weight"].T).T, x, *rest)
     y = layer(x, *rest)
     torch.testing.assert_close(y, expected)
     g = noise(*y.shape, dtype=torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 
@@ -57,6 +58,11 @@ class BaseModel:
             return None if either else False
         return True if bias[0] == columns or (kernel and bias[0] % columns == 0) else None
 
+    @cached_property
+    def _turned(self) -> str | None:
+        """The first module whose matrix is kept as (in, out); None where no bias tells of one."""
+        return next((n for n in self.shapes if len(self.sizes[f"{n}.weight"]) == 2 and self.turned(n)), None)
+
     @property
     def kernels(self) -> dict[str, tuple[int, ...]]:
         """The kernels' sizes of the convolutions, by module."""
@@ -71,11 +77,10 @@ class BaseModel:
         held, turned = self.parameter(f"{module}.weight"), self.turned(module)
         if held.ndim > 2 or held.shape[0] != held.shape[1]:
             return held.T if held.ndim == 2 and turned else held.flatten(1)
-        other = next((n for n in self.shapes if len(self.sizes[f"{n}.weight"]) == 2 and self.turned(n)), None)
-        if other is not None:
+        if self._turned is not None:
             raise CheckpointError(
-                f"'{module}' is square, and which of its axes is out cannot be told from the base's files, in which '{other}' "
-                "keeps (in, out); load() the adapter on the model."
+                f"'{module}' is square, and which of its axes is out cannot be told from the base's files, in which "
+                f"'{self._turned}' keeps (in, out); load() the adapter on the model."
             )
         return held
 

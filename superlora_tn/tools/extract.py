@@ -24,7 +24,7 @@ from superlora_tn.tools.convert import convert as convert_entries
 from superlora_tn.tools.decompose import Decomposition, Progress, fit_weights
 from superlora_tn.tools.difference import difference
 from superlora_tn.tools.fitting import Settings
-from superlora_tn.tools.layers import Model, untold_words
+from superlora_tn.tools.layers import Model, some, untold_words
 
 Maker = Callable[[Mapping[str, Shape], Kernels], AdapterSpec] | Callable[[Mapping[str, Shape]], AdapterSpec]
 Declared = AdapterSpec | Budget | Maker
@@ -111,8 +111,7 @@ class Extracted:
         if self.left:
             one = len(self.left) == 1
             many = "1 other parameter differs and is" if one else f"{len(self.left)} other parameters differ and are"
-            names = ", ".join(self.left[:5]) + (", ..." if len(self.left) > 5 else "")
-            lines.append(f"{many} left as in the base: {names}")
+            lines.append(f"{many} left as in the base: {some(self.left)}")
         if self.untold:
             lines.append(untold_words(self.untold))
         return "\n".join(lines)

@@ -105,25 +105,33 @@ def _of_place(module: str, name: str, sizes: tuple[int, ...], known: dict[str, P
     return None
 
 
+def _parameter(target: Target) -> str:
+    """The name that a target's layer has for its weight."""
+    return target.kind.parameter if isinstance(target.kind, Held) else "weight"
+
+
 def _sizes(target: Target) -> tuple[int, ...]:
     """Of the parameter that a target's layer keeps; none where it keeps no such."""
-    held = target.layer._parameters.get(target.kind.parameter if isinstance(target.kind, Held) else "weight")
+    held = target.layer._parameters.get(_parameter(target))
     return () if held is None else tuple(held.shape)
 
 
 def _matrix(target: Target, tensor: Tensor) -> Tensor:
     """A tensor of the parameter's sizes as (out, in), read as the layer's kind reads its own weight."""
     own: Any = copy.copy(target.layer)
-    name = target.kind.parameter if isinstance(target.kind, Held) else "weight"
-    own.__dict__["_parameters"] = {**own._parameters, name: nn.Parameter(tensor, requires_grad=False)}
+    own.__dict__["_parameters"] = {**own._parameters, _parameter(target): nn.Parameter(tensor, requires_grad=False)}
     return target.kind.read(own).detach()
 
 
 def untold_words(parameters: Sequence[str]) -> str:
     """A line that names the parameters of which nothing tells how they are kept."""
     many = "1 matrix is" if len(parameters) == 1 else f"{len(parameters)} matrices are"
-    names = ", ".join(parameters[:5]) + (", ..." if len(parameters) > 5 else "")
-    return f"{many} left out, as nothing tells which axis is out for want of the model or its config: {names}"
+    return f"{many} left out, as nothing tells which axis is out for want of the model or its config: {some(parameters)}"
+
+
+def some(names: Sequence[str]) -> str:
+    """Names in a line, the first of many."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def model_of(model: Model | None, *checkpoints: str | PathLike[str]) -> nn.Module | None:
