@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ tokenizers = library("tokenizers")
 library("matplotlib")
 
 from superlora_tn.finetune.config import Config, read_config  # noqa: E402
-from superlora_tn.finetune.named import ConfigError  # noqa: E402
+from superlora_tn.finetune.named import ConfigError, digest  # noqa: E402
 
 WORDS = ["[PAD]", "[UNK]", "[END]", "good", "bad", "film", "a", "the", "very", "was", "it", "not", "plot", "cast", "and", "end"]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -380,6 +381,37 @@ def test_a_folder_of_another_run_is_left_alone(bases: Path, tmp_path: Path) -> N
     assert ran(written(tmp_path, text)) == first
     with pytest.raises(ConfigError, match=r"holds a run with rate: 0.01, and this one has rate: 0.1"):
         ran(written(tmp_path, text), "--rate", "0.1")
+
+
+def test_a_run_on_data_that_changed_since_is_refused_also_when_it_is_finished(bases: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "words.txt"
+    data = re.search(r"^data: (.+)$", text := lines(bases, "causal-lm", tmp_path / "out"), re.M)
+    assert data
+    rows.write_bytes(Path(data[1]).read_bytes())
+    path = written(tmp_path, text.replace(data[1], str(rows)).replace("steps: 12", "steps: 2"))
+    first = ran(path)
+    rows.write_text(rows.read_text() + " the end")
+    with pytest.raises(ConfigError, match=r"holds a run with data: .*words.txt, which has changed since; give another output"):
+        ran(path)
+    note = json.loads((tmp_path / "out" / "config.json").read_text())
+    del note["contents"]  # as earlier releases wrote it
+    (tmp_path / "out" / "config.json").write_text(json.dumps(note))
+    assert ran(path) == first
+
+
+def test_pictures_that_came_or_went_change_a_folders_digest(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.png").write_bytes(b"12")
+    found = [digest(tmp_path)]
+    for name in ("2.png", "1.png"):
+        (tmp_path / "cat" / name).write_bytes(b"123")
+        found.append(digest(tmp_path))
+    (tmp_path / "cat").rename(tmp_path / "dog")
+    found.append(digest(tmp_path))
+    assert len(set(found)) == 4
+    for name in (".hidden", "dog/cache-1.arrow"):
+        (tmp_path / name).write_bytes(b"1")
+        assert digest(tmp_path) == found[-1]
 
 
 def test_a_run_that_was_refused_is_put_right_in_the_same_folder(bases: Path, tmp_path: Path) -> None:

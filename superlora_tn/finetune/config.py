@@ -16,7 +16,7 @@ from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import SpecError
 from superlora_tn.files.writes import FORMATS
 from superlora_tn.finetune.declared import NOTATION, network, value
-from superlora_tn.finetune.named import ConfigError, check_there
+from superlora_tn.finetune.named import ConfigError, check_there, digest
 from superlora_tn.network.budget import Budget, fit
 from superlora_tn.network.catalogue import VARIANTS, size_setting
 from superlora_tn.network.joined import JOIN_NAMES, joined
@@ -26,6 +26,7 @@ from superlora_tn.network.spec import AdapterSpec
 TASKS = ("image-classification", "text-classification", "causal-lm", "diffusion")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
+READ = ("data", "eval_data", "spec")  # keys that name what is read anew when a run goes on
 RANK = 8
 MOST_SHOWN = 8  # choices of a key that its words list
 
@@ -93,6 +94,10 @@ class Config:
         """What a run that goes on has to share: all but the names of places and the format of the result."""
         left_out = ("output", "format", "keep", "log", *(["join"] if self.join == "add" else []))  # earlier runs had no join
         return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+    def contents(self) -> dict[str, str]:
+        """A digest of each file and folder that the run learns from or is declared by, by its key."""
+        return {name: digest(Path(getattr(self, name))) for name in READ if Path(getattr(self, name) or "no file").exists()}
 
     def declared(self, shapes: Mapping[str, Shape], kernels: Kernels | None = None) -> AdapterSpec:
         """The declaration, for a model's targets: name -> (out, in), and name -> the sizes of its kernel.

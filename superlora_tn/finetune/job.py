@@ -22,6 +22,7 @@ from superlora_tn.model.tuned import Tuned
 from superlora_tn.trainers import AdapterTrainer
 
 REPORT = "report.json"
+CONTENTS = "contents"  # of a run's note
 AUTO = {
     "image-classification": transformers.AutoModelForImageClassification,
     "text-classification": transformers.AutoModelForSequenceClassification,
@@ -162,10 +163,10 @@ def same_run(folder: Path, config: Config) -> None:
     A folder without a checkpoint or a report holds no run yet: one that was refused can be put right and started again.
 
     Raises:
-        ConfigError: the folder holds a run of another configuration.
+        ConfigError: the folder holds a run of another configuration, or its data or declaration has changed since.
     """
     note = folder / "config.json"
-    now = json.loads(json.dumps(config.identity()))
+    now = json.loads(json.dumps(config.identity())) | {CONTENTS: config.contents()}
     before = _noted(note)
     if before == now:
         return
@@ -179,6 +180,13 @@ def same_run(folder: Path, config: Config) -> None:
         raise ConfigError(f"{folder} holds a run, and {note} does not say which; give another output, or remove that folder.")
     # A folder of an earlier release lacks keys that came since.
     before = json.loads(json.dumps({f.name: f.default for f in fields(Config) if f.default is not MISSING})) | before
+    then = before.pop(CONTENTS, now[CONTENTS])
+    for name, found in now.pop(CONTENTS).items():
+        if then.get(name, found) != found:
+            raise ConfigError(
+                f"{folder} holds a run with {name}: {now[name]}, which has changed since; "
+                "give another output, or remove that folder."
+            )
     for name in now:
         if before.get(name) != now[name]:
             raise ConfigError(

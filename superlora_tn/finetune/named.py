@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -73,6 +74,17 @@ def _near(name: str, folder: Path, least: float) -> list[Path]:
     """Names in a folder that are near to one, or that one alone."""
     there = [other.name for other in folder.iterdir()] if folder.is_dir() else []
     return [folder / close for close in ([name] if name in there else get_close_matches(name, there, n=3, cutoff=least))]
+
+
+def digest(place: Path) -> str:
+    """Of a file its bytes, of a folder the names and sizes of what is in it (no hidden ones, no caches): SHA-256."""
+    if place.is_file():
+        with place.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    inside = {path.relative_to(place): path.stat().st_size for path in place.rglob("[!.]*") if path.is_file()}
+    own = {name: size for name, size in inside.items() if not name.match("cache-*.arrow")}
+    lines = "".join(f"{name.as_posix()} {size}\n" for name, size in sorted(own.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def unreachable(key: str, name: str, error: Exception) -> ConfigError:
