@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import superlora_tn as sl
 from superlora_tn.files import own
+from superlora_tn.files.convert import convert
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.foreign import Fitted
 from superlora_tn.files.gguf import Architecture
@@ -387,6 +388,50 @@ def test_llamas_names_and_rows_in_gguf(tmp_path: Path) -> None:
         rows = [h * size + half * size // 2 + j for h in range(heads) for j in range(size // 2) for half in range(2)]
         assert np.array_equal(found[f"blk.0.attn_{name}"].numpy(), up[rows])
     assert torch.equal(found["blk.0.attn_v"], adapter.tensors["group2.factor_out"])
+
+
+def test_a_token_table_in_gguf_is_looked_up_by_rows_of_its_a(tmp_path: Path) -> None:
+    """llama.cpp adds lora_b times row t of lora_a, which is (tokens, r), to the embedding of token t."""
+    gguf = pytest.importorskip("gguf")
+
+    class Tokens(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed_tokens = torch.nn.Embedding(11, 6)
+            self.lm_head = torch.nn.Linear(6, 11, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lm_head(self.embed_tokens(x))
+
+    model = Tokens().double()
+    before = model.embed_tokens.weight.detach().clone()
+    tuned = sl.attach(model, sl.lora(3, alpha=6), ["embed_tokens", "lm_head"])
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.normal_()
+        delta = model.embed_tokens(torch.arange(11)) - before
+    tuned.save(tmp_path, "gguf", architecture=Architecture("qwen2"))
+    place = next(tmp_path.glob("*.gguf"))
+    found = {t.name: torch.from_numpy(np.array(t.data)).double() for t in gguf.GGUFReader(str(place)).tensors}
+    a, b = found["token_embd.weight.lora_a"], found["token_embd.weight.lora_b"]
+    assert (a.shape, b.shape) == ((11, 3), (6, 3))
+    torch.testing.assert_close(6 / 3 * a @ b.T, delta, atol=1e-5, rtol=1e-5)  # float32's rounding of both
+    assert found["output.weight.lora_a"].shape == (3, 6)
+
+    # There and back by PEFT's, which calls it an embedding's.
+    convert(place, tmp_path / "peft", "peft")
+    keys = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    inner, outer = (keys[f"base_model.model.token_embd.lora_embedding_{side}"].double() for side in "AB")
+    assert torch.equal(inner.T, a)
+    assert torch.equal(outer, b)
+    tuned.save(tmp_path / "own", "peft")
+    convert(tmp_path / "own", tmp_path / "plain.gguf", "gguf", architecture=Architecture("qwen2"))
+    as_kept = parsed(tmp_path / "own").fitted({"embed_tokens": (11, 6), "lm_head": (11, 6)})  # the table as torch has it
+    more = {"embeddings": as_kept.embeddings, "architecture": Architecture("qwen2")}
+    save_as(as_kept.entries, as_kept.tensors, tmp_path / "turned.gguf", "gguf", **more)
+    for name in ("plain", "turned"):
+        again = {t.name: t.data for t in gguf.GGUFReader(str(tmp_path / f"{name}.gguf")).tensors}
+        assert all(np.array_equal(again[key], value.float()) for key, value in found.items())
 
 
 # --- rank and error -------------------------------------------------------------------------------------------------

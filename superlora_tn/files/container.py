@@ -248,6 +248,7 @@ def _pickled(path: Path, file: BufferedReader) -> Container:
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 GGUF_DTYPES = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
+GGUF_TOKENS = "token_embd"  # how the name of a token table ends
 MAX_NAME = 1 << 16
 MAX_FIELDS = 1 << 12
 

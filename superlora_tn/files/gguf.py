@@ -2,7 +2,8 @@
 
 llama.cpp takes ``*.weight.lora_a`` (r, in) and ``*.weight.lora_b`` (out, r) and one alpha for all, divided by each rank; a
 weight whose scale that is not gets the rest into lora_b. Names are the model's own, or those of an architecture, through
-the package ``gguf``; Llama's q and k rows are stored in another order there, by heads.
+the package ``gguf``; Llama's q and k rows are stored in another order there, by heads. Of the token table, whose rows of lora_a
+are looked up, lora_a is (tokens, r).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from superlora_tn.files.anatomy import method_of
-from superlora_tn.files.container import GGUF_DTYPES
+from superlora_tn.files.container import GGUF_DTYPES, GGUF_TOKENS
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.formats import Content, Row, Written, alpha_error, float32
 from superlora_tn.files.plain import Pair, Wish, pair_of, rounded
@@ -57,8 +58,10 @@ def content(weights: Sequence[Filled], wish: Wish, architecture: Architecture) -
     for one in weights:
         name, pair = one.name, pairs[one.name]
         even = _with_alpha(pair, one, alpha, _wished(one, wish))
-        up = _reordered(even.up, name, architecture)
-        tensors |= {f"{rename(name)}.weight.lora_a": even.down, f"{rename(name)}.weight.lora_b": up}
+        down, up = (even.up.T, even.down.T) if one.turned else (even.down, _reordered(even.up, name, architecture))
+        place = rename(name)
+        down = down.T if place.endswith(GGUF_TOKENS) else down
+        tensors |= {f"{place}.weight.lora_a": down, f"{place}.weight.lora_b": up}
         rows.append(Row(name, "lora", (pair.rank,), even.error))
     metadata = {"architecture": architecture.name or "unknown", "alpha": repr(alpha)}
     return Content(tensors, tuple(rows), {}, metadata)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from superlora_tn.files.bounds import parse
-from superlora_tn.files.container import SETTINGS, Container
+from superlora_tn.files.container import GGUF_TOKENS, SETTINGS, Container
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.foreign import Parsed
 from superlora_tn.files.forms import ASIDE, PARTIAL, VALUES, foreign_method, split_key
@@ -230,14 +230,17 @@ def _diffusers_settings(container: Container) -> dict[str, Settings]:
 
 
 def _gguf(container: Container) -> Parsed:
-    """llama.cpp's adapters: lora_a (r, in), lora_b (out, r), one alpha for all."""
+    """llama.cpp's adapters: lora_a (r, in), of a token table (in, r), lora_b (out, r), one alpha for all."""
     source = str(container.path)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in container.tensors.items():
         name, _, side = key.rpartition(".lora_")
         if side not in ("a", "b") or not name.endswith(".weight"):
             raise CheckpointError(f"{source}: '{key}' is no part of a LoRA (*.weight.lora_a and .lora_b).")
-        pairs.setdefault(name.removesuffix(".weight"), {})["down" if side == "a" else "up"] = tensor
+        module = name.removesuffix(".weight")
+        part, table = "down" if side == "a" else "up", module.endswith(GGUF_TOKENS)
+        known = {f"embedding_{part}": tensor.T if side == "a" else tensor} if table else {part: tensor}
+        pairs.setdefault(module, {}).update(known)
     if not pairs:
         raise CheckpointError(f"{source} holds no tensors.")
     try:
