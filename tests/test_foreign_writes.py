@@ -24,7 +24,7 @@ from superlora_tn.files import own
 from superlora_tn.files.convert import convert
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.foreign import Fitted
-from superlora_tn.files.gguf import Architecture
+from superlora_tn.files.gguf import CHANGED, PERMUTED, Architecture
 from superlora_tn.files.record import Entry, tensor_name
 from superlora_tn.files.writes import Report, save_as
 from superlora_tn.verification.references.peers import quiet
@@ -372,14 +372,15 @@ def test_a_gguf_reader_takes_it_back(tmp_path: Path) -> None:
         assert np.abs(alpha / b.shape[1] * b @ a - delta).max() < FACTORS * np.abs(delta).max()
 
 
-def test_llamas_names_and_rows_in_gguf(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "granite", "smollm3"])
+def test_llamas_names_and_rows_in_gguf(name: str, tmp_path: Path) -> None:
     """q and k rows are reordered by heads, as llama.cpp's own conversion of a checkpoint does."""
     pytest.importorskip("gguf")
     names = [f"model.layers.0.self_attn.{x}_proj" for x in "qkv"]
     adapter = filled_in(Entry(sl.lora(2), dict.fromkeys(names, (16, 8))))
     with pytest.raises(CheckpointError, match="by heads"):
-        save(adapter, tmp_path / "x.gguf", "gguf", architecture=Architecture("llama"))
-    save(adapter, tmp_path / "x.gguf", "gguf", architecture=Architecture("llama", (4, 2)))
+        save(adapter, tmp_path / "x.gguf", "gguf", architecture=Architecture(name))
+    save(adapter, tmp_path / "x.gguf", "gguf", architecture=Architecture(name, (4, 2)))
     found = {w.name: w.nodes["up"][1] for w in parsed(tmp_path / "x.gguf").weights}
     assert found.keys() == {"blk.0.attn_q", "blk.0.attn_k", "blk.0.attn_v"}
     for k, (name, heads) in enumerate((("q", 4), ("k", 2))):
@@ -388,6 +389,24 @@ def test_llamas_names_and_rows_in_gguf(tmp_path: Path) -> None:
         rows = [h * size + half * size // 2 + j for h in range(heads) for j in range(size // 2) for half in range(2)]
         assert np.array_equal(found[f"blk.0.attn_{name}"].numpy(), up[rows])
     assert torch.equal(found["blk.0.attn_v"], adapter.tensors["group2.factor_out"])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [("falcon", "transformer.h.0.self_attention.query_key_value"), ("falcon-h1", "model.layers.0.self_attn.v_proj")],
+)
+def test_what_gguf_stores_otherwise_is_refused(architecture: str, name: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    adapter = filled_in(Entry(sl.lora(2), {name: (16, 8)}))
+    with pytest.raises(CheckpointError, match=rf"in GGUF's architecture '{architecture}', which is not written here; merge"):
+        save(adapter, tmp_path / "x.gguf", "gguf", architecture=Architecture(architecture))
+    assert not list(tmp_path.iterdir())
+
+
+def test_architectures_of_gguf_are_gguf_s() -> None:
+    gguf = pytest.importorskip("gguf")
+    assert PERMUTED | CHANGED.keys() <= set(gguf.MODEL_ARCH_NAMES.values())
+    assert not PERMUTED & CHANGED.keys()
 
 
 def test_a_token_table_in_gguf_is_looked_up_by_rows_of_its_a(tmp_path: Path) -> None:

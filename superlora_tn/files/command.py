@@ -38,7 +38,7 @@ def add_commands(add: Add) -> tuple[argparse.ArgumentParser, argparse.ArgumentPa
     words = "replace what stands at TARGET, also what is no adapter, or one in another format"
     making.add_argument("--force", action="store_true", help=words)
     making.add_argument("--architecture", default="", metavar="NAME", help="of GGUF, such as llama or qwen2")
-    making.add_argument("--heads", type=int, nargs=2, metavar="N", help="of q and of k, for GGUF's llama")
+    making.add_argument("--heads", type=int, nargs=2, metavar="N", help="of q and of k, for GGUF's llama and its like")
     return looking, making
 
 

@@ -2,8 +2,8 @@
 
 llama.cpp takes ``*.weight.lora_a`` (r, in) and ``*.weight.lora_b`` (out, r) and one alpha for all, divided by each rank; a
 weight whose scale that is not gets the rest into lora_b. Names are the model's own, or those of an architecture, through
-the package ``gguf``; Llama's q and k rows are stored in another order there, by heads. Of the token table, whose rows of lora_a
-are looked up, lora_a is (tokens, r).
+the package ``gguf``; q and k rows of Llama and its like are stored in another order there, by heads. Of the token table, whose
+rows of lora_a are looked up, lora_a is (tokens, r).
 """
 
 from __future__ import annotations
@@ -25,7 +25,42 @@ from superlora_tn.files.plain import Pair, Wish, pair_of, rounded
 from superlora_tn.files.thin import Filled
 
 ALIGNMENT = 32
-PERMUTED = ("llama",)
+# Architectures whose q and k rows llama.cpp's conversion of checkpoints reorders as Llama's (its conversion/*.py, 2026-11).
+PERMUTED = {
+    "llama",
+    "arcee",
+    "arctic",
+    "chameleon",
+    "deepseek",
+    "granite",
+    "granitehybrid",
+    "granitemoe",
+    "llada",
+    "minicpm",
+    "mistral3",
+    "nemotron_h",
+    "nemotron_h_moe",
+    "olmo",
+    "smollm3",
+}
+# Weights that it reorders or scales in another way, by the endings of their names; all for ().
+CHANGED: dict[str, tuple[str, ...]] = {
+    "bailingmoe": ("query_key_value", "lm_head"),
+    "bitnet": (),
+    "bloom": ("query_key_value",),
+    "deci": ("q_proj", "k_proj"),
+    "deepseek2": ("kv_b_proj",),
+    "falcon": ("query_key_value",),
+    "falcon-h1": (),
+    "gptneox": ("query_key_value",),
+    "jais": ("wte", "lm_head"),
+    "mistral4": ("kv_b_proj",),
+    "plamo": ("q_proj", "o_proj"),
+    "qwen35": ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"),
+    "qwen35moe": ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"),
+    "qwen3next": ("in_proj_qkvz",),
+    "xverse": ("q_proj", "k_proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +69,7 @@ class Architecture:
 
     Attributes:
         name: llama.cpp's, such as ``"llama"`` or ``"qwen2"``; "" keeps the model's own names.
-        heads: of q and of k, needed where their rows are reordered (llama).
+        heads: of q and of k, needed where their rows are reordered (`PERMUTED`).
     """
 
     name: str = ""
@@ -45,7 +80,7 @@ def content(weights: Sequence[Filled], wish: Wish, architecture: Architecture) -
     """All weights as LoRAs with one alpha.
 
     Raises:
-        CheckpointError: a convolution, a name the architecture does not have, or heads that are not given.
+        CheckpointError: a convolution, a name the architecture does not have or stores otherwise, or heads that are not given.
     """
     if convolution := next((one for one in weights if one.kernel), None):
         raise CheckpointError(f"'{convolution.name}' is a convolution; GGUF's adapters have matrices only.")
@@ -96,17 +131,24 @@ def _names(architecture: Architecture, names: Sequence[str]) -> Callable[[str], 
     blocks = 1 + max((int(n) for name in names for n in re.findall(r"\.(\d+)\.", f".{name}.")), default=0)
     table = gguf.get_tensor_name_map(known[architecture.name], blocks)
 
+    endings = CHANGED.get(architecture.name)
+
     def rename(name: str) -> str:
         found = table.get_name(name) or table.get_name(f"model.{name}")
         if found is None:
             raise CheckpointError(f"'{name}' has no name in GGUF's architecture '{architecture.name}'.")
+        if endings is not None and (not endings or name.endswith(endings)):
+            raise CheckpointError(
+                f"'{name}' is scaled, or its rows are in another order, in GGUF's architecture '{architecture.name}', which is "
+                "not written here; merge() the adapter and convert the model."
+            )
         return str(found)
 
     return rename
 
 
 def _reordered(up: Tensor, name: str, architecture: Architecture) -> Tensor:
-    """Llama's q and k rows: the two halves of each head, which rotate together, lie side by side in GGUF."""
+    """q and k rows of Llama and its like: the two halves of each head, which rotate together, lie side by side in GGUF."""
     if architecture.name not in PERMUTED or not name.endswith(("q_proj", "k_proj")):
         return up
     if architecture.heads is None:
