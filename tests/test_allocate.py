@@ -262,5 +262,7 @@ def test_what_does_not_fit_is_refused_in_words(given: dict[str, Any], words: str
 def test_an_adapter_without_ranks_and_a_step_without_gradients_are_refused() -> None:
     with pytest.raises(sl.SpecError, match="no bond has values of its own"):
         sl.RankAllocator(ours(sl.lora(2))[1], 1, 5)
+    with pytest.raises(sl.SpecError, match="was given a NoneType; give the handle"):
+        sl.RankAllocator(None, 1, 5)  # type: ignore[arg-type]
     with pytest.raises(sl.SpecError, match="before zero_grad"):
         sl.RankAllocator(ours(sl.adalora(2))[1], 1, 5).step()

@@ -231,6 +231,9 @@ def test_what_cannot_be_combined_says_why(tmp_path: Path) -> None:
         ({"style": 1.0, "subject": 1.0}, "ties", {"on": "nodes"}, sl.SpecError, "of one declaration"),
         ({"style": 1.0}, "cat", {"rank": 2}, sl.SpecError, "choose how='svd'"),
         ({"subject": 1.0}, "svd", {}, sl.SpecError, "without a declared rank"),
+        ({"style": 1.0}, "svd", {"to": "lora"}, sl.SpecError, "to='lora'; give a declaration"),
+        ({"style": 1.0}, "svd", {"to": sl.lora(3), "rank": 2}, sl.SpecError, "rank=2; a declaration has ranks of its own"),
+        ({"style": 1.0}, "dare", {"rank": 2, "seed": "a"}, sl.SpecError, "seed='a'"),
     ):
         with pytest.raises(error, match=said):
             sl.combine(weights, how, model=model, **more)

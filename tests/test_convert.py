@@ -12,7 +12,7 @@ from torch import Tensor
 
 from superlora_tn.declare.fold import FlatFold, PhysicalFold
 from superlora_tn.declare.maps import Fastfood
-from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, TensorTrain, Tucker
+from superlora_tn.declare.parts import CP, Dense, Hadamard, Kronecker, SpecError, TensorTrain, Tucker
 from superlora_tn.files.own import Entry
 from superlora_tn.network import relatives
 from superlora_tn.network.spec import AdapterSpec
@@ -161,6 +161,14 @@ def test_nodes_that_are_missing_or_of_another_shape_are_named() -> None:
         convert(entry, {"group0.factor_out": torch.zeros(3, 2)}, lora(3))
     with pytest.raises(FitError, match=r"'group0.factor_out' is \(3, 1\); its declaration has \(3, 2\)"):
         convert(entry, {"group0.factor_out": torch.zeros(3, 1), "group0.factor_in": torch.zeros(4, 2)}, lora(3))
+
+
+@pytest.mark.parametrize("to", ["lora", None, lora], ids=str)
+def test_what_is_no_declaration_is_refused(to: object) -> None:
+    entry = Entry(lora(2), {"w": (3, 4)})
+    nodes = {"group0.factor_out": torch.zeros(3, 2), "group0.factor_in": torch.zeros(4, 2)}
+    with pytest.raises(SpecError, match=r"convert was given to=.*; give an AdapterSpec such as superlora_tn\.lora\(8\)"):
+        convert(entry, nodes, to)  # type: ignore[arg-type]
 
 
 def test_an_adapter_at_its_start_stays_there() -> None:

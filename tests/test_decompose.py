@@ -345,6 +345,9 @@ REFUSED = {
     "no step": ({"w": torch.ones(3, 4)}, lora(1), {"steps": 0}, SpecError, "steps=0"),
     "a tolerance of one": ({"w": torch.ones(3, 4)}, lora(1), {"tolerance": 1.0}, SpecError, "tolerance=1.0"),
     "restarts below zero": ({"w": torch.ones(3, 4)}, lora(1), {"restarts": -1}, SpecError, "restarts=-1"),
+    "a seed in words": ({"w": torch.ones(3, 4)}, lora(1), {"seed": "a"}, SpecError, "seed='a'; a seed is a whole number"),
+    "an array": ({"w": torch.ones(3, 4).numpy()}, lora(1), {}, FitError, "'w' was given as a ndarray; give a tensor"),
+    "a tensor without memory": ({"w": torch.ones(3, 4, device="meta")}, lora(1), {}, FitError, "'w' was given without memory"),
     "a trained node": (
         {"w": torch.ones(3, 4)},
         lora(1),

@@ -91,7 +91,7 @@ HOUSE = {
         ["attach"],
     ],
     "tools": [
-        ["draw", "measure", "singular", "environment", "looks", "layers"],
+        ["draw", "measure", "singular", "environment", "looks", "layers", "merges"],
         ["diagram", "difference", "geometry", "closed_forms", "problem"],
         ["als"],
         ["summed"],

@@ -212,6 +212,8 @@ def test_orthogonal_halves() -> None:
         assert float((b @ a).norm()) < 1e-14
     with pytest.raises(sl.SpecError, match="choose an even one"):
         sl.start(attached(net(), sl.lora(3)), sl.orthogonal())
+    with pytest.raises(sl.SpecError, match="orthogonal was given seed='a'"):
+        sl.orthogonal("a")
 
 
 @pytest.mark.parametrize("whiten", [False, True])

@@ -115,6 +115,11 @@ def test_suggestions_come_cheapest_first():
     [
         (lambda: sl.suggest(SHAPES, 0), "budget=0"),
         (lambda: sl.suggest(SHAPES, 9, variants=["lorra"]), "'lorra'"),
+        (lambda: sl.suggest(SHAPES, 9, variants="lora"), r"variants='lora'; give a list, such as variants=\['lora', 'lokr'\]"),
+        (lambda: sl.suggest(SHAPES, 9, device="cpu"), "device='cpu'; give a Device"),
+        (lambda: sl.suggest(SHAPES, 9, kernels={"conv": (3, 3)}), "kernels name 'conv'"),
+        (lambda: sl.probe(torch.ones(4, 4), variants="lora"), "variants='lora'; give a list"),
+        (lambda: sl.probe(torch.ones(4, 4), 9), "budgets=9; give a list"),
         (lambda: sl.suggest({}, 9), "no weight"),
         (lambda: sl.suggest(SHAPES, 9, ["q"]), "shapes and targets"),
         (lambda: sl.suggest(blocks(), 9), "without targets"),
@@ -132,6 +137,12 @@ def test_requests_that_make_no_sense_are_refused(call, words):
 def test_a_dw_of_zeros_is_refused():
     with pytest.raises(FitError, match="zeros"):
         sl.probe(torch.zeros(4, 4))
+
+
+@pytest.mark.parametrize(("delta", "words"), [(np.ones((4, 4)), "a ndarray"), (torch.ones(4), r"\(4,\) of torch.float32")])
+def test_a_dw_that_is_no_matrix_is_refused(delta, words):
+    with pytest.raises(FitError, match=words):
+        sl.probe(delta)
 
 
 def test_loras_energy_is_that_of_the_singular_values():

@@ -545,6 +545,13 @@ def test_wrong_requests_say_what_would_be_right() -> None:
         verify("lora", against="petf")
     with pytest.raises(SpecError, match="examples=0"):
         verify("lora", examples=0)
+    for seed in ("a", 1.5, True, 1 << 64):
+        with pytest.raises(SpecError, match=rf"verify was given seed={seed!r}; a seed is a whole number"):
+            verify("lora", examples=1, seed=seed)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="verify_reductions was given seed='a'"):
+        sl.verify_reductions(1, seed="a")  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match=r"no reference 3.*peft"):
+        verify("lora", against=3)  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="no property 'dV'"):
         check(NETWORK, {"w": (4, 4)}, "dV")
     with pytest.raises(SpecError, match=r"give an AdapterSpec\(\.\.\.\), or the name"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral
+from typing import Any
 
 from superlora_tn.declare.bounds import MAX_AXES, MAX_RANK
 
@@ -71,3 +73,15 @@ def check_ranks(owner: str, rank: int | tuple[int, ...]) -> None:
         raise SpecError(f"{owner} was given {what}; give one number, or one a bond.")
     for one in rank if isinstance(rank, tuple) else (rank,):
         check_rank(owner, one)
+
+
+def is_seed(value: object) -> bool:
+    """Whether torch's generators take it: a whole number of 64 bits, numpy's too."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and -(1 << 63) <= int(value) < 1 << 64
+
+
+def checked_seed(owner: str, seed: Any) -> int:
+    """The seed, or an error where it is none."""
+    if not is_seed(seed):
+        raise SpecError(f"{owner} was given seed={shown(seed)}; a seed is a whole number from -2**63 to 2**64 - 1.")
+    return int(seed)

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
+from superlora_tn.declare.checks import shown
 from superlora_tn.files.errors import CheckpointError, DiskError
 
 try:
@@ -58,7 +59,7 @@ def place_of(folder: str | os.PathLike[str]) -> Path:
     except TypeError:
         path = None
     if not isinstance(path, str) or "\0" in path:
-        raise CheckpointError(f"the folder of an adapter was given as {folder!r}; give a path such as 'adapter'.")
+        raise CheckpointError(f"the folder of an adapter was given as {shown(folder)}; give a path such as 'adapter'.")
     return Path(path)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from inspect import signature
 from itertools import product
 from typing import Any, Protocol
 
@@ -15,9 +16,9 @@ from superlora_tn.declare.bounds import MAX_RANK
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.maps import Compose, Fastfood, Projection, Shuffle
 from superlora_tn.declare.nodes import Node
-from superlora_tn.declare.parts import CP, Network, Part, SpecError, inner_parts
+from superlora_tn.declare.parts import CP, Network, Part, SpecError, inner_parts, shown
 from superlora_tn.network.graph import Graph
-from superlora_tn.network.kernels import Kernels, count, lay_out
+from superlora_tn.network.kernels import Kernels, check_kernels, count, lay_out
 from superlora_tn.network.spec import AdapterSpec, named_shapes
 
 Shapes = Mapping[str, Shape] | Sequence[Shape]
@@ -119,6 +120,12 @@ class Budget:
     projection: Projection | None = None
     alpha: float | None = None
 
+    def __post_init__(self) -> None:
+        _check_budget(self.parameters)
+        settings: dict[str, Any] = dict.fromkeys(("order", "groups", "splits", "projection", "alpha"))
+        takes = "a rank and order=, groups=, splits=, projection= and alpha=, as superlora_tn.superlora does"
+        _check_maker(f"Budget was given formula={shown(self.formula)}", self.formula, takes, **settings)
+
     def choose(self, shapes: Shapes, kernels: Kernels | None = None) -> Choice:
         """The setting whose count is the largest not above the budget; the first in the order searched where counts tie.
 
@@ -180,7 +187,26 @@ def fit(maker: Callable[[int], AdapterSpec], budget: int, shapes: Shapes, kernel
         SpecError: the smallest possible count is above the budget (the message says how much it is), or `maker`
             makes nothing that fits the shapes.
     """
+    takes = "a rank, such as superlora_tn.lora or lambda rank: superlora_tn.lokr(rank, factor=4)"
+    _check_maker(f"fit was given maker={shown(maker)}", maker, takes)
     return best([maker], budget, shapes, kernels)
+
+
+def _check_budget(budget: object) -> None:
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+        raise SpecError(f"a budget was given as {shown(budget)}; it is the number of trainable parameters, at least 1.")
+
+
+def _check_maker(given: str, maker: object, takes: str, **settings: Any) -> None:
+    """Raise for what cannot be called with a rank and these settings; what tells no signature is tried."""
+    try:
+        if not callable(maker):
+            raise TypeError("no function")
+        signature(maker).bind(1, **settings)
+    except TypeError as error:
+        raise SpecError(f"{given} ({error}); give a function that takes {takes}.") from error
+    except ValueError:
+        return
 
 
 def best(makers: Iterable[Callable[[int], AdapterSpec]], budget: int, shapes: Shapes, kernels: Kernels | None = None) -> Choice:
@@ -189,14 +215,15 @@ def best(makers: Iterable[Callable[[int], AdapterSpec]], budget: int, shapes: Sh
     Raises:
         SpecError: as `fit`; a maker that fits no rank to the shapes is passed over unless all are.
     """
-    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
-        raise SpecError(f"a budget was given as {budget!r}; it is the number of trainable parameters, at least 1.")
+    _check_budget(budget)
+    named = named_shapes(shapes)
+    check_kernels(kernels, named)
     refused: SpecError | None = None
     below: Priced | None = None
     above: Priced | None = None
     for maker in makers:
         try:
-            found = _Ranks(maker, shapes, kernels).around(budget)
+            found = _Ranks(maker, named, kernels).around(budget)
         except SpecError as error:
             refused = refused or error
             continue
@@ -219,8 +246,8 @@ def _count(priced: Priced) -> int:
 class _Ranks:
     """The counts of one maker over its ranks, each computed once."""
 
-    def __init__(self, maker: Callable[[int], AdapterSpec], shapes: Shapes, kernels: Kernels | None) -> None:
-        self.maker, self.shapes, self.kernels = maker, named_shapes(shapes), kernels
+    def __init__(self, maker: Callable[[int], AdapterSpec], shapes: Mapping[str, Shape], kernels: Kernels | None) -> None:
+        self.maker, self.shapes, self.kernels = maker, shapes, kernels
         self.known: dict[int, Priced | None] = {}
         self.counts: dict[AdapterSpec, int] = {}  # a maker may give the same spec at every rank
 
@@ -239,6 +266,8 @@ class _Ranks:
     def around(self, budget: int) -> tuple[Priced | None, Priced | None]:
         """The largest count not above the budget and the smallest above it, each at its smallest rank."""
         first = self.maker(1)
+        if not isinstance(first, AdapterSpec):
+            raise SpecError(f"what was given to make declarations makes {shown(first)} of rank 1; make an AdapterSpec of it.")
         count(first, self.shapes, self.kernels)  # a setting that is wrong at every rank says why
         scanned = self._irregular(first) if _turns_dense(first.network) else 0
         prices = [p for rank in range(1, scanned + 1) if (p := self.price(rank))]

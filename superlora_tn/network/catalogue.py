@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
+from superlora_tn.declare.checks import SpecError, near, shown
 from superlora_tn.network import variants
 from superlora_tn.network.budget import Budget, Choice, Shapes, fit
 from superlora_tn.network.kernels import Kernels
@@ -42,3 +43,12 @@ def bought(variant: str, budget: int, shapes: Shapes, kernels: Kernels | None = 
         return made
 
     return fit(sized, budget, shapes, kernels)
+
+
+def check_variants(owner: str, names: object) -> None:
+    """Raise unless they are names of variants, in a list or the like."""
+    if isinstance(names, str) or not isinstance(names, Collection):
+        raise SpecError(f"{owner} was given variants={shown(names)}; give a list, such as variants=['lora', 'lokr'].")
+    for name in names:
+        if name not in VARIANTS:
+            raise SpecError(f"{owner} was given the variant {shown(name)}; {near(name, VARIANTS)}")

@@ -7,15 +7,30 @@ their kernels go beside the shapes; whoever counts, fits or attaches a declarati
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from superlora_tn.declare.checks import SpecError, near, shown
 from superlora_tn.declare.fold import Group, PhysicalFold, Shape
 from superlora_tn.declare.parts import Kronecker, Part, inner_parts
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 
 Kernels = Mapping[str, tuple[int, ...]]
+
+
+def check_kernels(kernels: object, names: Iterable[str]) -> None:
+    """Raise unless they are None, or sizes of kernels by the names of weights."""
+    if kernels is None:
+        return
+    if not isinstance(kernels, Mapping):
+        raise SpecError(f"kernels were given as {shown(kernels)}; give sizes by name, such as {{'conv': (3, 3)}}, or None.")
+    known = set(names)
+    for name, kernel in kernels.items():
+        if name not in known:
+            raise SpecError(f"kernels name '{name!s:.80}', which is none of the weights; {near(name, sorted(known))}")
+        if not isinstance(kernel, Sequence) or not all(isinstance(size, int) and size >= 1 for size in kernel):
+            raise SpecError(f"kernels give '{name}' as {shown(kernel)}; give its sizes, such as (3, 3), or () for a matrix.")
 
 
 def apart(spec: AdapterSpec, names: Sequence[str], kernels: Kernels | None) -> list[tuple[AdapterSpec, tuple[str, ...]]]:

@@ -66,6 +66,8 @@ class RankAllocator:
         every: int = 1,
         smooth: tuple[float, float] = (0.85, 0.85),
     ) -> None:
+        if not isinstance(tuned, Tuned):
+            raise SpecError(f"RankAllocator was given a {type(tuned).__name__}; give the handle that attach returns.")
         self._bonds = [bond for adapter in tuned._adapters() for bond in _bonds(adapter)]
         self.total = sum(bond.values.numel() for bond in self._bonds)
         if not self._bonds:

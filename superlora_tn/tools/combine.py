@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from superlora_tn.declare.checks import checked_seed
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import CP, SpecError, check_number, check_rank, reference_rank, shown
 from superlora_tn.declare.rows import Span
@@ -38,10 +39,10 @@ from superlora_tn.network.variants import dense, lora
 from superlora_tn.tools.convert import Source, kernels_for
 from superlora_tn.tools.decompose import deltas, fit_weights
 from superlora_tn.tools.fitting import Settings
+from superlora_tn.tools.merges import MERGES, Merge, total
 
 How = Literal["cat", "svd", "linear", "ties", "dare", "dare_ties", "magnitude"]
 On = Literal["delta", "nodes"]
-Merge = Callable[[Sequence[Tensor], Sequence[float], float, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def combine(
         CheckpointError: a file that is no adapter, does not fit, needs the model, or has parameters that train beside.
         SpecError: a setting out of its range, or a declaration that does not fit.
     """
-    _check(weights, how, on, to is not None or rank is not None, density)
+    _check(weights, how, on, to, rank, density)
+    seed = checked_seed("combine", seed)
     parts = [_Part(_saved(name, model), float(weight)) for name, weight in weights.items()]
     shapes, rows = _targets(parts)
     if how == "cat":
@@ -147,10 +149,10 @@ def combine(
 
     def wanted(name: str) -> Tensor:
         """dW of a weight; it is wanted by the fit and again for its error, so what is drawn for it is its own."""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + order[name])
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + order[name]) % (1 << 64))
         own = [part for part in parts if name in part.source.shapes]
         given, factors = [part.source.delta(name) for part in own], [part.weight for part in own]
-        merge = MERGES.get(how, _sum) if on == "delta" else _sum
+        merge = MERGES.get(how, total) if on == "delta" else total
         return merge(given, factors, density, generator)
 
     if not tensors:
@@ -162,8 +164,9 @@ def combine(
     return Combined(marked(placed, {name for part in parts for name in part.saved.tables}), tensors, errors)
 
 
-def _check(weights: Mapping[Any, float], how: How, on: On, sized: bool, density: float) -> None:
-    """Raise for settings out of their range; `sized` says whether a declaration or a rank was given."""
+def _check(weights: Mapping[Any, float], how: How, on: On, to: AdapterSpec | None, rank: int | None, density: float) -> None:
+    """Raise for settings out of their range, or that say nothing beside others."""
+    sized = to is not None or rank is not None
     if (how != "cat" and how not in MERGES) or on not in ("delta", "nodes"):
         raise SpecError(
             f"combine was given how={how!r}, on={on!r}; choose of cat, {', '.join(MERGES)}, and of 'delta', 'nodes'."
@@ -179,6 +182,10 @@ def _check(weights: Mapping[Any, float], how: How, on: On, sized: bool, density:
     check_number("combine", "density", density)
     if not 0 < density <= 1:
         raise SpecError(f"combine was given density={density}; it is above 0 and at most 1.")
+    if not isinstance(to, AdapterSpec | None):
+        raise SpecError(f"combine was given to={shown(to)}; give a declaration such as superlora_tn.lokr(8), or rank=.")
+    if to is not None and rank is not None:
+        raise SpecError(f"combine was given to= and rank={rank!r}; a declaration has ranks of its own, so give one of them.")
     if how == "cat" and sized:
         raise SpecError("combine(how='cat') is exact, of the ranks that takes; for other ranks choose how='svd'.")
 
@@ -342,57 +349,6 @@ def _rank(parts: Sequence[_Part], rank: int | None) -> int:
     if not known:
         raise SpecError("combine was given adapters without a declared rank; say rank=..., or to=a declaration.")
     return max(known)
-
-
-def _sum(given: Sequence[Tensor], weights: Sequence[float], density: float, generator: torch.Generator) -> Tensor:
-    return sum((weight * delta for delta, weight in zip(given, weights, strict=True)), torch.zeros_like(given[0]))
-
-
-def _largest(delta: Tensor, density: float) -> Tensor:
-    """The largest numbers alone."""
-    kept = delta.abs().flatten().topk(int(density * delta.numel())).indices
-    mask = torch.zeros(delta.numel(), dtype=torch.bool)
-    mask[kept] = True
-    return delta * mask.reshape(delta.shape)
-
-
-def _some(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Some numbers by chance, scaled up, so that the expectation is dW's."""
-    return delta * torch.bernoulli(torch.full_like(delta, density), generator=generator) / density
-
-
-def _elected(given: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Of each number the mean over the adapters whose sign is that of the sum."""
-    stack = torch.stack(list(given))
-    factors = torch.tensor(weights, dtype=torch.float64).reshape(-1, *(1 for _ in given[0].shape))
-    chosen = stack.sign() == torch.where(stack.sum(0) >= 0, 1.0, -1.0)
-    return (stack * factors * chosen).sum(0) / chosen.sum(0).clamp_min(1)
-
-
-def _ties(given: Sequence[Tensor], weights: Sequence[float], density: float, generator: torch.Generator) -> Tensor:
-    return _elected([_largest(delta, density) for delta in given], weights)
-
-
-def _dare_ties(given: Sequence[Tensor], weights: Sequence[float], density: float, generator: torch.Generator) -> Tensor:
-    return _elected([_some(delta, density, generator) for delta in given], weights)
-
-
-def _dare(given: Sequence[Tensor], weights: Sequence[float], density: float, generator: torch.Generator) -> Tensor:
-    return _sum([_some(delta, density, generator) for delta in given], weights, density, generator)
-
-
-def _magnitude(given: Sequence[Tensor], weights: Sequence[float], density: float, generator: torch.Generator) -> Tensor:
-    return _sum([_largest(delta, density) for delta in given], weights, density, generator)
-
-
-MERGES: Mapping[str, Merge] = {
-    "svd": _sum,
-    "linear": _sum,
-    "ties": _ties,
-    "dare": _dare,
-    "dare_ties": _dare_ties,
-    "magnitude": _magnitude,
-}
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:

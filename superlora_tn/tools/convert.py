@@ -18,7 +18,7 @@ from torch import Tensor
 
 from superlora_tn.declare.fold import PhysicalFold, Shape
 from superlora_tn.declare.joins import Magnitude
-from superlora_tn.declare.parts import BASED
+from superlora_tn.declare.parts import BASED, SpecError, shown
 from superlora_tn.files.own import Entry, tensor_name
 from superlora_tn.files.record import magnitude_name
 from superlora_tn.network.budget import Budget
@@ -68,6 +68,8 @@ def convert(
         FitError: nodes that are missing or of another shape, or numbers that are not finite.
         SpecError: the other declaration does not fit the weights' shapes.
     """
+    if not isinstance(to, AdapterSpec | Budget):
+        raise SpecError(f"convert was given to={shown(to)}; give an AdapterSpec such as superlora_tn.lora(8), or a budget.")
     entries = [source] if isinstance(source, Entry) else list(source)
     norms = _magnitudes(entries, tensors)
     known = Source([replace(e, spec=replace(e.spec, join=None)) for e in entries] if norms else entries, tensors)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from superlora_tn.contraction.plan import table
+from superlora_tn.declare.checks import checked_seed
 from superlora_tn.declare.fold import Shape, split_name
 from superlora_tn.declare.parts import BASED, SpecError, check_count, shown
 from superlora_tn.files.own import Entry, marked, tensor_name, write
@@ -177,21 +178,29 @@ def decompose(
         FitError: weights that are no real matrices of finite numbers, or a declaration whose scale is zero.
         SpecError: the declaration does not fit the weights' shapes.
     """
-    if not isinstance(weights, Mapping):
-        raise FitError(f"decompose was given a {type(weights).__name__}; give dW by module name, such as {{'layer': delta}}.")
     if not isinstance(spec, AdapterSpec | Budget):
         raise SpecError(
             f"decompose was given spec={shown(spec)}; give an AdapterSpec such as superlora_tn.lora(8), or a budget."
         )
+    check_matrices("decompose", weights)
+    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+    settings = Settings(steps, tolerance, restarts)
+    return fit_weights(shapes, weights.__getitem__, spec, settings, seed, start, progress)
+
+
+def check_matrices(owner: str, weights: object) -> None:
+    """Raise unless they are matrices by name, with values."""
+    if not isinstance(weights, Mapping):
+        raise FitError(f"{owner} was given a {type(weights).__name__}; give dW by module name, such as {{'layer': delta}}.")
     for name, weight in weights.items():
+        if not isinstance(weight, Tensor) or weight.is_meta:
+            what = "without memory, on the meta device" if isinstance(weight, Tensor) else f"as a {type(weight).__name__}"
+            raise FitError(f"'{name}' was given {what}; give a tensor with values.")
         if weight.dim() != 2 or not weight.is_floating_point():
             raise FitError(
                 f"'{name}' was given as {tuple(weight.shape)} of {weight.dtype}; give a matrix (out, in) of real numbers. "
                 "Reshape a convolution's weight to (out, in * kernel)."
             )
-    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
-    settings = Settings(steps, tolerance, restarts)
-    return fit_weights(shapes, weights.__getitem__, spec, settings, seed, start, progress)
 
 
 @torch.no_grad()
@@ -215,7 +224,8 @@ def fit_weights(
             and its nodes with their first values.
         kernels: of the weights, where they are known; a declaration that leaves its kernel open takes them.
     """
-    _check(settings, start)
+    _check(settings)
+    seed = checked_seed("decompose", seed)
     if isinstance(spec, Budget):
         spec = spec.choose(shapes, kernels).spec
     if spec.scale == 0:
@@ -255,7 +265,7 @@ def deltas(entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> Iterator[
             yield from frame(group, own, graph).deltas(nodes).items()
 
 
-def _check(settings: Settings, start: Mapping[str, Tensor] | None) -> None:
+def _check(settings: Settings) -> None:
     check_count("decompose", "steps", settings.steps, 1 << 20)
     if isinstance(settings.restarts, bool) or not isinstance(settings.restarts, int) or settings.restarts < 0:
         raise SpecError(f"decompose was given restarts={settings.restarts!r}; give a whole number of at least 0.")

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from superlora_tn.declare.checks import checked_seed
 from superlora_tn.declare.fold import FlatGroup, Shape
-from superlora_tn.declare.parts import SpecError, check_count, check_number, shown
+from superlora_tn.declare.parts import SpecError, check_number, shown
 from superlora_tn.files.own import Entry, tensor_name
 from superlora_tn.model.saved import depart
 from superlora_tn.model.targets import AttachError
@@ -121,8 +122,7 @@ def orthogonal(seed: int = 0) -> Start:
     Args:
         seed: of the random numbers.
     """
-    check_count("orthogonal", "seed + 1", seed + 1, 1 << 62)
-    return _Orthogonal(seed)
+    return _Orthogonal(checked_seed("orthogonal", seed))
 
 
 @dataclass(frozen=True)

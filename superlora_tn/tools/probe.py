@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from superlora_tn.contraction.plan import table
-from superlora_tn.declare.checks import near
 from superlora_tn.declare.fold import Shape
-from superlora_tn.declare.parts import SpecError, check_count
-from superlora_tn.network.catalogue import VARIANTS, bought
+from superlora_tn.declare.parts import SpecError, check_count, shown
+from superlora_tn.network.catalogue import bought, check_variants
 from superlora_tn.network.kernels import Kernels
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.tools import draw
-from superlora_tn.tools.decompose import FitError, decompose, fit_weights
+from superlora_tn.tools.decompose import FitError, check_matrices, decompose, fit_weights
 from superlora_tn.tools.difference import difference
 from superlora_tn.tools.fitting import Settings
 from superlora_tn.tools.layers import Model, untold_words
@@ -108,10 +107,11 @@ def probe(
         SpecError: an unknown variant, or budgets within which nothing fits.
         FitError: a dW of zeros, or one that is no real matrix of finite numbers.
     """
-    weights = {"weight": delta} if isinstance(delta, Tensor) else dict(delta)
+    weights = {"weight": delta} if isinstance(delta, Tensor) else delta
+    check_matrices("probe", weights)
     if not any(bool(torch.count_nonzero(weight)) for weight in weights.values()):
         raise FitError("probe was given a dW of zeros, which has no energy to hold; give a trained update.")
-    shapes = {name: (weight.shape[0], weight.shape[-1]) for name, weight in weights.items()}
+    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
 
     def held(spec: AdapterSpec) -> float:
         return decompose(weights, spec, steps=steps, tolerance=tolerance, restarts=restarts, seed=seed).error
@@ -147,7 +147,7 @@ def probe_checkpoints(
         CheckpointError: see `extract`.
         SpecError, FitError: see `probe`.
     """
-    _check_known(variants)
+    check_variants("probe", variants)
     found = difference(base, tuned, targets, model, linear)
     settings = Settings(steps, tolerance, restarts)
 
@@ -155,11 +155,6 @@ def probe_checkpoints(
         return fit_weights(found.shapes, found.delta, spec, settings, seed, found.start(spec), kernels=found.kernels).error
 
     return replace(_probed(found.shapes, budgets, variants, held, found.kernels), untold=found.untold)
-
-
-def _check_known(variants: Sequence[str]) -> None:
-    if unknown := [name for name in variants if name not in VARIANTS]:
-        raise SpecError(f"probe was given the variant '{unknown[0]}'; {near(unknown[0], VARIANTS)}")
 
 
 def _probed(
@@ -171,7 +166,9 @@ def _probed(
 ) -> Probe:
     """A point for each structure and number of parameters; `missed` fits one and gives its relative error."""
     numbers = sum(d_out * d_in for d_out, d_in in shapes.values())
-    _check_known(variants)
+    check_variants("probe", variants)
+    if not isinstance(budgets, Iterable | None):
+        raise SpecError(f"probe was given budgets={shown(budgets)}; give a list of numbers, or None.")
     wanted = sorted({max(1, numbers // part) for part in PARTS} if budgets is None else set(budgets))
     for budget in wanted:
         check_count("probe", "budgets", budget, 1 << 62)

@@ -12,13 +12,12 @@ from superlora_tn.contraction.plan import choose, table
 from superlora_tn.contraction.profile import CPU, ITEM, Device
 from superlora_tn.contraction.search import PlanError
 from superlora_tn.contraction.summed import choose_all
-from superlora_tn.declare.checks import near
 from superlora_tn.declare.fold import PhysicalGroup, Shape
-from superlora_tn.declare.parts import SpecError, check_count
+from superlora_tn.declare.parts import SpecError, check_count, shown
 from superlora_tn.model.targets import Targets, targets_of
 from superlora_tn.network.budget import words
-from superlora_tn.network.catalogue import VARIANTS, bought
-from superlora_tn.network.kernels import Kernels, lay_out
+from superlora_tn.network.catalogue import VARIANTS, bought, check_variants
+from superlora_tn.network.kernels import Kernels, check_kernels, lay_out
 from superlora_tn.network.spec import AdapterSpec, check_shapes, named_shapes
 
 
@@ -118,9 +117,9 @@ def suggest(
     """
     check_count("suggest", "budget", budget, 1 << 62)
     check_count("suggest", "tokens", tokens, 1 << 40)
-    unknown = [name for name in variants if name not in VARIANTS]
-    if unknown:
-        raise SpecError(f"suggest was given the variant '{unknown[0]}'; {near(unknown[0], VARIANTS)}")
+    check_variants("suggest", variants)
+    if not isinstance(device, Device):
+        raise SpecError(f"suggest was given device={shown(device)}; give a Device, as calibrate() measures it.")
     shapes, kernels = _weights(where, targets, kernels)
     whole = sum(d_out * d_in for d_out, d_in in shapes.values())
     found, refused = list[Suggestion](), dict[str, str]()
@@ -156,6 +155,7 @@ def _weights(
     if not named:
         raise SpecError("suggest was given no weight; give at least one shape (out, in).")
     check_shapes(named)
+    check_kernels(kernels, named)
     return dict(named), kernels
 
 

@@ -179,10 +179,10 @@ def as_list(against: Against | Sequence[Against] | None) -> list[Against]:
     """
     if against is None:
         return list(REFERENCES)
-    named = [against] if isinstance(against, str) or callable(against) else list(against)
+    named = list(against) if isinstance(against, Sequence) and not isinstance(against, str) else [against]
     for one in named:
-        if isinstance(one, str) and one not in (*REFERENCES, NONE):
-            raise SpecError(f"there is no reference '{one}'; choose among {', '.join(REFERENCES)}, or give a function.")
+        if not callable(one) and one not in (*REFERENCES, NONE):
+            raise SpecError(f"there is no reference {one!r}; choose among {', '.join(REFERENCES)}, or give a function.")
     return named
 
 

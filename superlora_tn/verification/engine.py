@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
-from superlora_tn.declare.checks import near
+from superlora_tn.declare.checks import checked_seed, near
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.parts import SpecError, check_count
 from superlora_tn.files.own import read as read_adapter
@@ -146,7 +146,7 @@ def verify_spec(
     called: str = "",
 ) -> Certificate:
     """All properties and references of a declaration, `called` so in the rows, or of a preset with drawn settings."""
-    given_shapes, rows = draws.named(shapes), []
+    given_shapes, rows, seed = draws.named(shapes), [], checked_seed("verify", seed)
     subject, specs = _subject(spec, given_shapes)
     subject = called or subject
     named = checks.as_list(against)
@@ -226,7 +226,7 @@ def declared(name: str) -> list[tuple[str, AdapterSpec | str]]:
 
 def verify_reductions(examples: int, seed: int) -> Certificate:
     """All identities between methods."""
-    rows = []
+    rows, seed = [], checked_seed("verify_reductions", seed)
     for one in (*reductions.REDUCTIONS, *identities.IDENTITIES):
         rows.append(examine("reductions", reduction_check(one), one.cases(), examples, seed))
     return Certificate(tuple(rows), examples, seed)
