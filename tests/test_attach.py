@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from models import (
@@ -247,27 +248,56 @@ def test_peft_itself_matches_the_same(targets: str | list[str]) -> None:
     [
         ({"targets": ["q_porj", "v_proj"]}, ["'q_porj'", "matches no module", "near names", "'q_proj'"]),
         ({"targets": r".*\.q_porj"}, ["q_porj", "matches no module's whole name", "near names"]),
-        ({"targets": "q_proj"}, ["matches no module's whole name", "q_proj"]),
+        ({"targets": "q_proj"}, ["matches no module's whole name", "a list takes endings, targets=['q_proj']"]),
         ({"targets": ["q_proj"], "exclude": ["kproj"]}, ["'kproj'", "matches no module", "'k_proj'"]),
         ({"targets": ["q_proj"], "only_layers": [7]}, ["leaves no layer", "only_layers=[7]"]),
         ({"targets": ["q_proj"], "exclude": ["attn.q_proj"]}, ["leaves no layer", "exclude=['attn.q_proj']"]),
         ({"targets": []}, ["leaves no layer", "targets=[]"]),
+        ({"targets": 3}, ["targets were given as 3", "give a list of names"]),
+        ({"targets": [None]}, ["targets were given as [None]", "give a list of names"]),
+        ({"targets": (name for name in ["up"])}, ["targets were given as <generator", "give a list of names"]),
+        ({"targets": ["up"], "exclude": 3}, ["targets were given as 3"]),
+        ({"targets": ["up"], "only_layers": 0}, ["only_layers=0 is no list of numbers", "only_layers=[0, 1]"]),
+        ({"targets": ["up"], "only_layers": ["0"]}, ["only_layers=['0'] is no list of numbers"]),
+        ({"targets": ["up"], "also": None}, ["also=None", "give a list"]),
         ({"targets": "(up"}, ["'(up'", "not a regular expression"]),
         ({"targets": ["norm"]}, ["'layers.0.norm'", "LayerNorm", "cannot be adapted", "Linear"]),
         ({"targets": ["attn"]}, ["'layers.0.attn'", "Attention", "Name the layers inside it"]),
         ({"targets": ["all-linear"]}, ["'all-linear' is no entry of a list", "targets='all-linear'"]),
         ({"targets": ["up"], "name": "head"}, ["named 'head' already", "name="]),
         ({"targets": ["up"], "backend": "tensorly_torhc"}, ["no backend 'tensorly_torhc'", "tensorly_torch"]),
+        ({"targets": ["up"], "optimize": None}, ["optimize=None is no optimizer", "give 'dp'"]),
+        ({"targets": ["up"], "recompute": 1}, ["recompute=1", "True or False"]),
+        ({"targets": ["up"], "seed": True}, ["seed=True is no whole number"]),
+        ({"targets": ["up"], "seed": 1 << 64}, ["is no whole number of 64 bits"]),
+        ({"spec": {}}, ["spec={}", "give an AdapterSpec"]),
     ],
 )
 def test_what_does_not_fit_raises_and_changes_nothing(options: dict[str, object], words: list[str]) -> None:
     model = seeded(0, Tiny)
-    before = snapshot(model)
-    with pytest.raises((sl.AttachError, sl.BackendError)) as caught:
-        sl.attach(model, sl.lora(2), **options)
+    before, state = snapshot(model), torch.get_rng_state()
+    with pytest.raises((sl.AttachError, sl.BackendError, sl.PlanError, sl.SpecError)) as caught:
+        sl.attach(model, **{"spec": sl.lora(2), **options})
     for word in words:
         assert word in str(caught.value)
     assert_untouched(model, before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    calls = [lambda: sl.attach("m", sl.lora(2), ["up"]), lambda: sl.load("m", "x"), lambda: sl.tuned("m")]
+    for call in [*calls, lambda: sl.use("m", None), lambda: sl.match("m", ["up"])]:
+        with pytest.raises(sl.AttachError, match="the model was given as 'm'; give a torch module"):
+            call()
+
+
+def test_a_seed_may_be_numpys() -> None:
+    first, second = (sl.attach(seeded(0, Tiny), sl.lora(2), ["up"], seed=seed) for seed in (3, np.int64(3)))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    second.reset_parameters(np.int64(3))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    with pytest.raises(sl.AttachError, match="seed='a' is no whole number"):
+        second.reset_parameters("a")
 
 
 def test_a_spec_that_does_not_fit_the_shapes_changes_nothing() -> None:

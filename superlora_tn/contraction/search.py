@@ -119,7 +119,7 @@ def _asked(task: Task, optimize: Optimizer) -> Pairs:
     """The path of an optimizer of opt_einsum's, or of anything that is called like one."""
     symbol = {name: oe.get_symbol(k) for k, name in enumerate(task.size)}
     sizes = {symbol[name]: extent for name, extent in task.size.items()}
-    find = _named(optimize) if isinstance(optimize, str) else optimize
+    find = optimize if callable(optimize) else _named(optimize)
     # Called with what all of them take: some of cotengra's have no place for opt_einsum's memory limit.
     path = find([frozenset(symbol[i] for i in t) for t in task.terms], frozenset(symbol[i] for i in task.output), sizes)
     alive, pairs = list(range(len(task.terms))), Pairs()
@@ -137,7 +137,7 @@ def _named(name: str) -> Callable[..., Any]:
     """The optimizer that opt_einsum has under a name."""
     try:
         found: Callable[..., Any] = oe.paths.get_path_fn(name)
-    except KeyError as error:
+    except (KeyError, TypeError, AttributeError) as error:  # an AttributeError: no string
         known = "auto, auto-hq, optimal, greedy, branch-all, branch-2, branch-1"
         raise PlanError(
             f"optimize={name!r} is no optimizer; give 'dp', a name of opt_einsum's ({known}), or an object."

@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from os import PathLike
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 from superlora_tn.contraction.backend import DEFAULT
 from superlora_tn.contraction.plan import Route
 from superlora_tn.contraction.search import Optimizer
+from superlora_tn.declare.checks import check_flag, is_seed
 from superlora_tn.declare.rows import Span
 from superlora_tn.files.own import Entry
 from superlora_tn.model.beside import also_trained
@@ -28,7 +28,7 @@ from superlora_tn.model.joins import bound, enters
 from superlora_tn.model.kernels import by_kernel
 from superlora_tn.model.kinds import Held
 from superlora_tn.model.merging import forget_compiled
-from superlora_tn.model.places import declared
+from superlora_tn.model.places import check_model, declared
 from superlora_tn.model.saved import At, check_base, depart, read_for
 from superlora_tn.model.shown import Block, show
 from superlora_tn.model.site import BeginHook, EndHook, EnterHook, UpdateHook, watchers
@@ -131,7 +131,7 @@ def _named(
     model: nn.Module, spec: Specs, targets: Targets | None, exclude: Targets, only_layers: Sequence[int] | None
 ) -> list[tuple[AdapterSpec | Budget, tuple[str, ...]]]:
     """Each declaration with the names of its targets."""
-    if not isinstance(spec, Mapping):
+    if not isinstance(spec, Mapping) or not spec:
         if not isinstance(spec, AdapterSpec | Budget):
             raise AttachError(f"attach was given spec={spec!r}; give an AdapterSpec such as superlora_tn.lora(8).")
         if targets is None:
@@ -167,6 +167,16 @@ def _bought(
 
 
 def _attach(model: nn.Module, request: _Request) -> Tuned:
+    """Attach as a whole, or leave the model and torch's generator as they were."""
+    state = torch.get_rng_state()
+    try:
+        return _attached(model, request)
+    except BaseException:
+        torch.set_rng_state(state)
+        raise
+
+
+def _attached(model: nn.Module, request: _Request) -> Tuned:
     """Everything that can fail comes before the first change of the model."""
     _check_asked(request)
     _check_name(model, request.name)
@@ -179,7 +189,7 @@ def _attach(model: nn.Module, request: _Request) -> Tuned:
         _check_dtype(spec, targets, request.dtype)
     check_apart([target for _, targets in entries for target in targets])
     passes, seed = Passes(), _agreed(request.seed)
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = None if seed is None else torch.Generator().manual_seed(int(seed))
     adapters: list[Adapter] = []
     for spec, targets in entries:
         layers = {target.name: target for target in targets}
@@ -205,10 +215,11 @@ def _check_asked(request: _Request) -> None:
         raise AttachError(f"route={settings.route!r} is neither 'apply' nor 'delta'; leave it out for the cheaper one.")
     if settings.backend == "numpy_reference":
         raise AttachError("backend='numpy_reference' computes outside of torch, for verification; leave it out.")
+    check_flag("attach", "recompute", settings.recompute)
     if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex) or dtype.itemsize < 2:
         raise AttachError(f"dtype={dtype!r} holds no trained numbers; give a floating type such as torch.float32.")
-    if not isinstance(seed, Integral | None):
-        raise AttachError(f"seed={seed!r} is no whole number; give one, or None to draw from torch's generator.")
+    if seed is not None and not is_seed(seed):
+        raise AttachError(f"seed={seed!r} is no whole number of 64 bits; give one, or None to draw from torch's generator.")
 
 
 def _entry(spec: AdapterSpec, targets: Sequence[Target], known: Mapping[str, Place]) -> Entry:
@@ -325,6 +336,7 @@ def tuned(model: nn.Module, name: str = NAME) -> Tuned:
     Raises:
         AttachError: there is none of that name, or several.
     """
+    check_model(model)
     handles = {n: m for n, m in model.named_modules() if isinstance(m, Tuned)}
     direct = handles.get(name)
     if direct is not None:
@@ -363,6 +375,7 @@ def load(
     Raises:
         CheckpointError: files missing, damaged, of a newer schema, or of another base.
     """
+    check_model(model)
     saved = read_for(model, folder, part, at)
     check_base(model, folder, saved, at)
     entries = tuple((entry.trains or entry.spec, tuple(entry.targets)) for entry in saved.entries)

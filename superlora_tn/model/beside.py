@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -24,7 +24,7 @@ def also_trained(model: nn.Module, also: Sequence[str]) -> tuple[str, ...]:
     Raises:
         AttachError: an entry that matches nothing, or is no name.
     """
-    if isinstance(also, str):
+    if isinstance(also, str) or not isinstance(also, Collection):
         raise AttachError(f"attach was given also={also!r}; give a list, such as also=['classifier', '*.bias'].")
     handles = tuple(f"{n}." for n, module in model.named_modules(remove_duplicate=False) if isinstance(module, Tuned))
     names: dict[str, int] = {}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 from torch import nn
 
-from superlora_tn.declare.parts import SpecError
+from superlora_tn.declare.parts import SpecError, shown
 from superlora_tn.declare.rows import Rows, Span
 from superlora_tn.model.blocks import blocks_in
 from superlora_tn.model.kinds import LayerError
@@ -25,6 +25,12 @@ HEADS = ("score", "classifier")
 
 class AttachError(ValueError):
     """A model and an adapter that do not go together; the model is left as it was."""
+
+
+def check_model(model: object) -> None:
+    """Raise unless it is a module."""
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"the model was given as {shown(model)}; give a torch module.")
 
 
 def near(given: str, names: Sequence[str] | Mapping[str, Any]) -> str:
@@ -153,11 +159,18 @@ def declared(model: nn.Module, targets: Targets | None) -> dict[str, Span]:
     """The blocks that `Rows` among targets declare, by their full names.
 
     Raises:
-        AttachError: a layer that is not there or does not divide so.
+        AttachError: no model, entries that are no names, or a layer that is not there or does not divide so.
     """
+    check_model(model)
     found: dict[str, Span] = {}
     modules = {name: m for name, m in model.named_modules() if name}
-    for entry in [] if targets is None or isinstance(targets, str) else targets:
+    entries = () if targets is None or isinstance(targets, str) else targets
+    if not isinstance(entries, Collection) or not all(isinstance(entry, str | Rows) for entry in entries):
+        raise AttachError(
+            f"targets were given as {shown(targets)}; give a list of names or of their endings, such as ['q_proj', 'v_proj'], "
+            "or a pattern of whole names."
+        )
+    for entry in entries:
         if not isinstance(entry, Rows):
             continue
         homes = [name for name in modules if name == entry.layer or name.endswith(f".{entry.layer}")]

@@ -9,6 +9,7 @@ from types import TracebackType
 from torch import nn
 
 from superlora_tn.declare.parts import check_number
+from superlora_tn.model.places import check_model
 from superlora_tn.model.targets import AttachError, near
 from superlora_tn.model.tuned import Tuned
 
@@ -21,6 +22,7 @@ def handles(model: nn.Module) -> dict[str, Tuned]:
     Raises:
         AttachError: two of one name; act on the parts then.
     """
+    check_model(model)
     found: dict[str, Tuned] = {}
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -175,6 +176,8 @@ def _left(
     out = set(_each(_named(model, exclude, known, adaptable, "exclude"), known)) if exclude else set()
     found = _together([n for n in _each(named, known) if n not in out], known)
     if only is not None:
+        if isinstance(only, str) or not isinstance(only, Collection) or not all(isinstance(n, Integral) for n in only):
+            raise AttachError(f"only_layers={only!r} is no list of numbers; give one, such as only_layers=[0, 1].")
         found = [n for n in found if (number := re.search(r"\.(\d+)\.", f".{n}.")) and int(number[1]) in only]
     if not found:
         raise AttachError(f"{given} leaves no layer to adapt (exclude={exclude!r}, only_layers={only!r}).")
@@ -224,7 +227,8 @@ def _named(model: nn.Module, targets: Targets, found: Mapping[str, Place], adapt
             raise AttachError(f"{word}={targets!r} is not a regular expression ({error}); a list matches by ending.") from error
         matched = _fitting(pattern, found)
         if not matched:
-            raise AttachError(f"{word}={targets!r} matches no module's whole name; {near(targets, adaptable)}.")
+            ends = f"a list takes endings, {word}=[{targets!r}]" if targets in _endings(found) else near(targets, adaptable)
+            raise AttachError(f"{word}={targets!r} matches no module's whole name; {ends}.")
         return matched
     wanted, endings = set[str](), _endings(found)
     for entry in _spelled(targets):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from superlora_tn.contraction.summed import Choice, routes
+from superlora_tn.declare.checks import is_seed
 from superlora_tn.declare.fold import Shape
 from superlora_tn.files.own import CheckpointError, Entry, Saved, read
 from superlora_tn.files.standing import check_same
@@ -126,7 +127,9 @@ class Tuned(Stated):
         """
         check_resettable(self._adapters(), self._weights())
         seed = self.seed if seed is None else seed
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        if seed is not None and not is_seed(seed):
+            raise AttachError(f"seed={seed!r} is no whole number of 64 bits; give one, or None.")
+        generator = None if seed is None else torch.Generator().manual_seed(int(seed))
         for adapter in self._adapters():
             adapter.refill(generator)
             adapter.rest_on(lambda name: self._targets[name].weight())
