@@ -295,6 +295,8 @@ def test_config_refuses_what_it_does_not_know(tmp_path: Path) -> None:
             peft.PeftConfig.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'target_module', which it does not know; near names are target_modules"):
         Config(spec="lora", settings={"rank": 2}, target_module=["up"])
+    with pytest.raises(sl.SpecError, match="SuperLoraConfig was given seed='a'"):
+        config("lora", TARGETS, seed="a")
     with pytest.raises(sl.SpecError, match=r"or one of .*lokr"):
         Config(spec="lowkr", settings={"rank": 2})
     with pytest.raises(sl.SpecError, match=r"for lora.*missing a required argument"):
@@ -541,3 +543,23 @@ def test_a_config_of_before_in_which_rslora_did_nothing_still_loads() -> None:
     """As this library's own files of before do; the declaration means the same without it."""
     for spec in (sl.lora(2), sl.dense(alpha=2.0)):
         assert Config(spec={**spec.to_dict(), "rslora": True}).adapter_spec == spec
+
+
+def test_pefts_status_says_what_trains_and_where() -> None:
+    model, targets, _ = tiny()
+    made = peft.get_peft_model(model, config("lotr", targets))
+    made.add_adapter("other", config("lora", [targets[0]]))
+    before = set(made.state_dict())
+    status = made.get_model_status()
+    assert status.requires_grad == {"default": True, "other": False}
+    assert status.devices == {"default": ["cpu"], "other": ["cpu"]}
+    assert status.available_adapters == ["default", "other"]
+    made.set_requires_grad("other")
+    assert made.get_model_status().requires_grad == {"default": True, "other": True}
+    made.set_adapter("other")
+    assert made.get_model_status().requires_grad == {"default": False, "other": True}
+    with made.disable_adapter():
+        assert made.get_model_status().requires_grad == {"default": False, "other": False}
+    assert made.get_model_status().requires_grad == {"default": False, "other": True}
+    assert {len(layer.requires_grad) for layer in made.get_layer_status()} <= {1, 2}
+    assert set(made.state_dict()) == before

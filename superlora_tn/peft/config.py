@@ -11,6 +11,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from superlora_tn.declare.checks import checked_seed
 from superlora_tn.declare.parts import SpecError
 from superlora_tn.files.record import saved_spec
 from superlora_tn.network.budget import Budget
@@ -95,6 +96,7 @@ class SuperLoraConfig(PeftConfig):  # type: ignore[misc]
             )
         self.spec = _declared(self.spec, self.settings).to_dict()
         self.settings = None
+        self.seed = None if self.seed is None else checked_seed("SuperLoraConfig", self.seed)
         self.target_modules, self.exclude_modules = _unordered(self.target_modules), _unordered(self.exclude_modules)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None and self._is_pattern:
             raise ValueError(

@@ -34,7 +34,7 @@ class SuperLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         superlora_joins: what gives its output with the update of each.
     """
 
-    adapter_layer_names = ()
+    adapter_layer_names = ("superlora_adapters",)
     other_param_names = ("superlora_members", "superlora_joins")
 
     def __init__(self, base_layer: nn.Module, kind: Kind) -> None:
@@ -46,8 +46,13 @@ class SuperLoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters: list[str] = []
         self._own = Weight(self.inner(), kind)
 
-    def _get_available_adapters(self) -> set[str]:
-        return set(self.superlora_members)
+    @property
+    def superlora_adapters(self) -> nn.ModuleDict:
+        """Its adapters by name, where PEFT looks for what trains and where it lies; they are registered on the tuner alone."""
+        return nn.ModuleDict({name: member.adapter for name, member in self.superlora_members.items()})
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Nothing: the tuner places what layers share, once it is loaded (`_cast_adapter_dtype`)."""
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapters; what trains is the tuner's to say, as it holds the parameters."""
