@@ -153,10 +153,23 @@ def test_what_cannot_hold_dw_is_refused_by_name(
     if after is not None:
         after(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(sl.AttachError, match=words):
-        tuned.merge()
+    for ask in (tuned.check_mergeable, tuned.merge):
+        with pytest.raises(sl.AttachError, match=words):
+            ask()
     assert same_state(before, model.state_dict())
     assert not tuned.merged
+
+
+def test_whether_a_merge_will_do_is_asked_without_merging() -> None:
+    model = net()
+    tuned = adapted(model, sl.lora(2), ["0", "2"])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    tuned.check_mergeable()
+    assert not tuned.merged
+    assert same_state(before, model.state_dict())
+    tuned.merge()
+    with pytest.raises(sl.AttachError, match="merged already"):
+        tuned.check_mergeable()
 
 
 def test_views_of_one_storage_that_do_not_overlap_merge() -> None:
@@ -241,7 +254,7 @@ def test_what_is_switched_off_is_not_merged() -> None:
     base = model(X).detach()
     tuned = adapted(model, sl.lora(2), ["0"])
     sl.use(model, None)
-    for leave in (tuned.merge, tuned.bake):
+    for leave in (tuned.check_mergeable, tuned.merge, tuned.bake):
         with pytest.raises(sl.AttachError, match="is switched off, so merging it would change what the model computes"):
             leave()
     assert torch.equal(model(X), base)

@@ -16,7 +16,6 @@ import transformers
 from superlora_tn.files.writes import Report
 from superlora_tn.finetune.config import Config
 from superlora_tn.finetune.job import REPORT, Job, prepare, same_run
-from superlora_tn.model.weights import check_mergeable
 from superlora_tn.tools import draw
 
 WHOLE = "whole"  # a file that says that a checkpoint was written to its end
@@ -62,7 +61,7 @@ def finetune(config: Config) -> dict[str, Any]:
     job = _job(config, arguments)
     # What its format cannot say is refused before it is learnt.
     if config.format == "merged":
-        check_mergeable(job.model, list(job.tuned._targets.values()))
+        job.tuned.check_mergeable()
     elif config.format != "superlora":
         with tempfile.TemporaryDirectory() as folder:
             _write(config, job, Path(folder))

@@ -167,12 +167,7 @@ class Tuned(Stated):
             AttachError: already merged, detached, switched off (`use`), dW not finite, or a weight that cannot hold it:
                 quantised, sharded, shared with other modules, computed from others, or of a layer that was replaced.
         """
-        model = self._need("merge")
-        if self.merged:
-            raise AttachError("the adapter is merged already; unmerge() first, or leave it.")
-        check_switched_on(self.name, self._enabled)
-        self._put_back()
-        check_mergeable(model, list(self._targets.values()))
+        self.check_mergeable()
         try:
             with torch.no_grad(), self._passes.opened():
                 for name, weight in self._weights().items():
@@ -188,6 +183,19 @@ class Tuned(Stated):
             self._switch()
             raise
         report_rounding(self._weights())
+
+    def check_mergeable(self) -> None:
+        """Raise where `merge` would, whatever dW is: to be asked before training for a merged result. No value is changed.
+
+        Raises:
+            AttachError: as `merge`, but for a dW that is not finite.
+        """
+        model = self._need("merge")
+        if self.merged:
+            raise AttachError("the adapter is merged already; unmerge() first, or leave it.")
+        check_switched_on(self.name, self._enabled)
+        self._put_back()
+        check_mergeable(model, list(self._targets.values()))
 
     def _put_back(self) -> None:
         """Take this handle's dW out of all weights that hold it."""
