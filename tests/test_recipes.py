@@ -89,6 +89,10 @@ def test_lightnings() -> None:
     assert saved
     assert all(".superlora." in name for name in saved)
     assert scope["trainer"].global_step == 16
+    kept, again = scope["trainer"].lightning_module.state_dict(), scope["again"].state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in kept.items())
+    with pytest.raises(RuntimeError, match="Missing key"):  # else the recipe need not say strict=False
+        scope["Module"].load_from_checkpoint("lightning/last.ckpt")
 
 
 def test_diffusers() -> None:
