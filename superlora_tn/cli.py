@@ -22,7 +22,7 @@ from superlora_tn import (
     VerifyError,
     commands,
 )
-from superlora_tn.commands import MODES, RANK, UsageError, count
+from superlora_tn.commands import MODES, RANK, SHAPE, WEIGHTS, UsageError, count
 from superlora_tn.contraction.profile import DEVICES
 from superlora_tn.files.command import add_commands
 from superlora_tn.finetune.command import add_command as add_finetune
@@ -141,8 +141,8 @@ def parser(program: str = "superlora-tn") -> argparse.ArgumentParser:
     fitting.add_argument("--tokens", type=count, default=1024, metavar="N", help="rows of the activation")
     fitting.add_argument("--device", default="cpu", metavar="NAME", help=f"price for one of {', '.join(DEVICES)}")
     for made in (listing, fitting, plan, drawing):
-        made.add_argument("--shape", default="768x768", metavar="OUTxIN", help="of a weight")
-        made.add_argument("--weights", type=count, default=24, metavar="N", help="how many such weights")
+        made.add_argument("--shape", metavar="OUTxIN", help=f"of a weight (default: {SHAPE})")
+        made.add_argument("--weights", type=count, metavar="N", help=f"how many such weights (default: {WEIGHTS})")
     for made in (listing, fitting):
         words = "the weights of a model instead: its folder with config.json, or its safetensors"
         made.add_argument("--model", metavar="PATH", help=words)

@@ -25,7 +25,7 @@ from superlora_tn.network.kernels import Kernels, lay_out
 from superlora_tn.network.kernels import count as trained
 from superlora_tn.network.spec import AdapterSpec
 
-RANK, MODES = 8, "out in"  # where none are given
+RANK, MODES, SHAPE, WEIGHTS = 8, "out in", "768x768", 24  # where none are given
 MOST = 2**62  # the largest whole number of the library's own arguments
 MOST_WEIGHTS = 100_000  # of one shape; each has a name, and the largest models have some thousands
 
@@ -135,19 +135,19 @@ def _whole(text: str) -> int:
 def _value(text: str) -> Any:
     try:
         value = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return tuple(value) if isinstance(value, list) else value  # several ranks, or the sizes of axes
 
 
 def _shapes(args: argparse.Namespace) -> dict[str, Shape]:
-    words = args.shape.lower().split("x")
+    words, weights = (args.shape or SHAPE).lower().split("x"), args.weights or WEIGHTS
     if len(words) != 2 or not all(w.isdecimal() for w in words):
         raise UsageError(f"--shape {args.shape!r} is not OUTxIN; write for instance 768x768.")
     shape = (_whole(words[0]), _whole(words[1]))
-    if args.weights > MOST_WEIGHTS:
-        raise UsageError(f"--weights {args.weights:,} is more than the {MOST_WEIGHTS:,} that are looked at; give fewer.")
-    return {f"layer.{k}.weight": shape for k in range(args.weights)}
+    if weights > MOST_WEIGHTS:
+        raise UsageError(f"--weights {weights:,} is more than the {MOST_WEIGHTS:,} that are looked at; give fewer.")
+    return {f"layer.{k}.weight": shape for k in range(weights)}
 
 
 def _targets(args: argparse.Namespace) -> tuple[dict[str, Shape], Kernels | None, str]:
@@ -155,7 +155,8 @@ def _targets(args: argparse.Namespace) -> tuple[dict[str, Shape], Kernels | None
     if args.model is None:
         if args.targets:
             raise UsageError("--targets chooses of a model; give --model too, or --shape and --weights.")
-        return _shapes(args), None, f"{args.weights} weights of {args.shape}"
+        return _shapes(args), None, f"{args.weights or WEIGHTS} weights of {args.shape or SHAPE}"
+    refuse(args, ("shape", "weights"), "says of what no model is given, and does not go with --model")
     from superlora_tn.tools.shapes import model_shapes
 
     shapes, kernels = model_shapes(args.model, args.targets)

@@ -184,8 +184,19 @@ def test_variants_and_suggest_take_a_models_weights(tmp_path, capsys):
         (["--model", str(tmp_path / "a.safetensors"), "--targets", "q"], "has no weight that could be adapted by the names q"),
         (["--model", str(tmp_path / "nothing.safetensors")], "nothing.safetensors"),
         (["--targets", "q"], "give --model too"),
+        ([*arguments, "--shape", "8x8"], "--shape '8x8' says of what no model is given, and does not go with --model"),
+        ([*arguments, "--weights", "3"], "--weights 3 says of what no model is given"),
     ):
         assert main(["variants", *words]) == 2
+        assert expected in capsys.readouterr().err
+    for text, expected in (
+        ("hello", "config.json is no JSON"),
+        ("[" * 100_000, "config.json is no JSON"),
+        ('{"model_type": "llama", "hidden_size": "x"}', "transformers makes no model of"),
+        ("[1]", "holds no safetensors file of a base model"),
+    ):
+        (tmp_path / "config" / "config.json").write_text(text)
+        assert main(["suggest", "600", *arguments]) == 2
         assert expected in capsys.readouterr().err
 
 
@@ -263,6 +274,8 @@ def test_a_declarations_file_may_have_a_mark_in_front_and_is_refused_where_it_ne
     path.write_text("[" * 100_000)
     assert main(["plan", "--spec", str(path)]) == 2
     assert "spec.json is no JSON (" in capsys.readouterr().err
+    assert main(["plan", "lora", "--set", f"rank={'[' * 50_000}"]) == 2
+    assert "rank='[[[" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", REFUSALS, ids=lambda kind: kind.__name__)

@@ -130,7 +130,7 @@ def test_a_failing_case_is_a_line_to_paste(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_command_takes_a_file_and_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = tmp_path / "mine.json"
-    place.write_text(json.dumps(SPECS["cropped in a sum"].to_dict()))
+    place.write_text(json.dumps(SPECS["cropped in a sum"].to_dict()), encoding="utf-8-sig")  # a mark in front is no matter
     assert cli.main(["verify", str(place), "--examples", "1", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert {row["subject"] for row in made["rows"]} == {str(place)}
@@ -142,6 +142,7 @@ def test_the_command_takes_a_file_and_an_adapter(tmp_path: Path, capsys: pytest.
     for text, words in (
         ("[1]", "a spec is a dict"),
         ("{", "holds no declaration"),
+        ("[" * 100_000, "holds no declaration"),
         ('{"alpha": 1}', "a spec needs"),
     ):
         place.write_text(text)

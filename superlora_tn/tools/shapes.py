@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 
 import torch
 
@@ -29,15 +30,28 @@ def model_shapes(path: str | PathLike[str], targets: Sequence[str] = ()) -> tupl
     """
     place = place_of(path)
     config = place / "config.json"
-    if config.is_file() and "model_type" in json.loads(config.read_text()):
+    if _names_a_model(config):
         from transformers import AutoConfig, AutoModel
 
         try:
             with torch.device("meta"):
                 model = AutoModel.from_config(AutoConfig.from_pretrained(place))
-        except (ValueError, KeyError) as error:
+        except ImportError:
+            raise
+        except Exception as error:  # whatever transformers raises for settings that it does not take
             raise CheckpointError(f"transformers makes no model of {config}: {error}") from error
         bound = targets_of(model, list(targets) or "all-linear")
         return {target.name: target.shape for target in bound}, {target.name: target.kernel for target in bound}
     found = base_model(place)
     return {name: shape for name, shape in found.shapes.items() if within(name, targets)}, found.kernels
+
+
+def _names_a_model(config: Path) -> bool:
+    """Whether it is a config of which transformers knows the model's type."""
+    if not config.is_file():
+        return False
+    try:
+        found = json.loads(config.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{config} is no JSON ({error}), so no model is made of it.") from error
+    return isinstance(found, dict) and "model_type" in found

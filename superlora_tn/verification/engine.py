@@ -216,8 +216,8 @@ def declared(name: str) -> list[tuple[str, AdapterSpec | str]]:
         return [(f"{name} {k + 1}" if len(entries) > 1 else name, entry.spec) for k, entry in enumerate(entries)]
     if name not in draws.PRESETS and place.suffix == ".json":
         try:
-            return [(name, AdapterSpec.from_dict(json.loads(place.read_text(encoding="utf-8"))))]
-        except ValueError as error:
+            return [(name, AdapterSpec.from_dict(json.loads(place.read_text(encoding="utf-8-sig"))))]
+        except (ValueError, RecursionError) as error:
             wanted = "give the JSON of a declaration's to_dict(), or the folder of a saved adapter"
             raise SpecError(f"{name} holds no declaration: {error} To verify your own, {wanted}.") from error
     preset(name)
