@@ -490,6 +490,17 @@ def test_one_name_of_a_tied_table_adapts_that_place_alone() -> None:
             tuned.merge()
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_tied_table_shows_an_adapter_of_its_own_beside_one_of_both_places(order: int) -> None:
+    model = seeded(0, Tied).double()
+    table = model.embed.weight.detach().clone()
+    for name, names in [("own", ["embed"]), ("both", ["embed", "lm_head"])][::order]:
+        perturb(sl.attach(model, sl.lora(2), names, name=name, seed=0, dtype=torch.float64, at="weight"))
+    own, both = sl.tuned(model, "own").delta("embed").T, sl.tuned(model, "both").delta("embed+lm_head")
+    torch.testing.assert_close(model.embed.weight, table + own + both)
+    torch.testing.assert_close(model.lm_head.weight, table + both)
+
+
 ROWS = sl.Rows("embed", ("old", "new"), use=("new",), sizes=(6, 3))
 
 

@@ -209,6 +209,8 @@ def _matrix(stored: Tensor, blocks: list[Block]) -> Tensor:
     sums: dict[Span | None, Tensor] = {}
     for block in blocks:
         span, delta = block.kind.span, block.member.current()
+        if block.kind.transposed != kind.transposed:  # a table by itself, and with the output layer that it is tied to
+            delta = delta.t()
         sums[span] = joined(block.member, sums[span] if span in sums else cut(matrix, span), delta)
     # Rounded once, as merging does.
     whole = replaced(matrix, [(span, rows.to(stored.dtype)) for span, rows in sums.items()])
