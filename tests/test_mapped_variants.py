@@ -302,6 +302,13 @@ def test_what_is_shared_is_refused_in_words() -> None:
         sl.Node("r i", map=sl.Same("a"))
     with pytest.raises(sl.SpecError, match="give the name of the node"):
         sl.Same()
+    for wrong, words in (
+        (lambda: sl.hra("8"), "hra was given rank='8'"),
+        (lambda: sl.delora(2, strength=None), "delora was given strength=None"),
+        (lambda: sl.uni_lora(seed="a"), "seed='a'"),
+    ):
+        with pytest.raises(sl.SpecError, match=words):
+            wrong()
     with pytest.raises(sl.SpecError, match="have to be even"):
         sl.waveft(5).count([(9, 8)])
     with pytest.raises(sl.SpecError, match="choose at most those"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,14 @@ def test_orthogonal_halves() -> None:
         sl.start(attached(net(), sl.lora(3)), sl.orthogonal())
     with pytest.raises(sl.SpecError, match="orthogonal was given seed='a'"):
         sl.orthogonal("a")
+
+
+@pytest.mark.parametrize("start", [sl.eva, sl.corda, lambda batches: sl.lora_ga(batches, torch.sum)])
+def test_batches_and_losses_of_a_wrong_kind_are_refused(start: Callable[[Any], Any]) -> None:
+    with pytest.raises(sl.SpecError, match="batches=3; give a list of inputs"):
+        start(3)
+    with pytest.raises(sl.SpecError, match="loss=None; give a function"):
+        sl.lora_ga([], None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("whiten", [False, True])

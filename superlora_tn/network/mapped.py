@@ -18,7 +18,7 @@ from superlora_tn.declare.node_maps import (
     Softmax,
     Spread,
 )
-from superlora_tn.declare.parts import Network, Node, SpecError, check_count
+from superlora_tn.declare.parts import Network, Node, SpecError, check_count, check_number, check_rank
 from superlora_tn.network.relatives import MEMBERS, based
 from superlora_tn.network.spec import AdapterSpec
 
@@ -72,6 +72,7 @@ def hra(rank: int = 8, dropout: float = 0.0) -> AdapterSpec:
 
     An even number of them starts in equal pairs, so that W' is W; an odd one turns W at the start. Count: r in a weight.
     """
+    check_rank("hra", rank)
     even = rank % 2 == 0
     reflections = Node("o i", map=Householder(rank, less_one=even))
     return AdapterSpec(Network("o i", H=reflections), dropout=dropout, join=Multiply("right", residual=even))
@@ -128,6 +129,7 @@ def delora(rank: int, strength: float = 15.0, dropout: float = 0.0) -> AdapterSp
     B's columns and A's rows are normalised (from 1e-4 on), B zero, lam one at first; |W| are the norms of W's columns. Equal to
     PEFT's DeLoRA, whose lambda is strength lam. Count: r (out + in) + 1 a weight.
     """
+    check_number("delora", "strength", strength)
     unit = Normalised(least=1e-4)
     nodes = {
         "B": Node("r o", "zeros", map=unit),
@@ -168,10 +170,11 @@ def uni_lora(count: int = 1000, rank: int = 4, seed: int = 0, alpha: float | Non
 
     g starts at zero, as no such pair does; Uni-LoRA itself has none. Count: `count` + 1 for all weights of a shape together.
     """
+    drawn = Spread(count, seed)
     nodes = {
         "g": Node("", "zeros"),
         "B": Node("m o r", trainable=False, map=Spread(count, seed + 1, of="A")),
-        "A": Node("m r i", map=Spread(count, seed)),
+        "A": Node("m r i", map=drawn),
     }
     return AdapterSpec(Network("m o i", {"r": rank}, **nodes), MEMBERS, alpha=alpha, dropout=dropout)
 

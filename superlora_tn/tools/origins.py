@@ -153,7 +153,7 @@ def eva(batches: Batches, whiten: bool = False) -> Start:
         batches: inputs of the model, each a tensor, a tuple of arguments or a dict of keywords.
         whiten: divide each direction by the root of its singular value.
     """
-    return _Eva(tuple(batches), bool(whiten))
+    return _Eva(_listed("eva", batches), bool(whiten))
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def corda(batches: Batches, method: str = "ipm") -> Start:
     """
     if method not in ("ipm", "kpm"):
         raise SpecError(f"corda was given method={method!r}; choose 'ipm' or 'kpm'.")
-    return _Corda(tuple(batches), method == "ipm")
+    return _Corda(_listed("corda", batches), method == "ipm")
 
 
 @dataclass(frozen=True)
@@ -241,10 +241,18 @@ def lora_ga(
             f"lora_ga was given direction={direction!r}, scale={scale!r}; choose of {', '.join(DIRECTIONS)}, and of "
             f"{', '.join(SCALES)}."
         )
+    if not callable(loss):
+        raise SpecError(f"lora_ga was given loss={shown(loss)}; give a function of the model and a batch.")
     check_number("lora_ga", "gamma", gamma)
     if gamma <= 0:
         raise SpecError(f"lora_ga was given gamma={gamma}; it is above 0.")
-    return _LoraGa(tuple(batches), loss, direction, scale, gamma)
+    return _LoraGa(_listed("lora_ga", batches), loss, direction, scale, gamma)
+
+
+def _listed(owner: str, batches: Batches) -> tuple[Any, ...]:
+    if not isinstance(batches, Iterable):
+        raise SpecError(f"{owner} was given batches={shown(batches)}; give a list of inputs of the model.")
+    return tuple(batches)
 
 
 def start(tuned: Tuned, how: Start) -> Tuned:
