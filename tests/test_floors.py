@@ -17,7 +17,7 @@ CORE, BACKENDS = ROOT / "superlora_tn", ROOT / "backends" / "superlora_tn_backen
 # Folders from the ground up, and in each its rooms from the ground up; what is in none of them stands on top.
 HOUSE = {
     "declare": [
-        ["bounds", "cache", "divisors"],
+        ["bounds", "cache", "divisors", "source"],
         ["checks"],
         ["node_maps"],
         ["nodes"],

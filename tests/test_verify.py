@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import superlora_tn as sl
 from superlora_tn.declare.parts import SpecError
+from superlora_tn.declare.source import source
 from superlora_tn.model import joins as model_joins
 from superlora_tn.network.catalogue import VARIANTS
 from superlora_tn.update import base, based, node_maps
@@ -37,7 +38,6 @@ from superlora_tn.verification import (
 )
 from superlora_tn.verification.claims import counts, gauge, identities, reductions
 from superlora_tn.verification.references import carry, differs, papers, peers
-from superlora_tn.verification.source import source
 
 FEW = 6
 PRESETS = ["lora", "loha", "lokr", "lotr", "lorta", "vera"]
@@ -574,6 +574,9 @@ SPECS = [
     sl.superlora(2, groups="weight"),
     sl.AdapterSpec(sl.Hadamard(sl.TensorTrain((2, 3)), sl.Tucker((1, 2), "out in")), sl.PhysicalFold("layer head out in", 2)),
     sl.AdapterSpec(sl.Network("o i", {"r": 2}, b=sl.Node("o r", init="zeros"), **{"lambda": sl.Node("r i", trainable=False)})),
+    sl.AdapterSpec(sl.Network("o i", {"r": 2}, **{"lambda": sl.Node("r i", trainable=False), "b": "o r"})),
+    sl.quan_ta(2),
+    sl.delora(3),
     NETWORK,
     sl.AdapterSpec(sl.CP(2), sl.FlatFold(2), sl.Compose(sl.Shuffle(1), sl.Fastfood(0.5, tanh=True))),
 ]
@@ -581,7 +584,8 @@ SPECS = [
 
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
 def test_the_source_of_a_declaration_makes_it(spec: sl.AdapterSpec) -> None:
-    assert eval(source(spec), {"sl": sl}) == spec
+    assert eval(source(spec, "sl."), {"sl": sl}) == spec
+    assert eval(repr(spec), vars(sl)) == spec
 
 
 def test_the_scale_is_computed_apart_from_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from superlora_tn.declare.parts import SpecError, check_flag, shown
+from superlora_tn.declare.source import Several
 
 
 def _check_map(owner: str, ratio: float, seed: int) -> None:
@@ -90,8 +91,8 @@ class Fastfood:
         return (len(self.order) - self.order.count("H")) << (length - 1).bit_length()
 
 
-@dataclass(frozen=True, init=False)
-class Compose:
+@dataclass(frozen=True, init=False, repr=False)
+class Compose(Several):
     """Fixed maps one after another: ``Compose(Fastfood(0.5), Shuffle(1))`` is the shuffle of the fastfood map.
 
     The ratio is the product of theirs; the length between two maps is what is left to go, rounded up.

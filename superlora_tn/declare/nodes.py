@@ -89,3 +89,19 @@ class Node:
     def index_names(self) -> tuple[str, ...]:
         """The indices, one name each."""
         return tuple(self.indices.split())
+
+
+_MODE = re.compile(r"\(([^()]*)\)|([^\s()]+)")
+
+
+def parse_modes(modes: str) -> tuple[tuple[str, ...], ...]:
+    """Read einops-like mode notation: ``"(o1 o2) i"`` gives ``(("o1", "o2"), ("i",))``."""
+    if not isinstance(modes, str):
+        raise SpecError(f"Network was given modes {shown(modes)}; write a string such as '(o1 o2) i'.")
+    left_over = _MODE.sub(" ", modes).strip()
+    if left_over:
+        raise SpecError(f"Network cannot read the modes '{modes:.80}': stray '{left_over:.80}'. Write '(o1 o2) (i1 i2)'.")
+    groups = tuple(tuple((m[2] if m[1] is None else m[1]).split()) for m in _MODE.finditer(modes))
+    if not groups or not all(groups):
+        raise SpecError(f"Network was given the modes '{modes:.80}', in which a mode is empty; name at least one index.")
+    return groups

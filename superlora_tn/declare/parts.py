@@ -6,7 +6,6 @@ Everything here is a frozen, hashable value, checked when it is made. A *part* (
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from superlora_tn.declare.nodes import BASED as BASED
 from superlora_tn.declare.nodes import INITS as INITS
 from superlora_tn.declare.nodes import NAME
 from superlora_tn.declare.nodes import Node as Node
+from superlora_tn.declare.nodes import parse_modes as parse_modes
+from superlora_tn.declare.source import Notation, Several
 
 # The library's own indices: the rows of x, and the groups of a flat fold.
 TOKEN, GROUP = "token", "group"
@@ -144,8 +145,8 @@ def _extent(part: object) -> tuple[int, int]:
     return 1 + max(levels), sum(leaves)
 
 
-@dataclass(frozen=True, init=False)
-class Kronecker:
+@dataclass(frozen=True, init=False, repr=False)
+class Kronecker(Several):
     """The Kronecker product of its parts: each mode's size is split into one factor a part.
 
     Args:
@@ -170,8 +171,8 @@ class Kronecker:
             raise SpecError(f"Kronecker was given factor={factor} for {len(parts)} parts; a factor splits in two.")
 
 
-@dataclass(frozen=True, init=False)
-class Hadamard:
+@dataclass(frozen=True, init=False, repr=False)
+class Hadamard(Several):
     """The elementwise product of its parts, all over the same modes.
 
     Args:
@@ -202,8 +203,8 @@ class Frozen:
             raise SpecError(f"Frozen was given {shown(self.part)}; give a part of the sum that it stands in, such as CP(4).")
 
 
-@dataclass(frozen=True, init=False)
-class Sum:
+@dataclass(frozen=True, init=False, repr=False)
+class Sum(Several):
     """The sum of its parts, all over the same modes; within a product the other factors are those of every term.
 
     Each part is contracted by itself, at its own best path.
@@ -241,24 +242,8 @@ class Sum:
                     )
 
 
-_MODE = re.compile(r"\(([^()]*)\)|([^\s()]+)")
-
-
-def parse_modes(modes: str) -> tuple[tuple[str, ...], ...]:
-    """Read einops-like mode notation: ``"(o1 o2) i"`` gives ``(("o1", "o2"), ("i",))``."""
-    if not isinstance(modes, str):
-        raise SpecError(f"Network was given modes {shown(modes)}; write a string such as '(o1 o2) i'.")
-    left_over = _MODE.sub(" ", modes).strip()
-    if left_over:
-        raise SpecError(f"Network cannot read the modes '{modes:.80}': stray '{left_over:.80}'. Write '(o1 o2) (i1 i2)'.")
-    groups = tuple(tuple((m[2] if m[1] is None else m[1]).split()) for m in _MODE.finditer(modes))
-    if not groups or not all(groups):
-        raise SpecError(f"Network was given the modes '{modes:.80}', in which a mode is empty; name at least one index.")
-    return groups
-
-
-@dataclass(frozen=True, init=False)
-class Network:
+@dataclass(frozen=True, init=False, repr=False)
+class Network(Notation):
     """Any tensor network, in index notation.
 
     Args:

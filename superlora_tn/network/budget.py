@@ -7,7 +7,7 @@ find the largest count not above the budget and the smallest above it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import product
 from typing import Any, Protocol
@@ -15,8 +15,8 @@ from typing import Any, Protocol
 from superlora_tn.declare.bounds import MAX_RANK
 from superlora_tn.declare.fold import Shape
 from superlora_tn.declare.maps import Compose, Fastfood, Projection, Shuffle
-from superlora_tn.declare.nodes import Node
-from superlora_tn.declare.parts import CP, Network, Part, SpecError, inner_parts, shown
+from superlora_tn.declare.parts import CP, Part, SpecError, inner_parts, shown
+from superlora_tn.declare.source import source
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.kernels import Kernels, check_kernels, count, lay_out
 from superlora_tn.network.spec import AdapterSpec, named_shapes
@@ -63,32 +63,9 @@ class Choice:
 
 
 def words(spec: AdapterSpec) -> str:
-    """A declaration in short, without settings at their defaults."""
-    mapped = "" if spec.projection is None else f", {_short(spec.projection)}"
-    return f"{_short(spec.network)}, {_short(spec.fold)}{mapped}"
-
-
-def _short(value: Any) -> str:
-    """A declaration without the settings that are at their default, or at the one that all presets have."""
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_short, value))})"
-    if isinstance(value, Network):
-        return _notation(value)
-    if not is_dataclass(value):
-        return repr(value)
-    own = [(f.name, getattr(value, f.name), f.default) for f in fields(value)]
-    given = ", ".join(
-        f"{name}={_short(setting)}" for name, setting, default in own if setting != default and (name, setting) not in USUAL
-    )
-    return f"{type(value).__name__}({given})"
-
-
-def _notation(network: Network) -> str:
-    """A network as it is declared."""
-    nodes = [(name, node.indices if node == Node(node.indices) else node) for name, node in network.nodes]
-    sizes = [repr(dict(network.sizes))] if network.sizes else []
-    cropped = ["crop=True"] if network.crop else []
-    return f"Network({', '.join([repr(network.modes), *sizes, *(f'{name}={_short(n)}' for name, n in nodes), *cropped])})"
+    """A declaration in short, without the settings that are at their default, or at the one that all presets have."""
+    parts = (spec.network, spec.fold, spec.projection)
+    return ", ".join(source(part, unsaid=USUAL) for part in parts if part is not None)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from superlora_tn.contraction.plan import Route
 from superlora_tn.declare.fold import FlatGroup, Group, Shape
 from superlora_tn.declare.joins import Multiply
 from superlora_tn.declare.parts import BASED, Hadamard, Kronecker, Network, Part, Sum, inner_parts
+from superlora_tn.declare.source import source
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Adapter, Settings
@@ -22,7 +23,6 @@ from superlora_tn.update.make import make_adapter
 from superlora_tn.verification.references import mapped
 from superlora_tn.verification.references import textbook as references
 from superlora_tn.verification.references.textbook import Array, Values
-from superlora_tn.verification.source import source
 
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24}  # half the distance from 1 to the next number
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -110,9 +110,9 @@ class Case:
 
     def line(self, claim: str, reference: str) -> str:
         """The call of `check` that repeats this case, to paste."""
-        words = [source(self.spec), repr(dict(self.shapes)), repr(claim), reference, f"seed={self.seed}"]
+        words = [source(self.spec, "sl."), repr(dict(self.shapes)), repr(claim), reference, f"seed={self.seed}"]
         words += [f"dtype={self.dtype!r}", f"batch={self.batch!r}"]
-        words += [f"other={source(self.other)}"] if self.other else []
+        words += [f"other={source(self.other, 'sl.')}"] if self.other else []
         return f"import superlora_tn as sl; from superlora_tn.verification import check; check({', '.join(words)})"
 
 
