@@ -136,6 +136,22 @@ def test_two_losses_of_one_call_come_back_one_after_the_other(spec: sl.AdapterSp
 
 
 @each_spec
+def test_a_later_loss_comes_back_for_many_cotangents_at_once(spec: sl.AdapterSpec) -> None:
+    net, tuned = adapted(spec)
+    wanted, ways = list(tuned.parameters()), noise(3, *X.shape, dtype=torch.float64)
+
+    def jacobian(y: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vmap(
+            lambda way: torch.autograd.grad(y, wanted, way, retain_graph=True, allow_unused=True, materialize_grads=True)
+        )(ways)
+
+    q, v = net(X)
+    q.pow(2).sum().backward()  # with which goes what the two have in common
+    for left, right in zip(jacobian(v), jacobian(written_out(net, tuned, X)[1]), strict=True):
+        torch.testing.assert_close(left, right)
+
+
+@each_spec
 def test_x_may_want_its_gradient_from_its_second_use_on(spec: sl.AdapterSpec) -> None:
     net, tuned = adapted(spec)
     x = X.clone()

@@ -102,6 +102,32 @@ def test_gradients_can_be_differentiated_again() -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@each_spec
+def test_gradients_of_many_cotangents_at_once(spec: sl.AdapterSpec) -> None:
+    """By torch.func.vmap over a backward pass, in which no leaf may be made."""
+    kept, ours, again, theirs = pair(spec)
+    found = []
+    for model, tuned in ((kept, ours), (again, theirs)):
+        x = noise(2, 5, 12, dtype=torch.float64).requires_grad_()
+        y, wanted = model(x), [x, *tuned.parameters()]
+        ways = noise(3, *y.shape, dtype=torch.float64)
+        found.append(torch.func.vmap(lambda way: torch.autograd.grad(y, wanted, way, retain_graph=True))(ways))  # noqa: B023
+        for k, way in enumerate(ways):
+            for left, right in zip(found[-1], torch.autograd.grad(y, wanted, way, retain_graph=True), strict=True):
+                close(left[k], right)
+    for left, right in zip(*found, strict=True):
+        close(left, right)
+
+
+def test_without_memory() -> None:
+    """No device but those that compute has autocast to be asked for."""
+    with torch.device("meta"):
+        model = Tiny()
+    tuned = sl.attach(model, sl.lorta(2), TARGETS, recompute=True)
+    model(torch.empty(2, 5, 12, device="meta")).sum().backward()
+    assert all(p.grad.is_meta for p in tuned.parameters())
+
+
 class Largest(TorchDispatchMode):
     """The largest tensor that any operation returns."""
 

@@ -261,8 +261,7 @@ class _FusedUpdate(torch.autograd.Function):
         apart = grad @ base if source else None
         if ctx.box is None and wanted[0]:
             # Last, as reading W pushes what the network's gradients read out of the caches.
-            first = grads[0] + grad @ base if torch.is_grad_enabled() else _add_product(grads[0], grad, base)
-            grads = (first, *grads[1:])
+            grads = (_add_product(grads[0], grad, base), *grads[1:])
         return (None, None, None, None, None, apart, *grads)
 
 
@@ -310,7 +309,9 @@ def _gradients(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total (..., in) += left (..., out) right (out, in), in place where its memory allows."""
+    """total (..., in) += left (..., out) right (out, in), in place where its memory and who asks for it allow."""
+    if torch.is_grad_enabled() or not is_eager():  # torch.func would write in place slice by slice
+        return total + left @ right
     if total.ndim == 2:
         return total.addmm_(left, right)
     rows = total.reshape(-1, right.shape[1])

@@ -21,7 +21,7 @@ from superlora_tn.declare.fold import FlatGroup
 from superlora_tn.declare.parts import SpecError
 from superlora_tn.network.graph import Term
 from superlora_tn.update.base import Adapter, Member, Run
-from superlora_tn.update.eager import is_differentiated, is_eager
+from superlora_tn.update.eager import as_given, is_differentiated, is_eager
 from superlora_tn.update.fixed_maps import fixed_map, widened
 from superlora_tn.update.passes import lasting
 from superlora_tn.update.plain import by_matrix
@@ -251,14 +251,17 @@ class _Recomputed(torch.autograd.Function):
         x, nodes, again = saved[0], saved[1 : len(saved) - ctx.fused], torch.is_grad_enabled()
         source, *wanted = ctx.needs_input_grad[5:]
         rows = grad.reshape(-1, grad.shape[-1])
-        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-            # Views, as a node may depend on another one.
-            views = [n.view_as(n) if again else n.detach().requires_grad_(w) for n, w in zip(nodes, wanted, strict=True)]
+        with torch.enable_grad(), as_given(grad):
+            # Views, as a node may depend on another one, and as torch.func makes no leaves.
+            views = [
+                n.view_as(n) if again or not is_eager() else n.detach().requires_grad_(w)
+                for n, w in zip(nodes, wanted, strict=True)
+            ]
             delta = ctx.adapter._slice(ctx.member, views, ctx.scale).to(ctx.dtype)
             with torch.set_grad_enabled(again):
                 through = rows @ delta.conj() if source else None  # of real numbers the same tensor
                 if through is not None and ctx.fused:
-                    through.addmm_(rows, saved[-1])
+                    through = through.addmm_(rows, saved[-1]) if is_eager() else through + rows @ saved[-1]
                 outer = rows.t() @ x.reshape(-1, x.shape[-1]).conj()
             inputs = [n for n, want in zip(views, wanted, strict=True) if want]
             found = iter(torch.autograd.grad(delta, inputs, outer, create_graph=again) if inputs else ())

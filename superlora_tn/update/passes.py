@@ -262,7 +262,7 @@ class _Lasting(torch.autograd.Function):
                     "the adapter's parameters were modified by an inplace operation (an optimizer's step?) between a call of "
                     "the model and this backward pass through it; take all gradients first."
                 )
-            views, made = _connected(ctx) if again else _apart(ctx)
+            views, made = _connected(ctx) if again or not is_eager() else _apart(ctx)  # torch.func makes no leaves
         else:
             views = ctx.views
         inputs = [v for v, want in zip(views, wanted, strict=True) if want]
@@ -281,8 +281,9 @@ def _apart(ctx: Any) -> tuple[list[Tensor], Tensor]:
 
 def _connected(ctx: Any) -> tuple[list[Tensor], Tensor]:
     """Views of the nodes, as one may depend on another, and what is built of them: a gradient that can be differentiated."""
-    views = [n.view_as(n) for n in ctx.nodes]
-    return views, ctx.build(views)
+    with torch.enable_grad():
+        views = [n.view_as(n) for n in ctx.nodes]
+        return views, ctx.build(views)
 
 
 def lasting(build: Callable[[Sequence[Tensor]], Tensor], nodes: Sequence[Tensor]) -> Tensor:
