@@ -372,6 +372,23 @@ def test_norms_of_w_are_found_again_when_w_changes() -> None:
     np.testing.assert_allclose(first.numpy(), x.numpy() @ expected.T + model[0].bias.detach().numpy(), rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("spec", [sl.oft(2), sl.hra(2), replace(sl.lora(3), join=sl.Multiply("left", scaled=True))], ids=repr)
+def test_autocast_narrows_no_weight(spec: sl.AdapterSpec) -> None:
+    """What is built of a weight, to be read or merged, is computed in its own dtype; autocast is for what layers compute."""
+    for at in ("output", "weight"):
+        model = layers().float()
+        tuned = moved(sl.attach(model, spec, ["0", "2"], seed=1, at=at))
+        found = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                delta = tuned.delta("0").detach()
+                tuned.merge()
+            found.append((delta, model[0].weight.detach().clone()))
+            tuned.unmerge()
+        for plain, cast in zip(*found, strict=True):
+            assert torch.equal(plain, cast)
+
+
 def test_rows_of_zeros_stay_zero() -> None:
     model, x = layers(), torch.randn(3, IN, dtype=torch.float64)
     with torch.no_grad():

@@ -11,6 +11,7 @@ from torch import Tensor
 from superlora_tn.declare.joins import Magnitude, Multiply
 from superlora_tn.update.base import Member
 from superlora_tn.update.based import row_norms
+from superlora_tn.update.eager import as_given
 from superlora_tn.update.passes import state, unseen
 
 
@@ -37,7 +38,8 @@ def joined(member: Member, weight: Tensor, network: Tensor) -> Tensor:
 
 def multiplied(member: Member, join: Multiply, weight: Tensor, network: Tensor) -> Tensor:
     """R W or W R."""
-    product = network @ weight if join.side == "left" else weight @ network
+    with as_given(weight):
+        product = network @ weight if join.side == "left" else weight @ network
     away = unkept(member)
     return weight + product if away == 0 else product if away == 1 else weight * (1 - away) + product
 

@@ -27,6 +27,7 @@ from superlora_tn.declare.node_maps import (
 )
 from superlora_tn.network.applied import applied
 from superlora_tn.network.graph import Graph
+from superlora_tn.update.eager import as_given
 from superlora_tn.update.passes import Passes, lasting
 
 
@@ -87,10 +88,10 @@ class NodeMaps:
 def _widely(
     compute: Callable[..., Tensor], made: NodeMap, shape: tuple[int, ...], places: Tensor | None, stored: Sequence[Tensor]
 ) -> Tensor:
-    """One node, computed in float32 or wider: neither transforms nor solvers know the halves."""
+    """One node, computed in float32 or wider, under autocast too: neither transforms nor solvers know the halves."""
     own = stored[0]
-    wide = own.to(torch.promote_types(own.dtype, torch.float32))
-    return compute(made, wide, shape, places).to(own.dtype)
+    with as_given(own):
+        return compute(made, own.to(torch.promote_types(own.dtype, torch.float32)), shape, places).to(own.dtype)
 
 
 def table(made: NodeMap, shape: tuple[int, ...]) -> Tensor | None:
