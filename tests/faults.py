@@ -102,8 +102,8 @@ TABLE: Table = {
             "test_joins.py::test_outputs_merged_weights_and_read_weights_follow_the_formula",
         ),
         "norms-of-an-older-weight": (
-            "self._held[0] != now",
-            "False",
+            '"norms"), owners, make)',
+            '"norms"), [], make)',
             "test_joins.py::test_norms_of_w_are_found_again_when_w_changes",
         ),
     },

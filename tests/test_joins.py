@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import superlora_tn as sl
 from superlora_tn.contraction.profile import CPU
 from superlora_tn.contraction.rows import row_products
 from superlora_tn.declare.joins import Join
+from superlora_tn.update import joined as update_joined
 from superlora_tn.update.joined import factors
 
 OUT, IN = 12, 10
@@ -354,22 +356,41 @@ def test_a_large_layer_never_builds_dw(name: str) -> None:
 
     model = nn.Sequential(nn.Linear(1024, 1024, bias=False))
     sl.attach(model, sl.dora(SPECS[name]), ["0"])
-    model(torch.randn(2, 1024))  # the norms of W are found once
     with Sizes():
         model(torch.randn(2, 1024)).sum().backward()
     assert seen
     assert max(seen) < 1024 * 1024
 
 
-def test_norms_of_w_are_found_again_when_w_changes() -> None:
-    model, x = layers(), torch.randn(3, IN, dtype=torch.float64)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weight: weight.mul_(2),
+        lambda weight: weight.data.mul_(2),  # which nothing counts
+        lambda weight: np.multiply(weight.detach().numpy(), 2, out=weight.detach().numpy()),
+    ],
+    ids=["in place", "data", "numpy"],
+)
+def test_norms_of_w_are_found_again_when_w_changes(write: Callable[[Tensor], Any]) -> None:
+    model, x = layers()[:1], torch.randn(3, IN, dtype=torch.float64)
     tuned = moved(attached(model, sl.dora(sl.lora(2)), ["0"], route="apply"))
-    model(x)
-    with torch.no_grad():
-        model[0].weight.mul_(2)
-    first = model[0](x).detach()
-    expected = formula(tuned, sl.Magnitude(), "0", model[0].weight)
-    np.testing.assert_allclose(first.numpy(), x.numpy() @ expected.T + model[0].bias.detach().numpy(), rtol=1e-10, atol=1e-11)
+    for fixed in (False, True):
+        with tuned.fixed() if fixed else nullcontext(), torch.no_grad():
+            model(x)
+            write(model[0].weight) if not fixed else model[0].weight.mul_(2)
+            first = model(x)
+        expected = x.numpy() @ formula(tuned, sl.Magnitude(), "0", model[0].weight).T + model[0].bias.detach().numpy()
+        np.testing.assert_allclose(first.numpy(), expected, rtol=1e-10, atol=1e-11)
+
+
+def test_norms_of_w_are_found_once_in_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, plain = [], update_joined.row_norms
+    monkeypatch.setattr(update_joined, "row_norms", lambda matrix: found.append(1) or plain(matrix))
+    model, x = layers()[:1], torch.randn(3, IN, dtype=torch.float64)
+    tuned = moved(attached(model, sl.dora(sl.lora(2)), ["0"], route="apply"))
+    with tuned.fixed(), torch.no_grad():
+        torch.testing.assert_close(model(x), model(x), rtol=0, atol=0)
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("spec", [sl.oft(2), sl.hra(2), replace(sl.lora(3), join=sl.Multiply("left", scaled=True))], ids=repr)

@@ -16,7 +16,7 @@ from superlora_tn.model.tables import Bag, Table, TableRows, weighted
 from superlora_tn.model.targets import AttachError, Place, Target, bind
 from superlora_tn.update.base import Member
 from superlora_tn.update.eager import is_eager
-from superlora_tn.update.joined import Norms, differentiates, factors, multiplied, unkept
+from superlora_tn.update.joined import differentiates, factors, multiplied, unkept
 from superlora_tn.update.joined import joined as weight_of
 
 
@@ -24,17 +24,16 @@ class Scaled:
     """With magnitudes: ``s (y - b + x dW^T) + b`` for the output y, with s = m / ||W + dW|| for each row of W."""
 
     def __init__(self, kind: Kind) -> None:
-        self.kind, self.norms = kind, Norms()
+        self.kind = kind
 
     def __call__(self, layer: Any, member: Member, x: Any, y: Tensor, base: Tensor | None) -> Tensor:
         """See `Kind.join`."""
         kind, weight = self.kind, _whole(self.kind, layer, member)
         if isinstance(kind, Linear | RowsOf) and x.is_nested:
             return _nested(kind, layer, member, x, y)
-        # Kept norms have no gradient, and a recorded program finds them anew: nothing is kept beside it.
+        # Kept norms have no gradient, and a recorded program keeps nothing beside it.
         kept = is_eager() and not (weight.requires_grad and differentiates(member))
-        norms = self.norms.of(weight, list((kind.owners(layer) or {}).values())) if kept else None
-        scale = factors(member, weight, norms)
+        scale = factors(member, weight, list((kind.owners(layer) or {}).values()) if kept else None)
         if member.adapter.spec.dropout and layer.training and not isinstance(kind, Table):
             return self._dropped(layer, member, x, y, weight, scale)
         plain = kind.join(layer, member, x, y, base)

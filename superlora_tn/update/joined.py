@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,10 @@ from superlora_tn.declare.joins import Magnitude, Multiply
 from superlora_tn.update.base import Member
 from superlora_tn.update.based import row_norms
 from superlora_tn.update.eager import as_given
-from superlora_tn.update.passes import state, unseen
+from superlora_tn.update.passes import unseen
+
+# A weight in half precision is widened for its norms, so many elements at once.
+AT_ONCE = 1 << 22
 
 
 def joined(member: Member, weight: Tensor, network: Tensor) -> Tensor:
@@ -50,42 +53,24 @@ def unkept(member: Member) -> float:
     return member.adapter.scale if isinstance(join, Multiply) and not join.residual else 0.0
 
 
-class Norms:
-    """The norms of the rows of one weight W, kept as long as W is not written to."""
+def _norms(member: Member, weight: Tensor, owners: list[Tensor]) -> Tensor:
+    """The norms of W's rows, without a gradient, found once a pass."""
 
-    def __init__(self) -> None:
-        self._held: tuple[object, Tensor] | None = None
+    def make() -> Tensor:
+        with torch.no_grad(), unseen():
+            return torch.cat([row_norms(rows) for rows in torch.split(weight, max(1, AT_ONCE // max(1, weight.shape[1])))])
 
-    def of(self, weight: Tensor, owners: list[Tensor]) -> Tensor:
-        """(out,) in float32 or wider.
-
-        Args:
-            weight: W (out, in) as it is now.
-            owners: the tensors that hold it.
-        """
-        now = state(owners) if owners else None
-        if self._held is None or now is None or self._held[0] != now:
-            with torch.no_grad(), unseen():
-                found = row_norms(weight)
-            if now is None:
-                return found
-            self._held = (now, found)
-        return self._held[1]
-
-    def __deepcopy__(self, memo: object) -> Norms:
-        return Norms()
-
-    def __reduce__(self) -> tuple[type[Norms], tuple[()]]:
-        return Norms, ()
+    found = member.adapter.passes.kept((id(member), "norms"), owners, make) if owners else None
+    return make() if found is None else cast(Tensor, found)
 
 
-def factors(member: Member, weight: Tensor, norms: Tensor | None) -> Tensor:
+def factors(member: Member, weight: Tensor, owners: list[Tensor] | None) -> Tensor:
     """``m / ||W + dW||`` (out,), by which the rows of W + dW are multiplied.
 
     Args:
         member: which weight; its declaration's join is `Magnitude`.
         weight: W (out, in).
-        norms: those of W's rows; None has them found anew.
+        owners: the tensors that hold it, where its norms may be kept for the pass; they get no gradient then.
     """
     with _held(not differentiates(member)):
         more = member.adapter.more(member, weight)
@@ -93,7 +78,7 @@ def factors(member: Member, weight: Tensor, norms: Tensor | None) -> Tensor:
             delta = member.current()
             found = row_norms(weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta)
         else:
-            square = (row_norms(weight) if norms is None else norms).square() + more
+            square = (row_norms(weight) if owners is None else _norms(member, weight, owners)).square() + more
             # Rounding may bring it below zero; the root of a number's square is that number, so nothing moves where dW is 0.
             found = square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
     return _factors(member, found)
