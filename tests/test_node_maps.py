@@ -12,6 +12,7 @@ import torch
 from models import TARGETS, Tiny, seeded
 from optional import library
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import superlora_tn as sl
 from superlora_tn.update import node_maps
@@ -321,6 +322,27 @@ def test_halves_and_the_meta_device(spec: sl.AdapterSpec) -> None:
         shell = Tiny()
     tuned = sl.attach(shell, spec, targets=TARGETS)
     assert all(p.is_meta for p in tuned.parameters())
+
+
+def test_tensors_that_only_stand_for_others_leave_nothing() -> None:
+    """A model that is called with fake tensors of another device, to plan its memory, computes as before."""
+    model, x = seeded(0, Tiny), torch.randn(2, 5, 12)
+    sl.attach(model, sl.fourier_ft(9), targets=TARGETS)
+    expected = model(x)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = {n: torch.empty(p.shape, device="cuda") for n, p in model.named_parameters()}
+        found = torch.func.functional_call(model, fakes, (torch.empty(2, 5, 12, device="cuda"),))
+    assert found.device.type == "cuda"
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("spec", [sl.fourier_ft(9), sl.oft(4), sl.hra(4), sl.uni_lora(9), sl.vb_lora(2, length=4)], ids=repr)
+def test_a_model_without_memory_is_called(spec: sl.AdapterSpec) -> None:
+    with torch.device("meta"):
+        shell = Tiny()
+    tuned = sl.attach(shell, spec, targets=TARGETS)
+    shell(torch.empty(2, 5, 12, device="meta")).sum().backward()
+    assert all(p.grad.is_meta for p in tuned.parameters())
 
 
 def test_what_does_not_fit_is_refused_in_words() -> None:

@@ -77,10 +77,10 @@ class NodeMaps:
         if made is None:
             return own
         places = self._tables[k]
-        # No copy where it is there already; nothing is kept on the meta device, on which nothing lies.
+        # No copy where it is there already; nothing is kept of what only stands for a tensor (meta, fake).
         if places is not None and places.device != own.device:
             places = places.to(own.device)
-            if not places.is_meta:
+            if type(places) is Tensor and not places.is_meta:
                 self._tables[k] = places
         return lasting(partial(_widely, compute, made, shape, places), [own])
 
@@ -128,7 +128,9 @@ def value(made: NodeMap, stored: Tensor, shape: tuple[int, ...], places: Tensor 
         return stored[..., places].transpose(-3, -2).reshape(shape) / shape[-1]
     if isinstance(made, Spread):
         assert places is not None
-        often = torch.bincount(places, minlength=made.count).clamp_min(1).to(stored.dtype)
+        # Not bincount: where nothing has memory, and in a recorded program, torch does not know its shape.
+        ones = torch.ones(places.shape, dtype=stored.dtype, device=stored.device)
+        often = torch.zeros(made.count, dtype=stored.dtype, device=stored.device).index_add(0, places, ones).clamp_min(1)
         return (stored * often.rsqrt())[places].reshape(shape)
     scales = None
     if isinstance(made, Cayley) and made.scaled:
