@@ -60,7 +60,7 @@ def test_products_are_the_oracles(
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("shape", [(3, 5, 700), (3, 5, 7), (20, 18, 600)])
+@pytest.mark.parametrize("shape", [(3, 5, 700), (3, 5, 7), (20, 18, 600), (0, 5, 700)])
 def test_weighted_sums_are_the_oracles(shape: tuple[int, int, int], axis: int) -> None:
     a, weights = noise(*shape), noise(*(1 if k == 1 - axis else s for k, s in enumerate(shape)), seed=1)
     wide = a.numpy().astype(np.float64) * weights.numpy()

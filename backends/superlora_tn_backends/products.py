@@ -78,7 +78,7 @@ def weighted_sum(a: Tensor, weights: Tensor, axis: int) -> Tensor:
 
     Few long rows are added up one by one, with no temporary of a's size.
     """
-    if a.shape[axis] > FEW or a.shape[-1] < ROW:
+    if not 0 < a.shape[axis] <= FEW or a.shape[-1] < ROW:
         return torch.sum(a * weights, axis)
     parts, factors = a.unbind(axis), weights.unbind(axis)
     total = parts[0] * factors[0]
