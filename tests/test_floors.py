@@ -47,7 +47,7 @@ HOUSE = {
     ],
     "update": [
         ["eager", "regions", "initialise", "placed", "based"],
-        ["passes", "walsh", "magnitudes"],
+        ["passes", "walsh", "magnitudes", "links"],
         ["fixed_maps", "node_maps"],
         ["base"],
         ["lookup", "joined", "plain"],

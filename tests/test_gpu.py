@@ -10,6 +10,7 @@ from models import Tiny, noise, perturb, seeded
 from torch import Tensor, nn
 
 import superlora_tn as sl
+from superlora_tn.update.base import Adapter
 from superlora_tn.update.fixed_maps import fixed_map
 from superlora_tn.update.walsh import hadamard
 
@@ -48,6 +49,18 @@ def agree(exact: Tensor, found: Tensor, roundings: float, eps: float) -> None:
     """Within so many roundings of the largest number."""
     error = (found.double().cpu() - exact).abs().max()
     assert error <= roundings * eps * exact.abs().max().clamp_min(1e-6), f"{error:.2e}"
+
+
+def test_tables_of_maps_are_on_the_device_before_a_call() -> None:
+    """So that a recorded program, or a CUDA graph, moves none of them."""
+    made, moved = seeded(0, Tiny).cuda(), seeded(0, Tiny)
+    for model in (made, moved):
+        sl.attach(model, sl.fourier_ft(9), TARGETS)
+    for model in (made, moved.cuda()):
+        maps = [m for m in model.modules() if isinstance(m, Adapter)]
+        tables = [table for adapter in maps for table in adapter._maps._tables if table is not None]
+        assert tables
+        assert all(table.device.type == "cuda" for table in tables)
 
 
 @each_spec

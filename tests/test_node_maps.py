@@ -336,6 +336,15 @@ def test_tensors_that_only_stand_for_others_leave_nothing() -> None:
     assert torch.equal(model(x), expected)
 
 
+def test_tables_stay_where_they_are_for_a_device_without_memory() -> None:
+    maps = node_maps.NodeMaps(sl.fourier_ft(9).lay_out({"layer": (12, 8)})[0][1])
+    before = list(maps._tables)
+    assert any(table is not None for table in before)
+    for device in ("meta", "cpu"):
+        maps.place(torch.device(device))
+        assert all(now is then for now, then in zip(maps._tables, before, strict=True))
+
+
 @pytest.mark.parametrize("spec", [sl.fourier_ft(9), sl.oft(4), sl.hra(4), sl.uni_lora(9), sl.vb_lora(2, length=4)], ids=repr)
 def test_a_model_without_memory_is_called(spec: sl.AdapterSpec) -> None:
     with torch.device("meta"):

@@ -13,8 +13,9 @@ from torch.nn import functional
 from superlora_tn.declare.fold import Shape
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.model.kinds import Kind, stored
-from superlora_tn.update.base import NOMINAL_TOKENS, Links, Member
+from superlora_tn.update.base import NOMINAL_TOKENS, Member
 from superlora_tn.update.eager import is_recorded
+from superlora_tn.update.links import Links
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
 TRANSPOSED: dict[int, Callable[..., Tensor]] = {

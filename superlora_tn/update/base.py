@@ -21,6 +21,7 @@ from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.network.sums import Block, blocks
 from superlora_tn.update.based import Read, base_values
 from superlora_tn.update.initialise import first_values
+from superlora_tn.update.links import Links
 from superlora_tn.update.magnitudes import Magnitudes
 from superlora_tn.update.node_maps import NodeMaps
 from superlora_tn.update.passes import Passes
@@ -47,18 +48,6 @@ class Settings:
     route: Route | None = None
     optimize: Optimizer = "dp"
     recompute: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Links:
-    """dW of a convolution as a chain of thin layers, scale included; see `contraction.chain.Chain`, whose names these are."""
-
-    before: Tensor | None
-    core: Tensor
-    after: Tensor | None
-    left: Tensor | None
-    terms: int
-    sizes: tuple[int, int, int, int]
 
 
 class Adapter(Magnitudes, ABC):
@@ -105,15 +94,19 @@ class Adapter(Magnitudes, ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `to`, `cuda` and the like do to every tensor."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        profile = DEVICES.get(self.stored()[0].device.type, CPU)
-        if profile != self.profile:
-            self.profile = profile
+        device = self.stored()[0].device
+        if self._maps is not None:
+            self._maps.place(device)
+        if DEVICES.get(device.type, CPU) != self.profile:
+            self.profile = DEVICES.get(device.type, CPU)
             self.prepare()
         return self
 
     def fill(self, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None) -> None:
         """Make the nodes' tensors with their first values; on the meta device only their shapes."""
         self.profile = DEVICES.get(device.type, CPU)
+        if self._maps is not None:
+            self._maps.place(device)
         with torch.inference_mode(False):  # what is made in inference mode could never be trained
             for name, node, value in zip(self._names, self.graph.nodes, self._first(device, generator), strict=True):
                 tensor = value.to(dtype=dtype, device=device)

@@ -27,7 +27,7 @@ from superlora_tn.declare.node_maps import (
 )
 from superlora_tn.network.applied import applied
 from superlora_tn.network.graph import Graph
-from superlora_tn.update.eager import as_given
+from superlora_tn.update.eager import as_given, is_eager
 from superlora_tn.update.passes import Passes, lasting
 
 
@@ -40,6 +40,11 @@ class NodeMaps:
         self._sources = applied(graph).sources
         names = [node.name for node in graph.nodes]
         self._from = [k if n.map is None or n.map.of is None else names.index(n.map.of) for k, n in enumerate(graph.nodes)]
+
+    def place(self, device: torch.device) -> None:
+        """Have the tables on a device; they stay where they are for one without memory."""
+        if device.type != "meta":
+            self._tables = [None if places is None else places.to(device) for places in self._tables]
 
     def __call__(self, stored: Sequence[Tensor], passes: Passes, x: bool = False) -> list[Tensor]:
         """The nodes' tensors, in the dtypes of what is stored, made once a pass for all members and calls.
@@ -77,10 +82,10 @@ class NodeMaps:
         if made is None:
             return own
         places = self._tables[k]
-        # No copy where it is there already; nothing is kept of what only stands for a tensor (meta, fake).
         if places is not None and places.device != own.device:
             places = places.to(own.device)
-            if type(places) is Tensor and not places.is_meta:
+            # Nothing is kept of what only stands for a tensor (fake ones), nor of a recorded program's own memory.
+            if type(places) is Tensor and not places.is_meta and is_eager():
                 self._tables[k] = places
         return lasting(partial(_widely, compute, made, shape, places), [own])
 

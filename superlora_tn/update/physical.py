@@ -24,8 +24,9 @@ from superlora_tn.declare.fold import PhysicalGroup, Shape
 from superlora_tn.declare.joins import Magnitude
 from superlora_tn.network.applied import applied
 from superlora_tn.network.graph import Graph
-from superlora_tn.update.base import NOMINAL_TOKENS, TOKEN_STEPS, Adapter, Links, Member, Run, Side
+from superlora_tn.update.base import NOMINAL_TOKENS, TOKEN_STEPS, Adapter, Member, Run, Side
 from superlora_tn.update.eager import is_eager, is_recorded
+from superlora_tn.update.links import Links
 from superlora_tn.update.lookup import Lookup, lookup
 from superlora_tn.update.passes import lasting, state
 from superlora_tn.update.plain import by_matrix
