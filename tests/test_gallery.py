@@ -1,8 +1,10 @@
-"""The gallery is what the declarations give now."""
+"""The pages that scripts beside them write are what these give now."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,37 @@ Text = library("matplotlib.text").Text
 DOCS = Path(superlora_tn.__file__).parents[1] / "docs"
 
 
-def test_the_gallery_is_current_and_has_a_picture_of_each_variant() -> None:
-    spec = importlib.util.spec_from_file_location("gallery", DOCS / "gallery.py")
+def script(name: str) -> Any:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    gallery = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gallery)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_certificate_is_that_of_its_rows_and_tells_of_every_variant() -> None:
+    certificate = script("certificate")
+    text = certificate.page()
+    assert (DOCS / "certificate.md").read_text() == text, "run python docs/certificate.py"
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == {*VARIANTS, "dora", "sum", "crop"}
+    assert "| LoRA_r + LoRA_s | LoRA_{r+s} |" in text
+    assert "merge_to scales twice" in text
+
+
+def test_a_certificate_with_a_failure_is_not_published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    certificate = script("certificate")
+    found = json.loads(certificate.ROWS.read_text())
+    found["rows"][3]["status"] = "failed"
+    (tmp_path / "rows.json").write_text(json.dumps(found))
+    monkeypatch.setattr(certificate, "ROWS", tmp_path / "rows.json")
+    with pytest.raises(SystemExit, match="not published"):
+        certificate.page()
+
+
+def test_the_gallery_is_current_and_has_a_picture_of_each_variant() -> None:
+    gallery = script("gallery")
     assert (DOCS / "gallery.md").read_text() == gallery.page(), "run python docs/gallery.py"
     assert {picture.stem for picture in (DOCS / gallery.PICTURES).glob("*.png")} == {*VARIANTS, "dora"}
 
