@@ -218,6 +218,28 @@ def test_a_mask_stays_out_of_the_callers_list() -> None:
     torch.testing.assert_close(found, torch.einsum("ar,br->abr", first, second).reshape(8, 3) * mask[:, None])
 
 
+def test_complex_weights_and_transposed_vectors_are_conjugated_as_in_the_core() -> None:
+    """TensorLy's einsum form conjugates the factors and the matrices alone."""
+    x, w, a, b, c = draw(X, *CP, dtype=torch.complex128)
+    v, m = draw((4,), (5, 2), dtype=torch.complex128)
+    with planned():
+        unfolded = tlg.unfolding_dot_khatri_rao(x, (w, [a, b, c]), 1)
+        product = tlg.multi_mode_dot(x, [v, m], modes=[1, 2], transpose=True)
+    torch.testing.assert_close(unfolded, torch.einsum("abc,r,ar,cr->br", x, w.conj(), a.conj(), c.conj()))
+    torch.testing.assert_close(product, torch.einsum("abc,b,cd->ad", x, v.conj(), m.conj()))
+    with core():
+        torch.testing.assert_close(unfolded, tlg.unfolding_dot_khatri_rao(x, (w, [a, b, c]), 1))
+        torch.testing.assert_close(product, tlg.multi_mode_dot(x, [v, m], modes=[1, 2], transpose=True))
+
+
+def test_an_inner_product_over_more_modes_than_there_are_is_the_cores() -> None:
+    """TensorLy's einsum form has an index before "a" there, which was planned as one: the product of two sums."""
+    x, y = draw((4,), (4,))
+    with planned():
+        found = tlg.inner(x, y, n_modes=2)
+    torch.testing.assert_close(found, x @ y)
+
+
 # --- decompositions --------------------------------------------------------------------------------------------------
 
 DECOMPOSITIONS: dict[str, tuple[bool, Callable[[Tensor], object]]] = {

@@ -134,9 +134,14 @@ class PlannedTenalgBackend(EinsumTenalgBackend, backend_name=BACKEND_NAME):  # t
     def multi_mode_dot(
         tensor: Any, matrix_or_vec_list: Any, modes: Any = None, skip: Any = None, transpose: Any = False
     ) -> Any:
-        """TensorLy's multi_mode_dot; its einsum form cannot take no matrix, a negative mode, or a mode twice."""
+        """TensorLy's multi_mode_dot; its einsum form cannot take no matrix, a negative mode, or a mode twice.
+
+        And of what is transposed it conjugates matrices alone.
+        """
         places = list(range(len(matrix_or_vec_list)) if modes is None else modes)
         chained = not places or min(places) < 0 or len(set(places)) < len(places)
+        if transpose and not chained:
+            matrix_or_vec_list = [backend.conj(m) if backend.ndim(m) == 1 else m for m in matrix_or_vec_list]
         algebra = core_tenalg if chained else EinsumTenalgBackend
         return algebra.multi_mode_dot(tensor, matrix_or_vec_list, modes=modes, skip=skip, transpose=transpose)
 
@@ -151,6 +156,19 @@ class PlannedTenalgBackend(EinsumTenalgBackend, backend_name=BACKEND_NAME):  # t
         """TensorLy's khatri_rao; its einsum form leaves a mask in the caller's list, and takes none with one axis or two."""
         algebra = EinsumTenalgBackend if mask is None else core_tenalg
         return algebra.khatri_rao(list(matrices), weights=weights, skip_matrix=skip_matrix, mask=mask)
+
+    @staticmethod
+    def inner(tensor1: Any, tensor2: Any, n_modes: Any = None) -> Any:
+        """TensorLy's inner; its einsum form takes more modes than there are for some index that stands nowhere else."""
+        algebra = core_tenalg if n_modes is not None and n_modes > backend.ndim(tensor1) else EinsumTenalgBackend
+        return algebra.inner(tensor1, tensor2, n_modes=n_modes)
+
+    @staticmethod
+    def unfolding_dot_khatri_rao(tensor: Any, cp_tensor: Any, mode: int) -> Any:
+        """TensorLy's MTTKRP; its einsum form conjugates the factors, but not the weights."""
+        weights, factors = cp_tensor
+        weights = None if weights is None else backend.conj(weights)
+        return EinsumTenalgBackend.unfolding_dot_khatri_rao(tensor, (weights, factors), mode)
 
     @staticmethod
     def higher_order_moment(tensor: Any, order: int) -> Any:
