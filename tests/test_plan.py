@@ -195,6 +195,23 @@ def test_a_smaller_limit_takes_another_path() -> None:
         make_plan(graph_of(lora(4)), "apply", 1000, memory_limit=8)
 
 
+@pytest.mark.parametrize("limit", [-8, 2.5, math.nan, True, "1GB"])
+def test_a_memory_limit_is_a_number_of_bytes(limit: Any) -> None:
+    """NaN was no limit at all, and words a TypeError."""
+    for graph in (graph_of(lora(2)), graph_of(lorta(2))):
+        with pytest.raises(PlanError, match=re.escape(f"memory_limit={limit!r}; give bytes")):
+            choose(graph, (12, 18), 4, memory_limit=limit)
+
+
+def test_a_memory_limit_holds_where_delta_is_the_only_route() -> None:
+    """It was ignored there without a word."""
+    graph = graph_of(lorta(2))
+    peak = choose(graph, (12, 18), 4).chosen.peak
+    assert choose(graph, (12, 18), 4, memory_limit=peak).chosen.peak <= peak
+    with pytest.raises(PlanError, match=re.escape("memory_limit=8; raise the limit, or declare smaller bonds")):
+        choose(graph, (12, 18), 4, memory_limit=8)
+
+
 # --- the large operand ----------------------------------------------------------------------------------------------
 
 UNPERMUTED = [

@@ -158,20 +158,25 @@ def make_plan(
         tokens: rows of x; the delta route does not depend on it.
         device: the balance to price for.
         optimize: "dp" searches on our own price: all paths up to 8 operands, up to 33 those over operands in some rows and,
-            where these are few, all without outer products, above that opt_einsum's "greedy"; any other name or optimizer
-            object that opt_einsum takes is used as it is.
+            where these are few, all without outer products, all beside opt_einsum's "greedy", which it is above that; any
+            other name or optimizer object that opt_einsum takes is used as it is.
         memory_limit: the largest allowed intermediate, in bytes.
         fixed: the member indices are chosen beforehand (the usual case); False contracts all members at once, with one
             axis of the result for each member mode in front.
 
     Raises:
         PlanError: the graph is a sum, the route does not exist for it, nothing fits the memory limit, or dW, without which no
-            layer can do, needs an intermediate that no machine has room for beside the weights; tokens that are no whole
-            number of at least 1, or a device that is no `Device`.
+            layer can do, needs an intermediate that no machine has room for beside the weights; tokens that are no
+            whole number of at least 1, a memory limit that is no number of bytes, a device that is no `Device`, or an optimizer
+            whose path is none.
     """
     if route not in ("apply", "delta"):
         raise PlanError(f"a plan was asked for route={shown(route)}; choose 'apply' or 'delta'.")
     _check_rows(tokens, device)
+    if memory_limit is not None and (not isinstance(memory_limit, int) or isinstance(memory_limit, bool) or memory_limit < 0):
+        raise PlanError(
+            f"a plan was asked for memory_limit={shown(memory_limit)}; give bytes, a whole number of at least 0, or leave it."
+        )
     if graph.terms:
         raise PlanError(
             f"dW is a sum of {len(graph.terms)} networks, and each has plans of its own; plan them one by one (`graph.terms`)."
@@ -263,9 +268,10 @@ def plan_equation(
         str(optimize),
     )
     if memory_limit is not None and plan.peak > memory_limit:
+        less = "plan for fewer tokens, or take the other route" if route == "apply" else "or declare smaller bonds"
         raise PlanError(
             f"the {route} route needs an intermediate of {plan.peak:,} bytes, above memory_limit={memory_limit:,}; "
-            "raise the limit, plan for fewer tokens, or take the other route."
+            f"raise the limit, {less}."
         )
     return plan
 
@@ -366,9 +372,9 @@ def choose(
         PlanError: see `make_plan`.
     """
     _check_rows(tokens, device)
-    delta = make_plan(graph, "delta", 1, device, optimize)  # dW itself is no intermediate, so no limit here
     if graph.is_flat:
-        return RouteChoice(None, delta, tokens, shape)
+        return RouteChoice(None, make_plan(graph, "delta", 1, device, optimize, memory_limit), tokens, shape)
+    delta = make_plan(graph, "delta", 1, device, optimize)  # beside the apply route, which is the one that is limited
     return RouteChoice(make_plan(graph, "apply", tokens, device, optimize, memory_limit), delta, tokens, shape)
 
 
