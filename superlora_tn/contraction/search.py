@@ -17,6 +17,7 @@ from superlora_tn.contraction.exact import Sets, Tree, cheapest, leaves, runs, s
 from superlora_tn.contraction.layout import FORMS, Equation, Indices, Step, best_orders, lay_out, volume
 from superlora_tn.contraction.profile import ITEM, Device
 from superlora_tn.declare.bounds import MAX_MEETINGS, MAX_ROW, OUTER_UP_TO
+from superlora_tn.declare.checks import shown
 from superlora_tn.declare.parts import TOKEN
 
 
@@ -106,10 +107,9 @@ def _search(task: Task, optimize: Optimizer) -> Pairs:
     if count > MAX_ROW:
         return _asked(task, "greedy")
     tree = _exact(task)
-    if tree is not None and task.sets.outer:
-        return sequence(tree, count)
     greedy = _asked(task, "greedy")
-    rows = _rows(task, leaves(_tree(greedy, count)))
+    # Of each set the search knows one memory order, so greedy may be the cheaper one as it is laid out.
+    rows = [] if tree is not None and task.sets.outer else _rows(task, leaves(_tree(greedy, count)))
     found = [cheapest(frozenset(row), runs(row), _Prices(task)) for row in rows]
     paths = [*(sequence(one, count) for one in (tree, *found) if one is not None), greedy]
     return min(paths, key=lambda pairs: _total(task, pairs))
@@ -126,10 +126,18 @@ def _asked(task: Task, optimize: Optimizer) -> Pairs:
     for places in path:
         if len(places) != 2:
             raise PlanError(f"the optimizer {optimize!r} contracts {len(places)} tensors in one step; it must go pair by pair.")
-        pairs.append((alive[places[0]], alive[places[1]]))
-        for place in sorted(places, reverse=True):
-            del alive[place]
-        alive.append(len(task.terms) + len(pairs) - 1)
+        if len(set(places)) < 2 or not all(place in range(len(alive)) for place in places):
+            raise PlanError(
+                f"the optimizer {optimize!r} contracts the places {shown(tuple(places))} of {len(alive)} tensors; give two "
+                f"different ones from 0 to {len(alive) - 1}. A result stands last, and what it was made of leaves the list."
+            )
+        first, second = (alive[place] for place in places)
+        pairs.append((first, second))
+        alive = [*(k for k in alive if k not in (first, second)), len(task.terms) + len(pairs) - 1]
+    if len(alive) > 1:
+        raise PlanError(
+            f"the optimizer {optimize!r} leaves {len(alive)} of {len(task.terms)} tensors; its path must end in one."
+        )
     return pairs
 
 

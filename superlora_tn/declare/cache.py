@@ -42,12 +42,15 @@ class Kept(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The result for these arguments: the kept one, or a new one."""
         key: Hashable = (args, tuple(sorted(kwargs.items()))) if kwargs else args
-        with self._lock:
-            found = self._kept.get(key)
-            if found is not None:
-                self._hits += 1
-                self._kept.move_to_end(key)
-                return found[0]
+        try:
+            with self._lock:
+                found = self._kept.get(key)
+                if found is not None:
+                    self._hits += 1
+                    self._kept.move_to_end(key)
+                    return found[0]
+        except TypeError:  # an argument without a hash: the function says what is wrong with it, or takes it as it is
+            return self.make(*args, **kwargs)
         # Outside of the lock: it may take long, and may ask for other results of the same function.
         result = self.make(*args, **kwargs)
         return self._keep(key, result, self.weigh(result, *args, **kwargs))
