@@ -163,7 +163,7 @@ def test_nodes_that_are_missing_or_of_another_shape_are_named() -> None:
         convert(entry, {"group0.factor_out": torch.zeros(3, 1), "group0.factor_in": torch.zeros(4, 2)}, lora(3))
 
 
-@pytest.mark.parametrize("to", ["lora", None, lora], ids=str)
+@pytest.mark.parametrize("to", ["lora", None, lora], ids=["a name", "None", "a maker"])
 def test_what_is_no_declaration_is_refused(to: object) -> None:
     entry = Entry(lora(2), {"w": (3, 4)})
     nodes = {"group0.factor_out": torch.zeros(3, 2), "group0.factor_in": torch.zeros(4, 2)}

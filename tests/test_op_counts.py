@@ -61,7 +61,8 @@ def test_the_update_is_added_in_place(name: str) -> None:
 @pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3), (3,)])
 def test_the_layers_gradient_joins_that_of_the_network_in_place(shape: tuple[int, ...]) -> None:
     total, grad, base = torch.ones(shape), torch.randn(*shape[:-1], 4), torch.randn(4, 3)
-    found = _add_product(total, grad, base)
+    with torch.no_grad():  # as in backward
+        found = _add_product(total, grad, base)
     assert found.data_ptr() == total.data_ptr()
     assert found.shape == total.shape
     torch.testing.assert_close(found, 1 + grad @ base)
