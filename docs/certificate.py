@@ -1,6 +1,6 @@
 """Verifies the whole catalogue and writes certificate.md of it: ``python docs/certificate.py --examples 50``.
 
-Without arguments the page is written anew from ``results/certificate.json``, which holds every row.
+Without arguments the page is written anew from ``certificate.json``, which holds every row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from superlora_tn.verification.certificate import Certificate, Row
 from superlora_tn.verification.engine import run_all
 
 HERE = Path(__file__).parent
-ROWS = HERE / "results" / "certificate.json"
+ROWS = HERE / "certificate.json"
 REFERENCES = ("formula", "paper", "tensorly", "peft", "lycoris")  # columns; a reference's version stands behind its name
 TOGETHER = ("reductions", "peers")  # subjects that are no variant
 PLAIN = Row("", "", "", "held")
@@ -72,7 +72,7 @@ def page() -> str:
         "",
         f"**{counts}**, up to {made.examples} examples of each property, seed {made.seed}. {ran}.",
         "Errors are in units of the rounding bound: up to 1 holds, exact is bit for bit. What each says and what is drawn:",
-        "[verification](verify.md). All rows: [certificate.json](results/certificate.json). Written by",
+        "[verification](verify.md). All rows: [certificate.json](certificate.json). Written by",
         f"`python docs/certificate.py --examples {made.examples}`.",
         "",
         "## Each variant",
