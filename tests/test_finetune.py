@@ -402,16 +402,18 @@ def test_a_run_on_data_that_changed_since_is_refused_also_when_it_is_finished(ba
 def test_pictures_that_came_or_went_change_a_folders_digest(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "1.png").write_bytes(b"12")
-    found = [digest(tmp_path)]
+    out = tmp_path / "runs" / "out"
+    found = [digest(tmp_path, out)]
     for name in ("2.png", "1.png"):
         (tmp_path / "cat" / name).write_bytes(b"123")
-        found.append(digest(tmp_path))
+        found.append(digest(tmp_path, out))
     (tmp_path / "cat").rename(tmp_path / "dog")
-    found.append(digest(tmp_path))
+    found.append(digest(tmp_path, out))
     assert len(set(found)) == 4
-    for name in (".hidden", "dog/cache-1.arrow"):
+    out.mkdir(parents=True)
+    for name in (".hidden", "dog/cache-1.arrow", "runs/out/curves.png"):
         (tmp_path / name).write_bytes(b"1")
-        assert digest(tmp_path) == found[-1]
+        assert digest(tmp_path, out) == found[-1]
 
 
 def test_a_run_that_was_refused_is_put_right_in_the_same_folder(bases: Path, tmp_path: Path) -> None:

@@ -96,8 +96,12 @@ class Config:
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     def contents(self) -> dict[str, str]:
-        """A digest of each file and folder that the run learns from or is declared by, by its key."""
-        return {name: digest(Path(getattr(self, name))) for name in READ if Path(getattr(self, name) or "no file").exists()}
+        """A digest of each file and folder that the run learns from or is declared by, by its key.
+
+        None of a folder that is the output as well: what the run writes lies among what it reads.
+        """
+        out, places = Path(self.output).resolve(), {name: Path(getattr(self, name)) for name in READ if getattr(self, name)}
+        return {name: digest(place, out) for name, place in places.items() if place.exists() and place.resolve() != out}
 
     def declared(self, shapes: Mapping[str, Shape], kernels: Kernels | None = None) -> AdapterSpec:
         """The declaration, for a model's targets: name -> (out, in), and name -> the sizes of its kernel.

@@ -76,13 +76,21 @@ def _near(name: str, folder: Path, least: float) -> list[Path]:
     return [folder / close for close in ([name] if name in there else get_close_matches(name, there, n=3, cutoff=least))]
 
 
-def digest(place: Path) -> str:
-    """Of a file its bytes, of a folder the names and sizes of what is in it (no hidden ones, no caches): SHA-256."""
+def digest(place: Path, without: Path) -> str:
+    """Of a file its bytes, of a folder the names and sizes of what is in it, as SHA-256.
+
+    Hidden files, caches of datasets, and what is in the folder `without` do not count.
+    """
     if place.is_file():
         with place.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     inside = {path.relative_to(place): path.stat().st_size for path in place.rglob("[!.]*") if path.is_file()}
-    own = {name: size for name, size in inside.items() if not name.match("cache-*.arrow")}
+    apart = without.relative_to(place.resolve()) if without.is_relative_to(place.resolve()) else None
+    own = {
+        name: size
+        for name, size in inside.items()
+        if not name.match("cache-*.arrow") and (apart is None or not name.is_relative_to(apart))
+    }
     lines = "".join(f"{name.as_posix()} {size}\n" for name, size in sorted(own.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
 
