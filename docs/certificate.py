@@ -30,10 +30,7 @@ def compact(row: Row) -> dict[str, object]:
 
 def error(rows: Sequence[Row]) -> str:
     """The largest error of rows that held, in units of the rounding bound; nothing where there is no row."""
-    if not rows:
-        return ""
-    worst = max(row.worst for row in rows)
-    return f"{worst:.2g}" if worst else "exact"
+    return max(rows, key=lambda row: row.worst).error if rows else ""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -65,12 +62,11 @@ def page() -> str:
         raise SystemExit(f"a certificate with failures is not published:\n{made}")
     reductions = [row for row in made.rows if row.subject == "reductions"]
     peers = [row for row in made.rows if row.subject == "peers"]
-    counts = str(made).rsplit("\n", 1)[-1].split("(")[0].strip()
     ran = "{device}, torch {torch}, {date}".format(**found["machine"])
     lines = [
         "# Certificate",
         "",
-        f"**{counts}**, up to {made.examples} examples of each property, seed {made.seed}. {ran}.",
+        f"**{made.verdict}**, up to {made.examples} examples of each property, seed {made.seed}. {ran}.",
         "Errors are in units of the rounding bound: up to 1 holds, exact is bit for bit. What each says and what is drawn:",
         "[verification](verify.md). All rows: [certificate.json](certificate.json). Written by",
         f"`python docs/certificate.py --examples {made.examples}`.",
@@ -85,7 +81,7 @@ def page() -> str:
         "",
         "Declarations that are equal, as dW from the same values.",
         "",
-        *table(["", "is", "worst"], [[row.claim, row.reference, error([row])] for row in reductions]),
+        *table(["", "is", "worst"], [[row.claim, row.reference, row.error] for row in reductions]),
         "## Where other libraries differ",
         "",
         "From the textbook's formula, each with an example: what the library gives, what the formula gives, and where.",

@@ -411,7 +411,8 @@ def test_pictures_that_came_or_went_change_a_folders_digest(tmp_path: Path) -> N
     found.append(digest(tmp_path, out))
     assert len(set(found)) == 4
     out.mkdir(parents=True)
-    for name in (".hidden", "dog/cache-1.arrow", "runs/out/curves.png"):
+    (tmp_path / ".git").mkdir()
+    for name in (".hidden", ".git/index", "dog/cache-1.arrow", "runs/out/curves.png"):
         (tmp_path / name).write_bytes(b"1")
         assert digest(tmp_path, out) == found[-1]
 

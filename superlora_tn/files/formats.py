@@ -137,13 +137,18 @@ def patterns(scales: Mapping[str, tuple[int, float]]) -> tuple[int, float, dict[
     return rank, number(alpha), ranks, alphas
 
 
+def upright(one: Filled, pair: Pair) -> tuple[Tensor, Tensor]:
+    """Its factors (r, in) and (out, r), also of an embedding whose dW is held as (in, out)."""
+    return (pair.up.T, pair.down.T) if one.turned else (pair.down, pair.up)
+
+
 def peft_pair(prefix: str) -> Callable[[Filled, Pair], Written]:
     """PEFT's keys for a LoRA."""
 
     def write(one: Filled, pair: Pair) -> Written:
         name = f"{prefix}{one.name}"
         if one.flipped:
-            inner, outer = (pair.up.T, pair.down.T) if one.turned else (pair.down, pair.up)
+            inner, outer = upright(one, pair)
             return {f"{name}.lora_embedding_A": inner, f"{name}.lora_embedding_B": outer}
         return {
             f"{name}.lora_A.weight": kernelled(pair.down, one.kernel),

@@ -20,7 +20,7 @@ from torch import Tensor
 from superlora_tn.files.anatomy import method_of
 from superlora_tn.files.container import GGUF_DTYPES, GGUF_TOKENS
 from superlora_tn.files.errors import CheckpointError
-from superlora_tn.files.formats import Content, Row, Written, alpha_error, float32
+from superlora_tn.files.formats import Content, Row, Written, alpha_error, float32, upright
 from superlora_tn.files.plain import Pair, Wish, pair_of, rounded
 from superlora_tn.files.thin import Filled
 
@@ -93,10 +93,10 @@ def content(weights: Sequence[Filled], wish: Wish, architecture: Architecture) -
     for one in weights:
         name, pair = one.name, pairs[one.name]
         even = _with_alpha(pair, one, alpha, _wished(one, wish))
-        down, up = (even.up.T, even.down.T) if one.turned else (even.down, _reordered(even.up, name, architecture))
+        down, up = upright(one, even)
         place = rename(name)
-        down = down.T if place.endswith(GGUF_TOKENS) else down
-        tensors |= {f"{place}.weight.lora_a": down, f"{place}.weight.lora_b": up}
+        tensors[f"{place}.weight.lora_a"] = down.T if place.endswith(GGUF_TOKENS) else down
+        tensors[f"{place}.weight.lora_b"] = _reordered(up, name, architecture)
         rows.append(Row(name, "lora", (pair.rank,), even.error))
     metadata = {"architecture": architecture.name or "unknown", "alpha": repr(alpha)}
     return Content(tensors, tuple(rows), {}, metadata)
@@ -130,7 +130,6 @@ def _names(architecture: Architecture, names: Sequence[str]) -> Callable[[str], 
         raise CheckpointError(f"'{architecture.name}' is no architecture of GGUF, such as llama, qwen2 or gemma2.")
     blocks = 1 + max((int(n) for name in names for n in re.findall(r"\.(\d+)\.", f".{name}.")), default=0)
     table = gguf.get_tensor_name_map(known[architecture.name], blocks)
-
     endings = CHANGED.get(architecture.name)
 
     def rename(name: str) -> str:

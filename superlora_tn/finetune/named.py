@@ -79,20 +79,18 @@ def _near(name: str, folder: Path, least: float) -> list[Path]:
 def digest(place: Path, without: Path) -> str:
     """Of a file its bytes, of a folder the names and sizes of what is in it, as SHA-256.
 
-    Hidden files, caches of datasets, and what is in the folder `without` do not count.
+    What is hidden, caches of datasets, and what is in the folder `without` (resolved) do not count.
     """
     if place.is_file():
         with place.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    inside = {path.relative_to(place): path.stat().st_size for path in place.rglob("[!.]*") if path.is_file()}
-    apart = without.relative_to(place.resolve()) if without.is_relative_to(place.resolve()) else None
-    own = {
-        name: size
-        for name, size in inside.items()
-        if not name.match("cache-*.arrow") and (apart is None or not name.is_relative_to(apart))
-    }
-    lines = "".join(f"{name.as_posix()} {size}\n" for name, size in sorted(own.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    found, root = hashlib.sha256(), place.resolve()
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root)
+        aside = any(part.startswith(".") for part in name.parts) or name.match("cache-*.arrow") or path.is_relative_to(without)
+        if path.is_file() and not aside:
+            found.update(f"{name.as_posix()} {path.stat().st_size}\n".encode())
+    return found.hexdigest()
 
 
 def unreachable(key: str, name: str, error: Exception) -> ConfigError:

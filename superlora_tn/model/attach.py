@@ -17,7 +17,7 @@ from torch import nn
 from superlora_tn.contraction.backend import DEFAULT
 from superlora_tn.contraction.plan import Route
 from superlora_tn.contraction.search import Optimizer
-from superlora_tn.declare.checks import check_flag, is_seed
+from superlora_tn.declare.checks import check_flag
 from superlora_tn.declare.rows import Span
 from superlora_tn.files.own import Entry
 from superlora_tn.model.beside import also_trained
@@ -28,7 +28,7 @@ from superlora_tn.model.joins import bound, enters
 from superlora_tn.model.kernels import by_kernel
 from superlora_tn.model.kinds import Held
 from superlora_tn.model.merging import forget_compiled
-from superlora_tn.model.places import check_model, declared
+from superlora_tn.model.places import check_model, check_seed, declared
 from superlora_tn.model.saved import At, check_base, depart, read_for
 from superlora_tn.model.shown import Block, show
 from superlora_tn.model.site import BeginHook, EndHook, EnterHook, UpdateHook, watchers
@@ -218,8 +218,7 @@ def _check_asked(request: _Request) -> None:
     check_flag("attach", "recompute", settings.recompute)
     if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex) or dtype.itemsize < 2:
         raise AttachError(f"dtype={dtype!r} holds no trained numbers; give a floating type such as torch.float32.")
-    if seed is not None and not is_seed(seed):
-        raise AttachError(f"seed={seed!r} is no whole number of 64 bits; give one, or None to draw from torch's generator.")
+    check_seed(seed)
 
 
 def _entry(spec: AdapterSpec, targets: Sequence[Target], known: Mapping[str, Place]) -> Entry:

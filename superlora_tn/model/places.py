@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from superlora_tn.declare.checks import is_seed
 from superlora_tn.declare.parts import SpecError, shown
 from superlora_tn.declare.rows import Rows, Span
 from superlora_tn.model.blocks import blocks_in
@@ -31,6 +32,12 @@ def check_model(model: object) -> None:
     """Raise unless it is a module."""
     if not isinstance(model, nn.Module):
         raise AttachError(f"the model was given as {shown(model)}; give a torch module.")
+
+
+def check_seed(seed: object) -> None:
+    """Raise unless torch's generators take it, or it is None."""
+    if seed is not None and not is_seed(seed):
+        raise AttachError(f"seed={seed!r} is no whole number of 64 bits; give one, or None to draw from torch's generator.")
 
 
 def near(given: str, names: Sequence[str] | Mapping[str, Any]) -> str:

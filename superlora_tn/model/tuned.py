@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from superlora_tn.contraction.summed import Choice, routes
-from superlora_tn.declare.checks import is_seed
 from superlora_tn.declare.fold import Shape
 from superlora_tn.files.own import CheckpointError, Entry, Saved, read
 from superlora_tn.files.standing import check_same
@@ -32,6 +31,7 @@ from superlora_tn.model.merging import (
     leave,
     put_back,
 )
+from superlora_tn.model.places import check_seed
 from superlora_tn.model.states import Stated, alike
 from superlora_tn.model.targets import AttachError, Target, near
 from superlora_tn.model.weights import Weight, check_mergeable, report_rounding, weight_of
@@ -127,8 +127,7 @@ class Tuned(Stated):
         """
         check_resettable(self._adapters(), self._weights())
         seed = self.seed if seed is None else seed
-        if seed is not None and not is_seed(seed):
-            raise AttachError(f"seed={seed!r} is no whole number of 64 bits; give one, or None.")
+        check_seed(seed)
         generator = None if seed is None else torch.Generator().manual_seed(int(seed))
         for adapter in self._adapters():
             adapter.refill(generator)

@@ -97,8 +97,9 @@ class Adapter(Magnitudes, ABC):
         device = self.stored()[0].device
         if self._maps is not None:
             self._maps.place(device)
-        if DEVICES.get(device.type, CPU) != self.profile:
-            self.profile = DEVICES.get(device.type, CPU)
+        profile = DEVICES.get(device.type, CPU)
+        if profile != self.profile:
+            self.profile = profile
             self.prepare()
         return self
 

@@ -46,6 +46,11 @@ class Row:
         """The last column of the table."""
         return f"{self.status}: {self.detail}" if self.detail and self.status != "failed" else self.status
 
+    @property
+    def error(self) -> str:
+        """The largest error in words."""
+        return "exact" if self.worst == 0 else f"{self.worst:.2g}"
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -90,7 +95,7 @@ class Certificate:
                     row.claim,
                     row.reference,
                     str(row.tried) if judged else "",
-                    _error(row) if judged else "",
+                    row.error if judged else "",
                     row.verdict,
                 )
             )
@@ -99,24 +104,20 @@ class Certificate:
         for row in self.failures:
             lines += ["", f"{row.subject}: {row.claim} against {row.reference} fails: {row.detail}"]
             lines += ["smallest case:", row.line]
-        return "\n".join([*lines, "", self._summary()])
+        drawn = f"(up to {self.examples} examples each, seed {self.seed}); errors are in units of the rounding bound."
+        return "\n".join([*lines, "", f"{self.verdict} {drawn}"])
 
-    def _summary(self) -> str:
+    @property
+    def verdict(self) -> str:
+        """Whether it holds, and how many rows there are of each status."""
         counts = ", ".join(
             f"{self.count(status)} {status}"
             for status in ("held", "failed", "skipped", "peer differs", "peer agrees")
             if self.count(status)
         )
-        word = "HOLDS" if self else "DOES NOT HOLD"
-        return f"{word}: {counts or 'nothing was tried'} (up to {self.examples} examples each, seed {self.seed}); " + (
-            "errors are in units of the rounding bound."
-        )
+        return f"{'HOLDS' if self else 'DOES NOT HOLD'}: {counts or 'nothing was tried'}"
 
     __repr__ = __str__
-
-
-def _error(row: Row) -> str:
-    return "exact" if row.worst == 0 else f"{row.worst:.2g}"
 
 
 def _aligned(table: Sequence[tuple[str, ...]]) -> list[str]:
