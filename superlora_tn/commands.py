@@ -60,7 +60,7 @@ def _added(args: argparse.Namespace, shapes: Mapping[str, Shape]) -> AdapterSpec
         return read_spec(args.spec)
     if args.network:
         refuse(args, ("variant", "rank", "set"), "goes with a variant, not with --network")
-        sizes = {name: _whole(value) for name, value in pairs(args.size).items()}
+        sizes = {name: _whole(f"--size {name}", value) for name, value in pairs(args.size).items()}
         nodes = pairs(args.node)
         for taken in {"self", "modes", "sizes", "crop"} & set(nodes):
             raise UsageError(f"a node cannot be named '{taken}'; choose another name.")
@@ -125,11 +125,11 @@ def pairs(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _whole(text: str) -> int:
+def _whole(flag: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise UsageError(f"'{text}' is not a whole number.") from None
+        raise UsageError(f"{flag}={text}: '{text}' is not a whole number.") from None
 
 
 def _value(text: str) -> Any:
@@ -144,7 +144,7 @@ def _shapes(args: argparse.Namespace) -> dict[str, Shape]:
     words, weights = (args.shape or SHAPE).lower().split("x"), args.weights or WEIGHTS
     if len(words) != 2 or not all(w.isdecimal() for w in words):
         raise UsageError(f"--shape {args.shape!r} is not OUTxIN; write for instance 768x768.")
-    shape = (_whole(words[0]), _whole(words[1]))
+    shape = (_whole("--shape", words[0]), _whole("--shape", words[1]))
     if weights > MOST_WEIGHTS:
         raise UsageError(f"--weights {weights:,} is more than the {MOST_WEIGHTS:,} that are looked at; give fewer.")
     return {f"layer.{k}.weight": shape for k in range(weights)}

@@ -182,6 +182,12 @@ def test_a_loaded_adapter_detaches_and_saves_again(saved: Path, tmp_path: Path) 
     assert all((tmp_path / name).read_bytes() == (saved / name).read_bytes() for name in names(saved))
 
 
+def test_an_adapter_of_this_library_has_no_part_to_load(saved: Path) -> None:
+    """The part was passed over without a word."""
+    with pytest.raises(sl.CheckpointError, match=r"is of this library and has no parts; leave part='unet' out"):
+        sl.load(seeded(0, Tiny), saved, part="unet")
+
+
 def test_loading_over_an_attached_model_raises(saved: Path) -> None:
     model = seeded(0, Tiny)
     sl.load(model, saved)

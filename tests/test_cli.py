@@ -216,7 +216,7 @@ def test_variants_and_suggest_take_a_models_weights(tmp_path, capsys):
         (["plan", "loha", "--memory-limit", "10"], "raise the limit, plan for fewer tokens, or take the other route"),
         (["verify", "lor"], "there is no variant 'lor' to verify; did you mean lotr, lora or lokr?"),
         (["verify", "lora", "--examples", "0"], "examples is a whole number from 1"),
-        (["plan", "--network", "o i", "--node", "w=o i", "--size", "r=x"], "'x' is not a whole number"),
+        (["plan", "--network", "o i", "--node", "w=o i", "--size", "r=x"], "--size r=x: 'x' is not a whole number"),
         (["plan", "--network", "o i", "--node", "B=o r", "--node", "A=r i"], "bond 'r' has no size; say --size r=8."),
         (["plan", "--network", "o i", "--node", "B=o i", "--modes", "head out in"], "needs --heads N exactly when"),
         (["plan", "--network", "((o", "--node", "w=o i"], "cannot read the modes '((o'"),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from optional import library
+from safetensors.torch import load_file, save_file
 from shown import ROOT
 
 import superlora_tn as sl
@@ -397,6 +398,25 @@ def test_a_run_on_data_that_changed_since_is_refused_also_when_it_is_finished(ba
     del note["contents"]  # as earlier releases wrote it
     (tmp_path / "out" / "config.json").write_text(json.dumps(note))
     assert ran(path) == first
+
+
+def test_a_base_that_was_trained_on_since_is_refused(bases: Path, tmp_path: Path) -> None:
+    """Its files have the names and sizes they had."""
+    text = lines(bases, "causal-lm", tmp_path / "out").replace("steps: 12", "steps: 2")
+    named = re.search(r"^model: (.+)$", text, re.M)
+    assert named
+    base = tmp_path / "base"
+    shutil.copytree(named[1], base)
+    path = written(tmp_path, text.replace(named[1], str(base)))
+    first = ran(path)
+    assert ran(path) == first
+    weights = base / "model.safetensors"
+    changed = {name: value + 1e-3 for name, value in load_file(weights).items()}
+    size = weights.stat().st_size
+    save_file(changed, weights, {"format": "pt"})
+    assert weights.stat().st_size == size
+    with pytest.raises(ConfigError, match=r"holds a run with model: .*base, which has changed since"):
+        ran(path)
 
 
 def test_pictures_that_came_or_went_change_a_folders_digest(tmp_path: Path) -> None:

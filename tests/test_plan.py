@@ -212,6 +212,22 @@ def test_a_memory_limit_holds_where_delta_is_the_only_route() -> None:
         choose(graph, (12, 18), 4, memory_limit=8)
 
 
+def test_a_memory_limit_leaves_the_route_that_keeps_to_it() -> None:
+    """With a physical fold it held for the apply route alone: delta was chosen above it, and not where it alone is below."""
+    hadamard, shared = graph_of(loha(3), {"w": (12, 18)}), graph_of(lotr(3), {"w": (12, 18)})
+    found = choose(hadamard, (12, 18), 1, memory_limit=18 * 3 * ITEM)  # LoHa's dW takes another of its size; x takes (in, r)
+    assert choose(hadamard, (12, 18), 1).route == "delta"
+    assert (found.route, found.delta_fits, found.chosen.peak) == ("apply", False, 18 * 3 * ITEM)
+    assert "refused    delta route: needs an intermediate above memory_limit=216" in str(found)
+    found = choose(shared, (12, 18), 50, memory_limit=12 * 3 * ITEM)
+    assert (found.route, found.apply, found.chosen.peak) == ("delta", None, 12 * 3 * ITEM)
+    assert "refused    apply route: needs an intermediate above memory_limit=144" in str(found)
+    with pytest.raises(PlanError, match="delta route does not keep to the limit either"):
+        choose(shared, (12, 18), 50, memory_limit=12 * 3 * ITEM - 1)
+    with pytest.raises(PlanError, match="path"):  # what is wrong with x's path is no matter of memory
+        choose(graph_of(lora(2)), (12, 18), 4, optimize=lambda inputs, *_: [(0, 1)], memory_limit=10_000)
+
+
 # --- the large operand ----------------------------------------------------------------------------------------------
 
 UNPERMUTED = [

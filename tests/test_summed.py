@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import superlora_tn as sl
 from superlora_tn.cli import main
-from superlora_tn.contraction.plan import choose, crop_price, padded_shape
+from superlora_tn.contraction.plan import choose
 from superlora_tn.contraction.profile import CPU
-from superlora_tn.contraction.summed import SumChoice
+from superlora_tn.contraction.summed import SumChoice, crop_price, padded_shape
 from superlora_tn.tools.suggest import cost
 
 OUT, IN = 12, 8

@@ -7,9 +7,8 @@ and is what a backend compiles. Two routes read one graph: `apply` contracts the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -23,9 +22,13 @@ from superlora_tn.declare.cache import kept
 from superlora_tn.declare.checks import shown
 from superlora_tn.declare.parts import TOKEN
 from superlora_tn.network.applied import applied
-from superlora_tn.network.graph import Graph, GraphNode, Term
+from superlora_tn.network.graph import Graph, GraphNode
 
 Route = Literal["apply", "delta"]
+
+
+class _AboveLimit(PlanError):
+    """The best path found needs more than the memory limit."""
 
 
 @dataclass(frozen=True)
@@ -172,11 +175,7 @@ def make_plan(
     """
     if route not in ("apply", "delta"):
         raise PlanError(f"a plan was asked for route={shown(route)}; choose 'apply' or 'delta'.")
-    _check_rows(tokens, device)
-    if memory_limit is not None and (not isinstance(memory_limit, int) or isinstance(memory_limit, bool) or memory_limit < 0):
-        raise PlanError(
-            f"a plan was asked for memory_limit={shown(memory_limit)}; give bytes, a whole number of at least 0, or leave it."
-        )
+    _check_rows(tokens, device, memory_limit)
     if graph.terms:
         raise PlanError(
             f"dW is a sum of {len(graph.terms)} networks, and each has plans of its own; plan them one by one (`graph.terms`)."
@@ -187,13 +186,17 @@ def make_plan(
     return plan
 
 
-def _check_rows(tokens: object, device: object) -> None:
-    """Raise for rows of x, or a device, that nothing could be priced for."""
+def _check_rows(tokens: object, device: object, memory_limit: object) -> None:
+    """Raise for rows of x, a device or a limit that nothing could be priced for."""
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise PlanError(f"a plan was asked for tokens={shown(tokens)}; give the rows of x, a whole number of at least 1.")
     if not isinstance(device, Device):
         raise PlanError(
             f"a plan was asked for device={shown(device)}; give a Device, such as calibrate() measures, or leave it."
+        )
+    if memory_limit is not None and (not isinstance(memory_limit, int) or isinstance(memory_limit, bool) or memory_limit < 0):
+        raise PlanError(
+            f"a plan was asked for memory_limit={shown(memory_limit)}; give bytes, a whole number of at least 0, or leave it."
         )
 
 
@@ -269,35 +272,11 @@ def plan_equation(
     )
     if memory_limit is not None and plan.peak > memory_limit:
         less = "plan for fewer tokens, or take the other route" if route == "apply" else "or declare smaller bonds"
-        raise PlanError(
+        raise _AboveLimit(
             f"the {route} route needs an intermediate of {plan.peak:,} bytes, above memory_limit={memory_limit:,}; "
             f"raise the limit, {less}."
         )
     return plan
-
-
-def crop_price(term: Term, shape: tuple[int, int], tokens: int, device: Device = CPU) -> float:
-    """Seconds to pad x to the larger modes of a cropped network and to cut and add its outputs, forward plus backward.
-
-    Args:
-        term: of a sum; nothing is padded or cut of a mode that it does not crop.
-        shape: (out, in) of the weight.
-        tokens: rows of x.
-        device: the balance to price for.
-    """
-    cropped, seconds = {mode for mode, _ in term.crops}, 0.0
-    for role, own, passes in (("out", shape[0], 2), ("in", shape[1], 1)):
-        modes = [mode for mode, _ in term.graph.modes if mode.role == role]
-        if any(mode.name in cropped for mode in modes):
-            padded = math.prod(mode.size for mode in modes)
-            seconds += 2 * (ITEM * tokens * (passes * own + padded) / device.bandwidth + device.latency)
-    return seconds
-
-
-def padded_shape(term: Term) -> tuple[int, int]:
-    """(out, in) of a network of a sum, before it is cropped."""
-    out, inward = (math.prod(m.size for m, _ in term.graph.modes if m.role == role) for role in ("out", "in"))
-    return out, inward
 
 
 @dataclass(frozen=True)
@@ -308,11 +287,17 @@ class RouteChoice:
     delta: Plan
     tokens: int
     shape: tuple[int, int]
+    memory_limit: int | None = None
+
+    @property
+    def delta_fits(self) -> bool:
+        """Whether building dW keeps to the memory limit; dW's own plan is there all the same, to merge by."""
+        return self.memory_limit is None or self.delta.peak <= self.memory_limit
 
     @property
     def route(self) -> Route:
-        """The cheaper route."""
-        return "delta" if self.apply is None or self.delta_price < self.apply.price else "apply"
+        """The cheaper route of those that the memory limit leaves."""
+        return "delta" if self.apply is None or (self.delta_fits and self.delta_price < self.apply.price) else "apply"
 
     @property
     def delta_price(self) -> float:
@@ -335,8 +320,10 @@ class RouteChoice:
 
     def __str__(self) -> str:
         device = self.delta.device.name
-        prices: dict[Route, str] = {"delta": f"{self.delta_price * 1e3:.3f} ms"}
-        prices["apply"] = f"{self.apply.price * 1e3:.3f} ms" if self.apply else "not possible with a flat fold"
+        above = f"needs an intermediate above memory_limit={self.memory_limit or 0:,}"
+        prices: dict[Route, str] = {"delta": f"{self.delta_price * 1e3:.3f} ms" if self.delta_fits else above}
+        absent = "not possible with a flat fold" if len(self.delta.result) == 1 else above
+        prices["apply"] = f"{self.apply.price * 1e3:.3f} ms" if self.apply else absent
         other: Route = "apply" if self.route == "delta" else "delta"
         return (
             f"{self.chosen}\n"
@@ -369,27 +356,20 @@ def choose(
     """Plan both routes of a graph for a number of tokens, for a weight of shape (out, in).
 
     Raises:
-        PlanError: see `make_plan`.
+        PlanError: see `make_plan`; a memory limit that only one of the routes keeps to leaves that one.
     """
-    _check_rows(tokens, device)
-    if graph.is_flat:
-        return RouteChoice(None, make_plan(graph, "delta", 1, device, optimize, memory_limit), tokens, shape)
-    delta = make_plan(graph, "delta", 1, device, optimize)  # beside the apply route, which is the one that is limited
-    return RouteChoice(make_plan(graph, "apply", tokens, device, optimize, memory_limit), delta, tokens, shape)
-
-
-def choose_each(
-    graph: Graph,
-    shape: tuple[int, int],
-    tokens: int,
-    device: Device = CPU,
-    optimize: Optimizer = "dp",
-    memory_limit: int | None = None,
-) -> tuple[tuple[Term, RouteChoice], ...]:
-    """Each network of a sum, or the one there is, with its own two routes; of a cropped one for its size before the crop."""
-
-    def planned(term: Term) -> RouteChoice:
-        own = padded_shape(term) if term.crops else shape
-        return choose(term.graph, own, tokens, device, optimize, memory_limit)
-
-    return tuple((term, planned(term)) for term in graph.networks)
+    _check_rows(tokens, device, memory_limit)
+    try:
+        delta = make_plan(graph, "delta", 1, device, optimize, memory_limit)
+    except _AboveLimit:
+        if graph.is_flat:
+            raise
+        delta = make_plan(graph, "delta", 1, device, optimize)
+    found = RouteChoice(None, delta, tokens, shape, memory_limit)
+    if not graph.is_flat:
+        try:
+            found = replace(found, apply=make_plan(graph, "apply", tokens, device, optimize, memory_limit))
+        except _AboveLimit as error:
+            if not found.delta_fits:
+                raise PlanError(f"{error} The delta route does not keep to the limit either.") from error
+    return found

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from superlora_tn.contraction.plan import RouteChoice, choose_each, crop_price
-from superlora_tn.contraction.profile import CPU, Device
+from superlora_tn.contraction.plan import RouteChoice, choose
+from superlora_tn.contraction.profile import CPU, ITEM, Device
 from superlora_tn.contraction.search import Optimizer
 from superlora_tn.network.graph import Graph, Term
 
@@ -65,3 +66,44 @@ def choose_all(
     """Plan both routes of each network of a sum, or of the one there is; the arguments of `choose`."""
     found = choose_each(graph, shape, tokens, device, optimize, memory_limit)
     return SumChoice(found, tuple(crop_price(term, shape, tokens, device) for term, _ in found))
+
+
+def choose_each(
+    graph: Graph,
+    shape: tuple[int, int],
+    tokens: int,
+    device: Device = CPU,
+    optimize: Optimizer = "dp",
+    memory_limit: int | None = None,
+) -> tuple[tuple[Term, RouteChoice], ...]:
+    """Each network of a sum, or the one there is, with its own two routes; of a cropped one for its size before the crop."""
+
+    def planned(term: Term) -> RouteChoice:
+        own = padded_shape(term) if term.crops else shape
+        return choose(term.graph, own, tokens, device, optimize, memory_limit)
+
+    return tuple((term, planned(term)) for term in graph.networks)
+
+
+def crop_price(term: Term, shape: tuple[int, int], tokens: int, device: Device = CPU) -> float:
+    """Seconds to pad x to the larger modes of a cropped network and to cut and add its outputs, forward plus backward.
+
+    Args:
+        term: of a sum; nothing is padded or cut of a mode that it does not crop.
+        shape: (out, in) of the weight.
+        tokens: rows of x.
+        device: the balance to price for.
+    """
+    cropped, seconds = {mode for mode, _ in term.crops}, 0.0
+    for role, own, passes in (("out", shape[0], 2), ("in", shape[1], 1)):
+        modes = [mode for mode, _ in term.graph.modes if mode.role == role]
+        if any(mode.name in cropped for mode in modes):
+            padded = math.prod(mode.size for mode in modes)
+            seconds += 2 * (ITEM * tokens * (passes * own + padded) / device.bandwidth + device.latency)
+    return seconds
+
+
+def padded_shape(term: Term) -> tuple[int, int]:
+    """(out, in) of a network of a sum, before it is cropped."""
+    out, inward = (math.prod(m.size for m, _ in term.graph.modes if m.role == role) for role in ("out", "in"))
+    return out, inward

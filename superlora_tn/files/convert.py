@@ -14,7 +14,7 @@ from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.foreign import Fitted, Parsed
 from superlora_tn.files.gguf import Architecture
 from superlora_tn.files.names import label
-from superlora_tn.files.own import Saved
+from superlora_tn.files.own import Saved, check_part
 from superlora_tn.files.plain import Wish
 from superlora_tn.files.read import read
 from superlora_tn.files.record import marked
@@ -83,8 +83,7 @@ def _converted(
 ) -> Report:
     """What was read, written in the format."""
     if isinstance(found, Saved):
-        if part is not None:
-            raise CheckpointError(f"{source} is of this library and has no parts; leave part={part!r} out.")
+        check_part(source, part)
         beside = Beside(replaced=found.buffers)
         kernels = base.kernels if base else None
         entries = marked(found.entries, _tables(found, base)) if base else found.entries

@@ -89,6 +89,12 @@ class Saved:
         return {name: span for entry in self.entries for name, span in entry.rows.items()}
 
 
+def check_part(source: str | PathLike[str], part: str | None) -> None:
+    """Raise `CheckpointError` where a part is asked of an adapter of this library: it has none."""
+    if part is not None:
+        raise CheckpointError(f"{source} is of this library and has no parts; leave part={part!r} out.")
+
+
 class _Overtaken(CheckpointError):
     """The JSON's tensors are not there, or no longer, as where a saver replaced both meanwhile."""
 

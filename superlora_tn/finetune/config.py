@@ -26,7 +26,7 @@ from superlora_tn.network.spec import AdapterSpec
 TASKS = ("image-classification", "text-classification", "causal-lm", "diffusion")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
-READ = ("data", "eval_data", "spec")  # keys that name what is read anew when a run goes on
+READ = ("data", "eval_data", "spec", "model")  # keys that name what is read anew when a run goes on
 RANK = 8
 MOST_SHOWN = 8  # choices of a key that its words list
 
@@ -96,12 +96,13 @@ class Config:
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     def contents(self) -> dict[str, str]:
-        """A digest of each file and folder that the run learns from or is declared by, by its key.
+        """A digest of each file and folder that the run learns from, starts at or is declared by, by its key.
 
         None of a folder that is the output as well: what the run writes lies among what it reads.
         """
         out, places = Path(self.output).resolve(), {name: Path(getattr(self, name)) for name in READ if getattr(self, name)}
-        return {name: digest(place, out) for name, place in places.items() if place.exists() and place.resolve() != out}
+        apart = {name: place for name, place in places.items() if place.exists() and place.resolve() != out}
+        return {name: digest(place, out, sampled=name == "model") for name, place in apart.items()}
 
     def declared(self, shapes: Mapping[str, Shape], kernels: Kernels | None = None) -> AdapterSpec:
         """The declaration, for a model's targets: name -> (out, in), and name -> the sizes of its kernel.

@@ -15,6 +15,8 @@ FILES = (".jsonl", ".json", ".csv", ".txt")
 PAGES = ("models", "datasets", "spaces")
 # How near a name is to one that may have been meant, from 0 to 1: where the hub may have it, and where it has not.
 NEAR, LIKE = 0.8, 0.6
+# Bytes of a block of a file, and how many are read of a large one.
+BLOCK, BLOCKS = 4096, 256
 
 
 class ConfigError(UsageError):
@@ -76,10 +78,11 @@ def _near(name: str, folder: Path, least: float) -> list[Path]:
     return [folder / close for close in ([name] if name in there else get_close_matches(name, there, n=3, cutoff=least))]
 
 
-def digest(place: Path, without: Path) -> str:
+def digest(place: Path, without: Path, sampled: bool = False) -> str:
     """Of a file its bytes, of a folder the names and sizes of what is in it, as SHA-256.
 
-    What is hidden, caches of datasets, and what is in the folder `without` (resolved) do not count.
+    What is hidden, caches of datasets, and what is in the folder `without` (resolved) do not count. `sampled` adds blocks of
+    each file's bytes, all of a small one: weights that changed are of the same size.
     """
     if place.is_file():
         with place.open("rb") as file:
@@ -89,7 +92,13 @@ def digest(place: Path, without: Path) -> str:
         name = path.relative_to(root)
         aside = any(part.startswith(".") for part in name.parts) or name.match("cache-*.arrow") or path.is_relative_to(without)
         if path.is_file() and not aside:
-            found.update(f"{name.as_posix()} {path.stat().st_size}\n".encode())
+            size = path.stat().st_size
+            found.update(f"{name.as_posix()} {size}\n".encode())
+            if sampled:
+                with path.open("rb") as file:
+                    for start in range(0, size, max(BLOCK, size // BLOCKS)):
+                        file.seek(start)
+                        found.update(file.read(BLOCK))
     return found.hexdigest()
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from superlora_tn.contraction.plan import choose, crop_price, padded_shape, table, weight_price
+from superlora_tn.contraction.plan import choose, table, weight_price
+from superlora_tn.contraction.summed import crop_price, padded_shape
 from superlora_tn.declare.fold import FlatGroup, PhysicalFold, split_name
 from superlora_tn.declare.joins import Join, Multiply
 from superlora_tn.files.record import Entry, names_of

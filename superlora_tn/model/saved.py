@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from superlora_tn.declare.parts import SpecError
-from superlora_tn.files.own import CheckpointError, Entry, Saved
+from superlora_tn.files.own import CheckpointError, Entry, Saved, check_part
 from superlora_tn.files.read import read
 from superlora_tn.model.buffers import by_one_name
 from superlora_tn.model.targets import AttachError, Target, bind, near, places
@@ -33,6 +33,7 @@ def read_for(
     """
     found = read(path)
     if isinstance(found, Saved):
+        check_part(path, part)
         return found
     known = places(model)
     targets: dict[str, Target] = {}

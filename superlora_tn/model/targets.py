@@ -118,7 +118,7 @@ def match(model: nn.Module, targets: Targets, exclude: Targets = (), only_layers
         only_layers: keep names whose first number is one of these.
 
     Raises:
-        AttachError: an entry that matches nothing, or a module that cannot be adapted.
+        AttachError: an entry or a number that matches nothing, or a module that cannot be adapted.
     """
     known = places(model, declared(model, targets) | declared(model, exclude))
     adaptable = [name for name, place in known.items() if place.is_supported]
@@ -178,7 +178,11 @@ def _left(
     if only is not None:
         if isinstance(only, str) or not isinstance(only, Collection) or not all(isinstance(n, Integral) for n in only):
             raise AttachError(f"only_layers={only!r} is no list of numbers; give one, such as only_layers=[0, 1].")
-        found = [n for n in found if (number := re.search(r"\.(\d+)\.", f".{n}.")) and int(number[1]) in only]
+        numbers = {n: int(number[1]) for n in [*adaptable, *found] if (number := re.search(r"\.(\d+)\.", f".{n}."))}
+        if unknown := sorted(set(only).difference(numbers.values())):
+            has = ", ".join(map(str, sorted(set(numbers.values())))) or "none"
+            raise AttachError(f"only_layers={only!r}: no layer to adapt has the number {unknown[0]}; there are {has}.")
+        found = [n for n in found if numbers.get(n) in only]
     if not found:
         raise AttachError(f"{given} leaves no layer to adapt (exclude={exclude!r}, only_layers={only!r}).")
     for name in found:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from superlora_tn.contraction.backend import backend as find_backend
-from superlora_tn.contraction.plan import Route, choose_each, crop_price
+from superlora_tn.contraction.plan import Route
 from superlora_tn.contraction.profile import CPU, DEVICES, Device
 from superlora_tn.contraction.search import Optimizer, PlanError
+from superlora_tn.contraction.summed import choose_each, crop_price
 from superlora_tn.declare.fold import PhysicalGroup, Shape
 from superlora_tn.model.attach import attach
 from superlora_tn.network.graph import Graph
