@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,6 +103,39 @@ def test_a_flat_sum_builds_each_term_and_multiplies_each_weight_once():
     ((_, graph),) = sl.AdapterSpec(part, fold).lay_out(SHAPES)
     one, two = (cost(sl.AdapterSpec(sl.Sum(*parts), fold), SHAPES, 256).seconds for parts in ([part], [part, part]))
     assert two - one == pytest.approx(sl.make_plan(graph, "delta").price, rel=1e-9)
+
+
+def test_the_groups_of_a_flat_fold_are_built_together():
+    """Their time was that of one group alone, and the surplus was on no list of tensors."""
+    ((group, graph),) = sl.AdapterSpec(sl.CP(2), sl.FlatFold(5, groups=4)).lay_out(SHAPES)
+    assert group.volume == 5**5 > 8 * 48 * 32 / 4  # 3,072 elements a group
+    found = cost(sl.AdapterSpec(sl.CP(2), sl.FlatFold(5, groups=4)), SHAPES, 256)
+    assert found.peak == 4 * 4 * 5**5
+    dense = sl.AdapterSpec(sl.Dense(), sl.FlatFold(2))
+    product = cost(dense, SHAPES, 256).seconds - sl.make_plan(dense.lay_out(SHAPES)[0][1], "delta").price
+    assert found.seconds - product == pytest.approx(sl.make_plan(graph, "delta", fixed=False).price, rel=1e-9)
+
+
+def test_a_flat_network_that_multiplies_is_of_its_own_side():
+    """It was priced as a matrix (out, in), which it is not."""
+    spec, shapes = sl.AdapterSpec(sl.CP(2), sl.FlatFold(2)), {"w": (200, 10)}
+    found, square = cost(replace(spec, join=sl.Multiply("right")), shapes, 16), cost(spec, {"w": (10, 10)}, 16)
+    assert (found.seconds, found.peak) == (square.seconds, square.peak) == (found.seconds, 4 * 10 * 10)
+
+
+@pytest.mark.parametrize(
+    ("spec", "tokens", "numbers"),
+    [
+        (sl.oft(32), 16, 2 * 32 * 32),  # the rotations of 2 blocks
+        (sl.hra(2), 1024, 1024 * 2),  # x goes through two thin matrices, and none of 64 x 64 is made
+        (sl.fourier_ft(5), 16, 96 * 64),
+        (sl.uni_lora(9, rank=2), 16, 3 * 96 * 2),  # B of all weights at once, drawn from the 9 numbers
+    ],
+    ids=["oft", "hra", "fourier_ft", "uni_lora"],
+)
+def test_what_maps_make_counts_as_memory(spec, tokens, numbers):
+    """The rotations of `oft` took none, and the vectors of `uni_lora` those of one weight."""
+    assert cost(spec, {f"layers.{k}.q": (96, 64) for k in range(3)}, tokens).peak == 4 * numbers
 
 
 def test_suggestions_come_cheapest_first():

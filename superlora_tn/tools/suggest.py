@@ -8,15 +8,18 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from superlora_tn.contraction.plan import choose, table
+from superlora_tn.contraction.plan import Route, choose, make_plan, table
 from superlora_tn.contraction.profile import CPU, ITEM, Device
 from superlora_tn.contraction.search import PlanError
 from superlora_tn.contraction.summed import choose_all
 from superlora_tn.declare.fold import PhysicalGroup, Shape
+from superlora_tn.declare.node_maps import Same
 from superlora_tn.declare.parts import SpecError, check_count, shown
 from superlora_tn.model.targets import Targets, targets_of
+from superlora_tn.network.applied import applied
 from superlora_tn.network.budget import words
 from superlora_tn.network.catalogue import VARIANTS, bought, check_variants
+from superlora_tn.network.graph import Graph
 from superlora_tn.network.kernels import Kernels, check_kernels, lay_out
 from superlora_tn.network.spec import AdapterSpec, check_shapes, named_shapes
 
@@ -30,7 +33,8 @@ class Cost:
             less, and a fixed map's own time is not in it.
         state: bytes of what is stored of the nodes, and of magnitudes, in float32, with gradients and Adam's two moments of
             what trains.
-        peak: bytes of the largest single tensor that is made on the way, dW where a layer builds it.
+        peak: bytes of the largest single tensor that is made on the way: an intermediate, a node that a map makes, dW where a
+            layer builds it, and of a flat fold the vector of all its groups with their surplus.
     """
 
     seconds: float
@@ -182,15 +186,25 @@ def cost(
         if isinstance(group, PhysicalGroup):
             found = choose_all(graph, group.shape, tokens, device)
             seconds += len(group.members) * found.price
-            for _, chosen in found.each:
+            for term, chosen in found.each:
                 built = chosen.shape[0] * chosen.shape[1] if chosen.route == "delta" else 0
-                peak = max(peak, chosen.chosen.peak, ITEM * built)
+                peak = max(peak, chosen.chosen.peak, ITEM * built, ITEM * _largest_made(term.graph, chosen.route))
             continue
-        # A flat fold's vector is built once a step, of each term of a sum, and each of its weights multiplied once.
-        terms = [choose(term.graph, shapes[next(iter(group.members))], tokens, device).delta for term in graph.networks]
-        single = [choose(graph.networks[0].graph, shapes[name], tokens, device) for name in group.members]
+        # A flat fold's groups are built together once a step, of each term of a sum, and each of its weights multiplied once.
+        sides = [(d_out, d_in) for _, d_out, d_in in group.members.values()]
+        terms = [make_plan(term.graph, "delta", 1, device, fixed=False) for term in graph.networks]
+        single = [choose(graph.networks[0].graph, shape, tokens, device) for shape in sides]
         seconds += sum(term.price for term in terms) + sum(one.delta_price - one.delta.price for one in single)
-        peak = max(
-            peak, *(term.peak for term in terms), ITEM * sum(shapes[name][0] * shapes[name][1] for name in group.members)
-        )
+        whole = max(group.groups * group.volume, sum(d_out * d_in for d_out, d_in in sides))
+        made = max(_largest_made(term.graph, "delta") for term in graph.networks)
+        peak = max(peak, *(term.peak for term in terms), ITEM * whole, ITEM * made)
     return Cost(seconds, state, peak)
+
+
+def _largest_made(graph: Graph, route: Route) -> int:
+    """Numbers of the largest node on a route that a map makes of what is stored; a `Same` is what is stored."""
+    made = [(node.shape, node.map) for node in graph.nodes]
+    if route == "apply":
+        through = applied(graph)
+        made = [(n.shape, graph.nodes[k].map) for n, (k, _) in zip(through.graph.nodes, through.sources, strict=True)]
+    return max((math.prod(shape) for shape, own in made if own is not None and not isinstance(own, Same)), default=0)
