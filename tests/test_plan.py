@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import opt_einsum as oe
 import pytest
+import torch
 from hypothesis import given
 from strategies import EPS, SHAPES, Case, cases, physical_cases, targets
 from test_equals_dense import VARIANTS
+from torch import nn
 
 from superlora_tn.contraction.backend import compiled
 from superlora_tn.contraction.layout import Equation, volume
@@ -21,6 +23,7 @@ from superlora_tn.contraction.profile import DEVICES, ITEM, Device
 from superlora_tn.contraction.search import PlanError
 from superlora_tn.declare.fold import PhysicalFold
 from superlora_tn.declare.parts import CP, TOKEN, Dense, Network, SpecError, TensorTrain, Tucker
+from superlora_tn.model.attach import attach
 from superlora_tn.network.graph import Graph
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.network.variants import loha, lokr, lonkr, lora, lorta, lotr, vera
@@ -356,13 +359,28 @@ def test_a_path_that_is_none_is_refused_in_words(path: list[tuple[int, ...]], me
         make_plan(graph_of(lora(2)), "apply", 4, optimize=Wrong())
 
 
+class Unhashable:
+    """An optimizer of someone's own, as a dataclass makes it."""
+
+    __hash__ = None
+
+    def __call__(self, inputs: list[frozenset[str]], *_: object) -> list[tuple[int, int]]:
+        return [(0, 1)] * (len(inputs) - 1)
+
+
+def test_an_optimizer_needs_no_hash_in_a_model_either() -> None:
+    """The caches of what an adapter runs wanted one."""
+    embed, body = nn.Embedding(5, 6).double(), nn.Linear(6, 4).double()
+    tuned = attach(nn.Sequential(embed, body), {"0": lora(2), "1": loha(2)}, optimize=Unhashable(), dtype=torch.float64, seed=0)
+    for node in tuned.parameters():
+        nn.init.normal_(node)
+    numbers = torch.tensor([4, 0, 1])
+    rows = (embed.weight + tuned.delta("0").t())[numbers]
+    expected = rows @ (body.weight + tuned.delta("1")).t() + body.bias
+    torch.testing.assert_close(body(embed(numbers)), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_an_optimizer_needs_no_hash_and_a_list_is_none() -> None:
-    class Unhashable:
-        __hash__ = None
-
-        def __call__(self, inputs: list[frozenset[str]], *_: object) -> list[tuple[int, int]]:
-            return [(0, 1)] * (len(inputs) - 1)
-
     graph = graph_of(lora(2))
     assert make_plan(graph, "apply", 4, optimize=Unhashable()).path == [(0, 1), (0, 1)]
     wrong: Any = [(0, 1), (0, 1)]

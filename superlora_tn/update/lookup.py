@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,6 +15,8 @@ from superlora_tn.contraction.layout import Equation
 from superlora_tn.contraction.plan import plan_equation, sub_network
 from superlora_tn.contraction.profile import Device
 from superlora_tn.contraction.search import Optimizer
+from superlora_tn.declare.bounds import KEPT_NODES
+from superlora_tn.declare.cache import kept
 from superlora_tn.declare.parts import TOKEN
 from superlora_tn.network.graph import Graph, GraphNode
 from superlora_tn.update.base import NOMINAL_TOKENS, TOKEN_STEPS, Run, Side
@@ -73,7 +74,7 @@ class Lookup:
         return run(*taken, alpha=alpha)
 
 
-@lru_cache(maxsize=1024)
+@kept(1024, KEPT_NODES, lambda _, graph, *__, **___: len(graph.nodes))
 def lookup(graph: Graph, side: Side, device: Device, optimize: Optimizer, backend: str) -> Lookup | None:
     """The lookup of one member's graph; None where nothing depends on that side (its size is 1), or the fold is flat."""
     wanted = graph.open(side)

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -20,6 +19,8 @@ from superlora_tn.contraction.profile import Device
 from superlora_tn.contraction.rows import row_products
 from superlora_tn.contraction.search import Optimizer
 from superlora_tn.contraction.sharing import Scheme, scheme
+from superlora_tn.declare.bounds import KEPT_NODES
+from superlora_tn.declare.cache import kept
 from superlora_tn.declare.fold import PhysicalGroup, Shape
 from superlora_tn.declare.joins import Magnitude
 from superlora_tn.network.applied import applied
@@ -43,7 +44,7 @@ class _Stage:
 Schedule = tuple[tuple[int, _Stage], ...]
 
 
-@lru_cache(maxsize=4096)
+@kept(4096, KEPT_NODES, lambda _, graph, *__, **___: len(graph.nodes))
 def _schedule(
     graph: Graph, shape: Shape, route: Route | None, divided: Scheme, profile: Device, optimize: Optimizer, backend: str
 ) -> Schedule:

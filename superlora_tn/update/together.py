@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +17,8 @@ from superlora_tn.contraction.cut import Halves, halves
 from superlora_tn.contraction.plan import plan_equation, sub_network
 from superlora_tn.contraction.profile import Device
 from superlora_tn.contraction.search import Optimizer
+from superlora_tn.declare.bounds import KEPT_NODES
+from superlora_tn.declare.cache import kept
 from superlora_tn.network.expand import lower
 from superlora_tn.network.graph import Graph
 from superlora_tn.update.base import Member, Run
@@ -89,7 +90,7 @@ class _Cut:
     runs: tuple[tuple[tuple[int, ...], Run], ...]
 
 
-@lru_cache(maxsize=1024)
+@kept(1024, KEPT_NODES, lambda _, graph, *__, **___: len(graph.nodes))
 def _cut(graph: Graph, device: Device, optimize: Optimizer, backend: str) -> _Cut | None:
     """None where the graph has no cut, or a half has some of the members' indices and lacks others."""
     found = halves(graph, device, optimize)
