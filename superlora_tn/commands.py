@@ -190,7 +190,7 @@ def plan(args: argparse.Namespace) -> None:
     shapes = _shapes(args)
     spec = make_spec(args, shapes)
     group, graph = spec.lay_out(shapes)[0]
-    shape = group.shape if isinstance(group, PhysicalGroup) else next(iter(shapes.values()))
+    shape = group.shape if isinstance(group, PhysicalGroup) else next(iter(group.members.values()))[1:]
     device = DEVICES[args.device]
     found = choose_all(graph, shape, args.tokens, device, args.optimize, args.memory_limit)
     if args.json:

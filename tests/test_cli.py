@@ -110,6 +110,17 @@ def test_a_join_is_planned_over_the_side_that_it_multiplies(capsys):
         assert planned["join"].startswith("W' = ")
 
 
+def test_a_flat_network_that_multiplies_is_priced_by_its_own_side(tmp_path, capsys):
+    """The product by N (in, in) was priced as one by a matrix (out, in)."""
+    prices = list[float]()
+    for join, shape in ((sl.Multiply("right"), "200x10"), (None, "10x10")):
+        declared = tmp_path / f"{shape}.json"
+        declared.write_text(json.dumps(sl.AdapterSpec(sl.CP(2), sl.FlatFold(2), join=join).to_dict()))
+        assert main(["plan", "--spec", str(declared), "--shape", shape, "--tokens", "16", "--weights", "1", "--json"]) == 0
+        prices.append(strict(capsys.readouterr().out)["routes"]["delta"]["price_seconds"])
+    assert prices[0] == prices[1]
+
+
 def test_a_picture_goes_exactly_where_it_was_asked_for(tmp_path, capsys):
     assert main(["draw", "lora", "--out", str(tmp_path / "network"), "--json"]) == 0
     data = strict(capsys.readouterr().out)
