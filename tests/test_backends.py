@@ -124,6 +124,17 @@ def test_a_plan_serves_any_number_of_tokens(name: str) -> None:
         assert np.all(np.abs(got - x @ delta.T) <= 100 * EPS * (np.abs(x) @ np.abs(delta.T) + 18 * 3 * 5))
 
 
+@pytest.mark.parametrize("leading", [(4,), (4, 1), (1, 4), (2, 2)])
+def test_x_and_out_may_have_several_leading_axes(name: str, leading: tuple[int, ...]) -> None:
+    """The reference broadcast out (4, 1, out) against (4, out), to 16 rows."""
+    [(_, graph)] = VARIANTS[1].lay_out({"w": (12, 18)})
+    values, x, out = draw_nodes(graph), RNG.standard_normal((*leading, 18)), RNG.standard_normal((*leading, 12))
+    operands = [as_input(name, array) for array in (x, *values.values())]
+    found = as_array(compiled(make_plan(graph, "apply", 4), name)(*operands, out=as_input(name, out.copy())))
+    assert found.shape == out.shape
+    np.testing.assert_allclose(found, out + x @ by_matrix(VARIANTS[1], graph, values).T, rtol=1e-12, atol=1e-12)
+
+
 def test_out_is_left_as_it_was(name: str) -> None:
     """A caller may still need the base output, and autograd may hold it."""
     [(_, graph)] = VARIANTS[1].lay_out({"w": (12, 18)})

@@ -33,6 +33,6 @@ def compile(plan: Plan) -> Callable[..., np.ndarray]:
         result: np.ndarray = np.einsum(*operands, [number[i] for i in plan.output])
         flat = [-1 if TOKEN in axis else int(np.prod([plan.size[i] for i in axis], dtype=np.int64)) for axis in plan.result]
         result = alpha * result.reshape(flat)
-        return result if out is None else _wide(out) + result
+        return result if out is None else _wide(out) + result.reshape(np.shape(out))
 
     return run
