@@ -30,6 +30,7 @@ from tensorly import decomposition
 from tensorly.backend.pytorch_backend import PyTorchBackend
 from tensorly.tenalg.einsum_tenalg import EinsumTenalgBackend
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import superlora_tn
 
@@ -484,6 +485,14 @@ def test_transforms_and_compile_run() -> None:
     whole = torch.compile(lambda s, t: einsum("kab,kbc->kac", s, t), backend="eager", fullgraph=True)
     assert ((whole(a, b) - a @ b).abs() <= allowed("kab,kbc->kac", [a, b])).all()
     torch.compiler.reset()
+
+
+def test_sizes_may_be_symbols() -> None:
+    """A trace with symbols for sizes ended in a TypeError, as symbols have no hash."""
+    shapes = ((2, 3), (3, 4), (4, 5))
+    traced = make_fx(lambda *t: einsum("ab,bc,cd->ad", *t), tracing_mode="symbolic")(*draw(*shapes))
+    others = draw(*shapes)
+    torch.testing.assert_close(traced(*others), torch.linalg.multi_dot(others), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.complex64])

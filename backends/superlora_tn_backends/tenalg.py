@@ -100,7 +100,8 @@ def einsum(equation: str, *operands: Any, optimize: Optimizer = "dp") -> Tensor:
     """`torch.einsum` by a contraction plan, with any characters as indices and any number of them.
 
     What has no plan goes to TensorLy's PyTorch einsum, and so do its errors: dtypes that are mixed or neither floating
-    nor complex, sizes of 0, sizes that do not fit, sparse tensors, devices that differ, and code under torch.compile.
+    nor complex, sizes of 0, sizes that do not fit or are symbols, sparse tensors, devices that differ, and code under
+    torch.compile.
     """
     if _has_plan(equation, operands):
         trained = tuple(t.requires_grad and torch.is_grad_enabled() for t in operands)
@@ -186,7 +187,9 @@ def _has_plan(equation: Any, operands: tuple[Any, ...]) -> bool:
         return False
     first = operands[0]
     alike = all(t.dtype == first.dtype and t.device == first.device and t.layout == torch.strided for t in operands)
-    return alike and (first.is_floating_point() or first.is_complex()) and not torch.compiler.is_compiling()
+    if not alike or not (first.is_floating_point() or first.is_complex()) or torch.compiler.is_compiling():
+        return False
+    return not any(isinstance(size, torch.SymInt) for t in operands for size in t.shape)
 
 
 def _lettered(equation: Any) -> Any:
