@@ -286,3 +286,22 @@ def test_scales_are_reset_while_merged() -> None:
     tuned.reset_parameters()
     tuned.unmerge()
     torch.testing.assert_close(model(X), base, **CLOSE)
+
+
+@pytest.mark.parametrize("at", ["output", "weight"])
+def test_copies_for_several_devices_are_refused_in_words(at: str) -> None:
+    """`nn.DataParallel` ended in torch's error of two devices, or of a property that cannot be set."""
+    model = net()
+    tuned = adapted(model, sl.lora(2), ["0", "2"], at=at)
+
+    def replicate() -> list[object]:
+        return [module._replicate_for_data_parallel() for module in model.modules()]
+
+    with pytest.raises(sl.AttachError, match="take DistributedDataParallel"):
+        replicate()
+    if at == "output":
+        tuned.merge()
+        replicate()
+        tuned.unmerge()
+    tuned.detach()
+    replicate()

@@ -149,6 +149,14 @@ class Tuned(Stated):
             self.reset_parameters()
         return self
 
+    def _replicate_for_data_parallel(self) -> Any:
+        if self._acts or self.held:
+            raise AttachError(
+                "nn.DataParallel copies layers to other devices, where they would meet the adapter's nodes on the first; take "
+                "DistributedDataParallel, or a model without a handle (tuned.bake())."
+            )
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+
     def _need(self, what: str) -> nn.Module:
         if self._model is None:
             raise AttachError(f"cannot {what}: the adapter is detached; attach it again.")
