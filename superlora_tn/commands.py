@@ -201,8 +201,10 @@ def plan(args: argparse.Namespace) -> None:
         show_json(terms[0] | {"join": None if spec.join is None else str(spec.join), "terms": terms})
     else:
         print(found if graph.terms else found.each[0][1])
-        if spec.join is not None:
-            print(f"join       {spec.join}; its own work is not in these prices")
+        maps = "of nodes" if spec.is_mapped else None
+        for what, own in (("join", spec.join), ("projection", spec.projection), ("maps", maps)):
+            if own is not None:
+                print(f"{what:<10} {own}; its own work is not in these prices")
     if args.draw:
         from superlora_tn.tools import draw
 

@@ -110,6 +110,25 @@ def test_a_join_is_planned_over_the_side_that_it_multiplies(capsys):
         assert planned["join"].startswith("W' = ")
 
 
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (sl.AdapterSpec(sl.CP(2), sl.FlatFold(2), sl.Fastfood(ratio=0.5)), ["projection Fastfood("]),
+        (sl.oft(4), ["join       W' = ", "maps       of nodes; "]),
+        (sl.lora(2), []),
+    ],
+    ids=["fastfood", "oft", "lora"],
+)
+def test_what_no_plan_prices_is_named(spec, said, tmp_path, capsys):
+    """Of a fixed map, and of maps of nodes, nothing was said."""
+    declared = tmp_path / "spec.json"
+    declared.write_text(json.dumps(spec.to_dict()))
+    assert main(["plan", "--spec", str(declared), "--shape", "16x16"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("; its own work is not in these prices")]
+    assert len(lines) == len(said)
+    assert all(line.startswith(words) for line, words in zip(sorted(lines), sorted(said), strict=True))
+
+
 def test_a_flat_network_that_multiplies_is_priced_by_its_own_side(tmp_path, capsys):
     """The product by N (in, in) was priced as one by a matrix (out, in)."""
     prices = list[float]()
