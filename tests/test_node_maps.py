@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from models import TARGETS, Tiny, seeded
+from models import TARGETS, Tiny, noise, perturb, seeded
 from optional import library
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -122,6 +122,27 @@ def test_block_rotations_go_block_by_block() -> None:
     assert plan.flops == 2 * 32 * 16 * 4
     plan = sl.make_plan(sl.hra(2).lay_out({"layer": (12, 16)})[0][1], "apply", 32)
     assert plan.flops == 2 * 2 * 32 * 16 * 2  # two products with two columns
+
+
+@pytest.mark.parametrize("route", ["apply", "delta"])
+@pytest.mark.parametrize("gated", [False, True], ids=["twice", "gated"])
+def test_an_identity_beside_another_node_over_both_its_indices(gated: bool, route: Literal["apply", "delta"]) -> None:
+    same, rows, columns, blocks = sl.Node("b c", trainable=False, map=sl.Identity()), 6, 9, 3
+    beside = sl.Node("b c") if gated else same
+    network = sl.Network("(b o) (c i)", {"b": blocks, "c": blocks}, same=same, beside=beside, R="b o i")
+    model = nn.Sequential(nn.Linear(columns, rows)).double()
+    base = model[0].weight.detach().numpy()
+    tuned = sl.attach(model, sl.AdapterSpec(network), ["0"], dtype=torch.float64, route=route)
+    perturb(tuned)
+    own = {n.rpartition("node_")[2]: p.detach().numpy() for n, p in tuned.named_parameters()}
+    gates = own["beside"] if gated else np.eye(blocks)
+    delta = np.zeros((rows, columns))
+    for k, block in enumerate(own["R"]):
+        delta[k * 2 : k * 2 + 2, k * 3 : k * 3 + 3] = gates[k, k] * block
+    x = noise(5, columns, dtype=torch.float64)
+    np.testing.assert_allclose(tuned.delta("0").detach().numpy(), delta, rtol=1e-12, atol=1e-12)
+    expected = x.numpy() @ (base + delta).T + model[0].bias.detach().numpy()
+    np.testing.assert_allclose(model(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("at", ["output", "weight"])

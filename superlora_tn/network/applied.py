@@ -78,10 +78,12 @@ class _Work:
         return Graph(nodes, tuple((i, size) for i, size in self.sizes.items() if i not in self.became), modes)
 
     def _joins(self, node: GraphNode) -> bool:
-        """Make the two indices of an identity one, if one is of `out`, one of `in` and neither became another."""
+        """Make the two indices of an identity one: one of `out`, one of `in`, none another already, both on no other node."""
         out, inward = self.declared.open("out"), self.declared.open("in")
         pair = sorted(node.indices, key=lambda i: i not in out)
         if len(pair) != 2 or pair[0] not in out or pair[1] not in inward or self._are_taken(pair):
+            return False
+        if any(other is not node and not {*pair} - {*other.indices} for other in self.declared.nodes):
             return False
         self.became[pair[1]] = (pair[0],)
         return True
