@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import warnings
 from pathlib import Path
@@ -279,6 +280,33 @@ def test_two_adapters_on_blocks_and_on_the_whole() -> None:
         first.merge()
     second.detach()
     torch.testing.assert_close(model(x), expected(model, first, x, whole(model, first, LAYOUTS["thirds"][1], False)))
+
+
+ROWS = {
+    "whole": ("qkv", {"qkv": [*range(24)]}),
+    "thirds": (LAYOUTS["thirds"][0], {"qkv.q": [*range(8)], "qkv.v": [*range(16, 24)]}),
+    "halves": (sl.Rows("qkv", ("a", "b"), use=("b",)), {"qkv.b": [*range(12, 24)]}),
+    "by head": (sl.Rows("qkv", ("s", "t"), use=("s",), heads=6), {"qkv.s": [r for r in range(24) if r % 4 < 2]}),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), [*itertools.permutations(ROWS, 2), ("thirds", "thirds")])
+def test_adapters_at_a_weight_add_up_in_the_rows_that_they_have_in_common(one: str, other: str) -> None:
+    torch.manual_seed(1)
+    model = nn.ModuleDict({"qkv": nn.Linear(DIM, 24)})
+    weight = model["qkv"].weight.detach().double()
+    trained: list[Tensor] = []
+    for k, name in enumerate((one, other)):
+        target, places = ROWS[name]
+        tuned = sl.attach(model, sl.lora(2), [target], name=f"adapter{k}", at="weight", dtype=torch.float64, seed=k)
+        perturb(tuned, seed=k)
+        for part, rows in places.items():
+            weight = weight.index_add(0, torch.tensor(rows), tuned.delta(part))
+        trained += tuned.parameters()
+    assert torch.equal(model["qkv"].weight, weight.float())  # rounded once
+    grad = noise(24, DIM, dtype=torch.float64)
+    found = torch.autograd.grad((model["qkv"].weight.double() * grad).sum(), trained)
+    torch.testing.assert_close(found, torch.autograd.grad((weight * grad.float()).sum(), trained))
 
 
 def test_what_does_not_divide_or_is_not_there_is_said() -> None:

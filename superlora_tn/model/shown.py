@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from superlora_tn.declare.rows import Span
 from superlora_tn.model.kinds import Held, LayerError, Shows
-from superlora_tn.model.spans import cut, replaced
+from superlora_tn.model.spans import cut, meet, replaced
 from superlora_tn.model.stacks import Stack
 from superlora_tn.update.base import Member
 from superlora_tn.update.eager import is_eager
@@ -203,7 +203,7 @@ def _stacked(stored: Tensor, blocks: list[Block]) -> Tensor | None:
 
 
 def _matrix(stored: Tensor, blocks: list[Block]) -> Tensor:
-    """The blocks' matrix as it is stored, W + dW in their rows; dW of several adapters on the same rows add up."""
+    """The blocks' matrix as it is stored, W + dW in their rows; dW of several adapters on the same row add up."""
     kind = blocks[0].kind
     matrix = kind.matrix(stored)
     sums: dict[Span | None, Tensor] = {}
@@ -211,8 +211,10 @@ def _matrix(stored: Tensor, blocks: list[Block]) -> Tensor:
         span, delta = block.kind.span, block.member.current()
         if block.kind.transposed != kind.transposed:  # a table by itself, and with the output layer that it is tied to
             delta = delta.t()
+        if any(meet(span, other) for other in sums if other != span):
+            matrix, sums = replaced(matrix, list(sums.items())), {}
         sums[span] = joined(block.member, sums[span] if span in sums else cut(matrix, span), delta)
     # Rounded once, as merging does.
-    whole = replaced(matrix, [(span, rows.to(stored.dtype)) for span, rows in sums.items()])
+    whole = replaced(matrix.to(stored.dtype), [(span, rows.to(stored.dtype)) for span, rows in sums.items()])
     own = stored if kind.slot is None else stored[kind.slot]
     return whole.t() if kind.transposed else whole.reshape(own.shape)

@@ -11,6 +11,11 @@ from torch import Tensor
 from superlora_tn.declare.rows import Span
 
 
+def meet(one: Span | None, other: Span | None) -> bool:
+    """Whether two blocks of one matrix have a row in common; None means all rows."""
+    return one is None or other is None or one.meets(other)
+
+
 def grid(matrix: Tensor, span: Span) -> Tensor:
     """The block's rows of a matrix (rows, columns), a view (runs, rows of a run, columns)."""
     return torch.unflatten(matrix, 0, (-1, span.period))[:, span.start : span.stop]

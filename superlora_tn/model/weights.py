@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from superlora_tn.declare.rows import Span
 from superlora_tn.model.buffers import check_shown
 from superlora_tn.model.kinds import Held, Kind
+from superlora_tn.model.spans import meet
 from superlora_tn.model.targets import AttachError, Target, is_sharded
 from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.update.base import Member
@@ -110,7 +111,7 @@ def overlap(one: Target, other: Target) -> bool:
     (first, rows, place), (second, others, slot) = _key(one.kind), _key(other.kind)
     if one.layer is not other.layer or (first, place) != (second, slot):
         return False
-    return rows is None or others is None or rows.meets(others)
+    return meet(rows, others)
 
 
 def check_apart(targets: Sequence[Target]) -> None:
@@ -153,7 +154,7 @@ def met(target: Target) -> Iterator[Weight]:
     for (other, rows, place), weight in known.items():
         if (other, place) != (parameter, slot) or rows == span:
             continue
-        if rows is None or span is None or span.meets(rows):
+        if meet(rows, span):
             yield weight
 
 
