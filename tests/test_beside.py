@@ -157,6 +157,27 @@ def test_another_adapter_freezes_nothing_that_trains_beside_the_first() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_what_is_assigned_in_place_of_a_parameter_is_held_as_that_was(order: tuple[int, int]) -> None:
+    model = net()
+    first = attached(model, ["0"], name="first", also=["2.bias"])
+    model.load_state_dict(state(model), assign=True)
+    with pytest.raises(sl.AttachError, match="trains beside another adapter already"):
+        attached(model, ["2"], name="second", also=["2.bias"])
+    moved(model[2].bias)
+    with sl.use(model, None):  # the base's own stands in its place
+        second = attached(model, ["2"], name="second")
+        assert not model[2].bias.requires_grad
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(("first", "second"))]
+    assert trained == ["2.bias"]
+    handles = (first, second)
+    handles[order[0]].detach()
+    assert model[2].bias.requires_grad is (order[0] == 1)
+    assert not model[0].weight.requires_grad
+    handles[order[1]].detach()
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_replace_leaves_nothing_of_the_adapter_before(tmp_path: Path) -> None:
     def saved(folder: str, also: list[str], train: bool) -> None:
         model = normed().train(train)

@@ -32,6 +32,7 @@ from superlora_tn.model.places import check_model, check_seed, declared
 from superlora_tn.model.saved import At, check_base, depart, read_for
 from superlora_tn.model.shown import Block, show
 from superlora_tn.model.site import BeginHook, EndHook, EnterHook, UpdateHook, watchers
+from superlora_tn.model.states import follow
 from superlora_tn.model.targets import AttachError, Place, Target, Targets, bind, is_sharded, match, match_ends, places
 from superlora_tn.model.trainer import admissions
 from superlora_tn.model.tuned import Tuned
@@ -291,6 +292,7 @@ def _put_on(model: nn.Module, handle: Tuned, name: str) -> None:
     handle._model = (model, name)
     model.add_module(name, handle)
     try:
+        follow(model)
         handle._base.enter()
         adapters = {id(p) for m in (handle, *model.modules()) if isinstance(m, Tuned) for p in m.parameters()}
         for own, parameter in model.named_parameters():

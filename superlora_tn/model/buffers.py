@@ -212,6 +212,12 @@ def check_shown(layer: nn.Module, name: str, tensors: Collection[str]) -> None:
         )
 
 
+def hidden(model: nn.Module) -> set[int]:
+    """Ids of the values in whose place the base's own stand, whichever handle switched them off."""
+    stacks = (there for module in model.modules() for there in module.__dict__.get(SLOT, {}).values())
+    return {id(kept.hidden) for there in stacks for kept in there if kept.hidden is not None}
+
+
 def _names(model: nn.Module, leave: tuple[type[nn.Module], ...]) -> tuple[str, ...]:
     modules = [(home, module) for home, module in model.named_modules() if not isinstance(module, leave)]
     return tuple(f"{home}.{own}".lstrip(".") for home, m in modules for own in (*m._parameters, *m._buffers))

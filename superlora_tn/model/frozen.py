@@ -63,14 +63,27 @@ def thaw(parameter: nn.Parameter, holder: Holder, wanted: bool) -> None:
         parameter.requires_grad_(False)
 
 
-def thaw_all(model: nn.Module, frozen: Sequence[tuple[str, nn.Parameter, bool]], holder: Holder) -> None:
-    """Let go of parameters by their names in the model, and of those that stand in their place now (accelerate's)."""
-    now = dict(model.named_parameters())
+def followed(
+    model: nn.Module, frozen: Sequence[tuple[str, nn.Parameter, bool]], hidden: Collection[int]
+) -> list[tuple[str, nn.Parameter, bool]]:
+    """What a handle froze, as it stands in the model now: what replaced a parameter since takes over its record.
+
+    So do `load_state_dict(assign=True)`, and accelerate.
+
+    Args:
+        model, frozen: of the handle.
+        hidden: ids of parameters that come back by themselves.
+    """
+    now, found = dict(model.named_parameters()), []
     for name, parameter, wanted in frozen:
-        thaw(parameter, holder, wanted)
-        other = now.get(name, parameter)
-        if other is not parameter and FROZEN not in other.__dict__ and FROZEN not in parameter.__dict__:
-            other.requires_grad_(parameter.requires_grad)
+        other = parameter if id(parameter) in hidden else now.get(name, parameter)
+        record: dict[str, Any] | None = None if other is parameter else parameter.__dict__.pop(FROZEN, None)
+        if record is not None:
+            there = other.__dict__.get(FROZEN) or _record(other, record["wanted"])
+            for who in ("holders", "trains"):
+                there[who] += record[who]
+        found.append((name, other, wanted))
+    return found
 
 
 def was_trainable(parameter: nn.Parameter) -> bool:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from superlora_tn.declare.parts import check_number
-from superlora_tn.model.buffers import Snapshot
-from superlora_tn.model.frozen import Holder, hold_on
+from superlora_tn.model.buffers import Snapshot, hidden
+from superlora_tn.model.frozen import Holder, followed, hold_on
 from superlora_tn.model.targets import AttachError
 from superlora_tn.model.weights import check_unmerged, check_whole
 from superlora_tn.update.base import Adapter, Member
@@ -124,3 +124,11 @@ class Stated(Placed):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         hold_on(self._frozen, self._holder, self._base.also)
         self._enabled, self._disabled = self._enabled and not self._disabled, 0
+
+
+def follow(model: nn.Module) -> None:
+    """Let every handle of a model hold what stands now in the place of the parameters that it froze."""
+    apart = hidden(model)
+    for handle in [module for module in model.modules() if isinstance(module, Stated)]:
+        if handle._model is not None:
+            handle._frozen = followed(handle._model[0], handle._frozen, apart)

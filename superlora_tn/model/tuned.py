@@ -18,7 +18,7 @@ from superlora_tn.files.writes import FORMATS, Beside, Format, Report, save_as
 from superlora_tn.model.buffers import by_each_name
 from superlora_tn.model.convolutions import kernels_of
 from superlora_tn.model.describe import as_given, names, notes, share_of, summary
-from superlora_tn.model.frozen import thaw_all
+from superlora_tn.model.frozen import thaw
 from superlora_tn.model.kinds import Held
 from superlora_tn.model.merging import (
     change,
@@ -32,7 +32,7 @@ from superlora_tn.model.merging import (
     put_back,
 )
 from superlora_tn.model.places import check_seed
-from superlora_tn.model.states import Stated, alike
+from superlora_tn.model.states import Stated, alike, follow
 from superlora_tn.model.targets import AttachError, Target, near
 from superlora_tn.model.weights import Weight, check_mergeable, report_rounding, weight_of
 from superlora_tn.network.spec import AdapterSpec
@@ -264,7 +264,9 @@ class Tuned(Stated):
         for hook in self._hooks:
             hook.remove()
         leave(self._targets, self._members)
-        thaw_all(model, self._frozen, self._holder)
+        follow(model)
+        for _, parameter, wanted in self._frozen:
+            thaw(parameter, self._holder, wanted)
         delattr(model, name)
         forget_compiled()
         self._hooks, self._frozen, self._model = [], [], None
