@@ -392,3 +392,20 @@ def test_the_trainer_takes_a_quantised_model_while_an_adapter_is_on_it(tmp_path:
         assert type(model.hf_quantizer) is kind
         with pytest.raises(ValueError, match="purely quantized"):
             transformers.Trainer(model, options, train_dataset=[])
+
+
+def test_a_detached_adapter_does_nothing_in_a_layer_that_took_its_hooks_over() -> None:
+    """As those that quantize_dynamic puts in the place of the adapted ones."""
+    base = nn.Sequential(nn.Linear(IN, OUT), nn.Tanh(), nn.Linear(OUT, IN))
+    model, x = copy.deepcopy(base), noise(4, IN)
+    tuned = sl.attach(model, SPECS["lora"], ["0", "2"])
+    perturb(tuned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for one in (base, model):
+            torch.ao.quantization.quantize_dynamic(one, {nn.Linear}, inplace=True)
+    assert not torch.allclose(model(x), base(x), atol=0.1)
+    tuned.detach()
+    assert torch.equal(model(x), base(x))
+    tuned.strength = 2.0
+    assert torch.equal(model(x), base(x))

@@ -52,7 +52,7 @@ class Stated(Placed):
     @property
     def _acts(self) -> bool:
         """Whether dW is added to what the model computes, beside what is in the weights."""
-        return self._enabled and not (self.merged or self._disabled)
+        return self._model is not None and self._enabled and not (self.merged or self._disabled)
 
     def _check_beside(self, own: Collection[Member] = (), switched: bool = False) -> None:
         """Raise where what trains beside the adapter cannot be read, written or switched: dW but `own` is merged into it."""

@@ -270,6 +270,7 @@ class Tuned(Stated):
         delattr(model, name)
         forget_compiled()
         self._hooks, self._frozen, self._model = [], [], None
+        self._switch()  # quantize_dynamic and others have copied hooks to layers of their own
         return model
 
     @contextmanager
