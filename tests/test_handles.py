@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from models import noise, same_state
 from torch import Tensor, nn
 
 import superlora_tn as sl
+from superlora_tn.model.buffers import Kept
 from superlora_tn.model.kinds import Linear
+from superlora_tn.update.base import Adapter
 
 
 def net() -> nn.Sequential:
@@ -66,6 +69,83 @@ def test_an_interrupt_at_any_write_can_be_repaired(spec: sl.AdapterSpec, name: s
             tuned.unmerge()
         tuned.detach()
         assert same_state(base, model.state_dict())
+
+
+def _off_and_on(model: nn.Module, one: sl.Tuned) -> None:
+    with one.disabled():
+        model(X)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, one: sl.use(model, {"one": 1.0, "two": 0.5}),
+        lambda model, one: sl.use(model, None),
+        lambda model, one: setattr(one, "strength", 2.0),
+        lambda model, one: one.unmerge(),
+        _off_and_on,
+    ],
+    ids=["use", "none", "strength", "unmerge", "disabled"],
+)
+def test_what_is_broken_off_is_done_or_as_before(
+    change: Callable[[nn.Module, sl.Tuned], object], merged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever write, switch or copy an interrupt meets."""
+
+    def prepared() -> tuple[nn.Module, sl.Tuned]:
+        model = net()
+        one = adapted(model, sl.lora(2), ["0", "1"], name="one", also=["2.bias"])
+        two = adapted(model, sl.lokr(2), ["1", "2"], name="two")
+        with torch.no_grad():
+            model[2].bias.add_(1.0)
+        if merged:
+            two.merge()
+            one.merge()
+        return model, one
+
+    def seen(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+        return {name: p.detach().clone() for name, p in model.named_parameters()}, model(X).detach()
+
+    model, one = prepared()
+    states = [seen(model)]
+    try:
+        change(model, one)
+    except sl.AttachError:
+        return
+    states.append(seen(model))
+    for at in itertools.count():
+        model, one = prepared()
+        calls = itertools.count()
+
+        def broken(name: str, owner: Any, at: int = at) -> None:
+            own = getattr(owner, name)
+
+            def run(*args: Any) -> Any:
+                if next(calls) == at:  # noqa: B023
+                    raise KeyboardInterrupt
+                return own(*args)
+
+            patched.setattr(owner, name, run)
+
+        with monkeypatch.context() as patched:
+            broken("write", Linear)
+            broken("strengthen", Adapter)
+            broken("hide", Kept)
+            broken("reveal", Kept)
+            try:
+                change(model, one)
+                return
+            except KeyboardInterrupt:
+                pass
+        found, y = seen(model)
+        same = [same_state(found, state) and torch.allclose(y, out, **CLOSE) for state, out in states]
+        assert any(same) or (merged and change is _off_and_on and not one.merged)
+        if one.merged:
+            one.unmerge()
+        sl.tuned(model, "two").detach()
+        one.detach()
+        assert same_state(net().state_dict(), model.state_dict())
 
 
 def test_a_state_dict_that_is_taken_while_merged_never_counts_twice() -> None:

@@ -90,9 +90,14 @@ def use(model: nn.Module, names: Names) -> Used:
             raise AttachError(f"the adapter '{name}' is merged, so it cannot be switched; unmerge() it first.")
         if (name in wanted) != handle._enabled:
             handle._check_beside(switched=True)
-    for name, handle in known.items():
-        handle._set(name in wanted, float(wanted.get(name, handle._strength)))
-    return Used(before)
+    used = Used(before)
+    try:
+        for name, handle in known.items():
+            handle._set(name in wanted, float(wanted.get(name, handle._strength)))
+    except BaseException as error:
+        used.__exit__(type(error), error, None)
+        raise
+    return used
 
 
 def _strengths(names: Names) -> dict[str, float]:

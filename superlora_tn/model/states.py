@@ -86,15 +86,29 @@ class Stated(Placed):
         self._set(self._enabled, float(value))
 
     def _set(self, enabled: bool, strength: float) -> None:
-        """Switch the adapter on or off for good, and give it a strength."""
+        """Switch the adapter on or off for good, and give it a strength; as before where that breaks off."""
         if self.merged and (enabled, strength) != (self._enabled, self._strength):
             raise AttachError(f"the adapter '{self.name}' is merged, so its strength is in the weights; unmerge() first.")
         if enabled != self._enabled:
             self._check_beside(switched=True)
+        before = self._enabled, self._strength
         self._enabled, self._strength = enabled, strength
-        self._switch()
+        try:
+            self._switch()
+        except BaseException:
+            self._enabled, self._strength = before
+            self._switch()
+            raise
 
     def _switch(self) -> None:
+        """Let the adapters act as the handle says; an interrupt finds it done."""
+        try:
+            self._act()
+        except BaseException:
+            self._act()
+            raise
+
+    def _act(self) -> None:
         for adapter in self._adapters():
             adapter.active = self._acts
             adapter.strengthen(self._strength)

@@ -211,6 +211,8 @@ class Tuned(Stated):
     def unmerge(self, force: bool = False) -> None:
         """Put the weights' own bytes back and switch the adapters on.
 
+        All or nothing: where an interrupt breaks it off, it is finished first.
+
         Args:
             force: also where a weight was changed while merged; the change is lost.
 
@@ -221,6 +223,13 @@ class Tuned(Stated):
             raise AttachError("the adapter is not merged, so there is nothing to unmerge.")
         if not force:
             check_unchanged(self._weights())
+        try:
+            self._take_out()
+        except BaseException:
+            self._take_out()
+            raise
+
+    def _take_out(self) -> None:
         self._put_back()
         self.merged = False
         self._switch()
@@ -281,11 +290,11 @@ class Tuned(Stated):
         """
         was_merged = self.merged
         self._check_beside(self._members.values(), switched=True)
-        if was_merged:
-            self.unmerge()
         self._disabled += 1
-        self._switch()
         try:
+            if was_merged:
+                self.unmerge()
+            self._switch()
             yield
         finally:
             self._disabled -= 1

@@ -74,13 +74,18 @@ class Weight:
         if self.base is None:
             return
         self.kind.put(self.layer, self.base)
+        before = self.merged
         staying, self.merged = [m for m in self.merged if m in deltas], []
         if not staying:
             self.base, self._print = None, ()
-        for member in staying:
-            self.add(member, deltas[member])
-        if staying:
+            return
+        try:
+            for member in staying:
+                self.add(member, deltas[member])
             self.settle()
+        except BaseException:
+            self.merged = before  # to be restored once more
+            raise
 
     def forget(self) -> None:
         """What is in the weight now is its own from here on."""
