@@ -143,6 +143,23 @@ CHAINS = {
 }
 
 
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_an_empty_batch_comes_through(kind: Any, spec: sl.AdapterSpec, route: Any) -> None:
+    base = kind(4, 6, 3)
+    model = nn.Sequential(base)
+    x = torch.empty(0, 4, 5, 6, requires_grad=True)
+    shape = model(x).shape
+    tuned = sl.attach(model, spec, ["0"], route=route)
+    y = model(x)
+    assert y.shape == shape
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    assert all(p.grad is not None and not p.grad.any() for p in tuned.parameters())
+
+
 @pytest.mark.parametrize("name", CHAINS)
 def test_the_chain_is_as_thin_as_the_network(name: str) -> None:
     spec = replace(SPECS[name], fold=replace(SPECS[name].fold, kernel=(3, 3)))

@@ -119,12 +119,13 @@ class Convolution(Kind):
         h = self.grouped(layer, h, core, links.terms, y)
         sides = h.shape[2:]
         if links.left is None:
-            h = h.reshape(batch, -1, *sides)
+            h = torch.unflatten(h, 0, (batch, blocks * i1)).flatten(1, 2)
             return h if links.after is None else _pointwise(layer, h, links.after, blocks)
         if links.after is not None:
             h = _pointwise(layer, h, links.after)
         left = links.left.to(x.dtype).reshape(blocks, o1 // blocks, i1)
-        return torch.matmul(left, h.reshape(batch, blocks, i1, -1)).reshape(batch, layer.out_channels, *sides)
+        h = torch.unflatten(h, 0, (batch, blocks, i1)).flatten(3)
+        return torch.matmul(left, h).reshape(batch, layer.out_channels, *sides)
 
 
 class TransposedConvolution(Convolution):
