@@ -509,7 +509,7 @@ def test_the_runs_to_convergence_go_on_where_they_were_stopped_and_judge_only_wh
     with pytest.raises(KeyboardInterrupt):
         go_on(tmp_path / "broken")
     part = json.loads((tmp_path / "broken" / "classification.json").read_text())
-    assert [r["variant"] for r in part["rows"]] == ["dense"]
+    assert [(r["variant"], len(r["seeds"]), r["twice"]) for r in part["rows"]] == [("dense", 2, [])]  # twice the steps are last
     assert part["unfinished"]
     told = report.text(tmp_path / "broken")
     assert "**Unfinished**" in told
@@ -550,6 +550,7 @@ def test_whether_it_has_converged_follows_the_rows(gain, twice, answers):
     row["twice"] = [a + twice for a in row["accuracies"]]
     assert answers[0] in converged_report.head_answer([row])
     assert answers[1] in converged_report.twice_answer([row])
+    assert converged_report.twice_answer([{**row, "twice": []}]) == "Twice the steps: not run."
 
 
 @pytest.mark.skipif(not (DATA / "weights_vit_cifar10").is_dir(), reason=f"there is no data folder at {DATA}")

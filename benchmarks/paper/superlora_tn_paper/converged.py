@@ -258,8 +258,8 @@ class Converged:
             found += own[(len(own) - 1) // 2 :][:1]
         return found
 
-    def row(self, setting: Setting) -> Data:
-        """All that is needed of one setting.
+    def row(self, setting: Setting, whole: bool = True) -> Data:
+        """All that is needed of one setting; not `whole`: on the first seeds alone, and not with twice the steps.
 
         Raises:
             Elsewhere: another process is at a part of it.
@@ -267,11 +267,10 @@ class Converged:
         recipe = self.recipe
         tried = self.rates(self.chooser(setting))
         rate = self.best(tried)
-        seeds = recipe.more_seeds if setting.family in OWN_RATE else recipe.seeds
+        seeds = recipe.more_seeds if whole and setting.family in OWN_RATE else recipe.seeds
         runs = [self.job(setting, rate, seed, self.task.test) for seed in seeds]
-        longer = (
-            [self.job(setting, rate, s, self.task.test, times=2) for s in recipe.seeds] if setting in self.checked() else []
-        )
+        again = recipe.seeds if whole and setting in self.checked() else ()
+        longer = [self.job(setting, rate, seed, self.task.test, times=2) for seed in again]
         return {
             **_about(setting),
             "tried": tried,
@@ -327,7 +326,9 @@ def opened(out: Path, recipe: ConvergedRecipe, make: Callable[[Progress], Task],
 
 
 def run(out: Path, recipe: ConvergedRecipe, make: Callable[[Progress], Task], console: Console, pause: float = PAUSE) -> Data:
-    """Work off all settings; ``classification.json`` is written after each, with the finished ones alone.
+    """Work off all settings on the first seeds, then on more and with twice the steps.
+
+    ``classification.json`` is written after each, with the finished ones alone.
 
     Args:
         out: the folder for all that is written; other processes may work into it at the same time.
@@ -341,22 +342,26 @@ def run(out: Path, recipe: ConvergedRecipe, make: Callable[[Progress], Task], co
     """
     with opened(out, recipe, make, console) as experiment:
         rows: dict[str, Data] = {}
-        while len(rows) < len(experiment.settings):
-            before = len(rows)
-            for setting in experiment.settings:
-                if setting.job in rows:
-                    continue
-                try:
-                    rows[setting.job] = row = experiment.row(setting)
-                except Elsewhere:
-                    continue
-                console.print(f"{setting.variant} {setting.words}: {statistics.fmean(row['accuracies']):.1%}")
-                result = _result(experiment, rows)
-                write_json(out / "classification.json", result)
-                if len(rows) > 1:
-                    draw(result, out / PARETO)
-            if len(rows) == before:
-                time.sleep(pause)
+        for whole in (False, True):
+            left = experiment.settings
+            while left:
+                before = left
+                for setting in before:
+                    try:
+                        rows[setting.job] = row = experiment.row(setting, whole)
+                    except Elsewhere:
+                        continue
+                    left = [one for one in left if one is not setting]
+                    seeds, mean = len(row["seeds"]), statistics.fmean(row["accuracies"])
+                    console.print(f"{setting.variant} {setting.words}: {mean:.1%} ({seeds} seeds)")
+                    result = _result(experiment, rows)
+                    write_json(out / "classification.json", result)
+                    if len(rows) > 1:
+                        draw(result, out / PARETO)
+                if left == before and not whole:
+                    break  # the others' jobs are waited for at the end
+                if left == before:
+                    time.sleep(pause)
     return result
 
 

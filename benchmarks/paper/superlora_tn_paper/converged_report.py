@@ -102,6 +102,8 @@ def twice_answer(rows: list[Data]) -> str:
         error = change.error or 0.0
         moved += abs(change.mean) > error
         lines.append(f"{r['variant']} {r['words']}".strip() + f" {100 * change.mean:+.1f} (standard error {100 * error:.1f})")
+    if not lines:
+        return "Twice the steps: not run."
     answer = "**no**" if moved == 0 else f"**yes**, {moved} of {len(lines)}"
     return f"Twice the steps move a setting by more than one standard error: {answer}: {'; '.join(lines)} points."
 
