@@ -501,7 +501,7 @@ def test_a_run_that_diverged_is_reported_in_strict_json(
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")
 
-    path = written(tmp_path, lines(bases, "causal-lm", tmp_path / "out").replace("rate: 1e-2", "rate: 1e30"))
+    path = written(tmp_path, lines(bases, "causal-lm", tmp_path / "out").replace("rate: 1e-2", "rate: 3e38"))  # B A overflows
     assert main(["finetune", path, "--steps", "2", "--json"]) == 0
     for text in (capsys.readouterr().out, (tmp_path / "out" / "report.json").read_text()):
         history = json.loads(text, parse_constant=refuse)["history"]

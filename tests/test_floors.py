@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -203,6 +204,17 @@ def test_no_guessing_and_no_global_backend(source: Path) -> None:
             assert node.name not in ("__getattr__", "__getattribute__"), f"{source.name}:{node.lineno}"
         if isinstance(node, ast.Attribute):
             assert node.attr not in ("set_backend", "__getattr__"), f"{source.name}:{node.lineno}"
+
+
+@each_source
+def test_no_generator_keeps_gradients_off_while_another_runs(source: Path) -> None:
+    """What is yielded within `torch.no_grad()` turns them off for its caller, and back to what they were whenever it ends."""
+    for node in ast.walk(tree(source)):
+        if isinstance(node, ast.FunctionDef) and "contextmanager" not in map(ast.unparse, node.decorator_list):
+            for block in (n for n in ast.walk(node) if isinstance(n, ast.With)):
+                modes = [ast.unparse(item) for item in block.items if re.search("grad|inference_mode", ast.unparse(item))]
+                yields = any(isinstance(n, ast.Yield | ast.YieldFrom) for n in ast.walk(block))
+                assert not (modes and yields), f"{source.name}:{block.lineno} {node.name} yields within {modes[0]}"
 
 
 @each_source

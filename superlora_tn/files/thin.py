@@ -132,10 +132,11 @@ def _whole(entry: Entry, group: Group, graph: Graph, values: list[Tensor]) -> It
     with torch.no_grad():
         for own, value in zip(adapter.stored(), values, strict=True):
             own.copy_(value)
-        for name in group.members:
-            d_out, d_in = entry.targets[name]
-            delta = adapter.delta(name).detach().to(torch.promote_types(values[0].dtype, torch.float32))
-            yield Filled(name, (d_out, d_in), Dense(), lower(Dense(), _modes((d_out, d_in))), (delta,), 1.0)
+    for name in group.members:
+        d_out, d_in = entry.targets[name]
+        with torch.no_grad():
+            delta = adapter.delta(name).to(torch.promote_types(values[0].dtype, torch.float32))
+        yield Filled(name, (d_out, d_in), Dense(), lower(Dense(), _modes((d_out, d_in))), (delta,), 1.0)
 
 
 def _modes(shape: Shape) -> tuple[Mode, ...]:

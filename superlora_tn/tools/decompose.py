@@ -259,10 +259,11 @@ def fit_weights(
 def deltas(entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """dW of each weight, group by group, from nodes by ``group<k>.<node>``; float64, scale included."""
     laid = [(entry.spec, *own) for entry in entries for own in entry.spec.lay_out(entry.targets)]
-    with torch.no_grad():
-        for k, (own, group, graph) in enumerate(laid):
-            nodes = [tensors[tensor_name(k, node)].double() for node in graph.nodes]
-            yield from frame(group, own, graph).deltas(nodes).items()
+    for k, (own, group, graph) in enumerate(laid):
+        nodes = [tensors[tensor_name(k, node)].double() for node in graph.nodes]
+        with torch.no_grad():
+            found = frame(group, own, graph).deltas(nodes)
+        yield from found.items()
 
 
 def _check(settings: Settings) -> None:
