@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,6 +21,15 @@ settings.register_profile("thorough", max_examples=10 * EXAMPLES, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 # The tensors are small: more threads cost more than they save, and one thread sums in one order.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _gradients() -> Iterator[None]:
+    """A test that leaves gradients off fails itself, and not those after it."""
+    yield
+    left_on = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    torch.set_grad_enabled(True)
+    assert left_on
 
 
 @pytest.fixture(autouse=True)
