@@ -64,25 +64,13 @@ def choose_all(
     memory_limit: int | None = None,
 ) -> SumChoice:
     """Plan both routes of each network of a sum, or of the one there is; the arguments of `choose`."""
-    found = choose_each(graph, shape, tokens, device, optimize, memory_limit)
-    return SumChoice(found, tuple(crop_price(term, shape, tokens, device) for term, _ in found))
-
-
-def choose_each(
-    graph: Graph,
-    shape: tuple[int, int],
-    tokens: int,
-    device: Device = CPU,
-    optimize: Optimizer = "dp",
-    memory_limit: int | None = None,
-) -> tuple[tuple[Term, RouteChoice], ...]:
-    """Each network of a sum, or the one there is, with its own two routes; of a cropped one for its size before the crop."""
 
     def planned(term: Term) -> RouteChoice:
         own = padded_shape(term) if term.crops else shape
         return choose(term.graph, own, tokens, device, optimize, memory_limit)
 
-    return tuple((term, planned(term)) for term in graph.networks)
+    found = tuple((term, planned(term)) for term in graph.networks)
+    return SumChoice(found, tuple(crop_price(term, shape, tokens, device) for term, _ in found))
 
 
 def crop_price(term: Term, shape: tuple[int, int], tokens: int, device: Device = CPU) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import reduce
 from typing import Any
 
@@ -102,11 +102,7 @@ class Stated(Placed):
 
     def _switch(self) -> None:
         """Let the adapters act as the handle says; an interrupt finds it done."""
-        try:
-            self._act()
-        except BaseException:
-            self._act()
-            raise
+        finish(self._act)
 
     def _act(self) -> None:
         for adapter in self._adapters():
@@ -138,6 +134,15 @@ class Stated(Placed):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         hold_on(self._frozen, self._holder, self._base.also)
         self._enabled, self._disabled = self._enabled and not self._disabled, 0
+
+
+def finish(act: Callable[[], None]) -> None:
+    """Do what may be done twice, and once more before an interrupt of it goes on."""
+    try:
+        act()
+    except BaseException:
+        act()
+        raise
 
 
 def follow(model: nn.Module) -> None:

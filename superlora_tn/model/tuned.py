@@ -32,7 +32,7 @@ from superlora_tn.model.merging import (
     put_back,
 )
 from superlora_tn.model.places import check_seed
-from superlora_tn.model.states import Stated, alike, follow
+from superlora_tn.model.states import Stated, alike, finish, follow
 from superlora_tn.model.targets import AttachError, Target, near
 from superlora_tn.model.weights import Weight, check_mergeable, report_rounding, weight_of
 from superlora_tn.network.spec import AdapterSpec
@@ -223,11 +223,7 @@ class Tuned(Stated):
             raise AttachError("the adapter is not merged, so there is nothing to unmerge.")
         if not force:
             check_unchanged(self._weights())
-        try:
-            self._take_out()
-        except BaseException:
-            self._take_out()
-            raise
+        finish(self._take_out)
 
     def _take_out(self) -> None:
         self._put_back()

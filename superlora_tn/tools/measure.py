@@ -18,7 +18,7 @@ from superlora_tn.contraction.backend import backend as find_backend
 from superlora_tn.contraction.plan import Route
 from superlora_tn.contraction.profile import CPU, DEVICES, Device
 from superlora_tn.contraction.search import Optimizer, PlanError
-from superlora_tn.contraction.summed import choose_each, crop_price
+from superlora_tn.contraction.summed import choose_all
 from superlora_tn.declare.fold import PhysicalGroup, Shape
 from superlora_tn.model.attach import attach
 from superlora_tn.network.graph import Graph
@@ -121,7 +121,7 @@ def check_measurable(label: str, spec: AdapterSpec, shape: Shape, optimizers: Se
     """
     group, graph = _one_group(label, spec, shape)
     for optimize in optimizers:
-        choose_each(graph, group.shape, 1, CPU, optimize)
+        choose_all(graph, group.shape, 1, CPU, optimize)
     find_backend(name)
 
 
@@ -156,9 +156,9 @@ def measure_routes(
     """
     group, graph = _one_group(label, spec, shape)
     predicted: dict[str, float] = {"apply": 0.0, "delta": 0.0}
-    for term, choice in choose_each(graph, group.shape, tokens, profile, optimize):
+    found = choose_all(graph, group.shape, tokens, profile, optimize)
+    for (_, choice), cropped in zip(found.each, found.crops, strict=True):
         assert choice.apply is not None
-        cropped = crop_price(term, group.shape, tokens, profile)
         predicted["apply"] += choice.apply.price + cropped
         predicted["delta"] += choice.delta_price + cropped
     layers: dict[str, nn.Module] = {"frozen": nn.Linear(shape[1], shape[0], bias=False).requires_grad_(False)}

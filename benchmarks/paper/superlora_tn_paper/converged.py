@@ -358,9 +358,9 @@ def run(out: Path, recipe: ConvergedRecipe, make: Callable[[Progress], Task], co
                     write_json(out / "classification.json", result)
                     if len(rows) > 1:
                         draw(result, out / PARETO)
-                if left == before and not whole:
-                    break  # the others' jobs are waited for at the end
                 if left == before:
+                    if not whole:
+                        break  # the others' jobs are waited for at the end
                     time.sleep(pause)
     return result
 
