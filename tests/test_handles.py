@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -146,6 +150,84 @@ def test_what_is_broken_off_is_done_or_as_before(
         sl.tuned(model, "two").detach()
         one.detach()
         assert same_state(net().state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("attach", 7), ("load", 11), ("detach", 1), ("bake", 3), ("replace", 1), ("reset_parameters", 1)]
+)
+def test_an_interrupt_at_any_call_finds_it_done_or_not_begun(name: str, step: int, tmp_path: Path) -> None:
+    """Python looks for interrupts where functions are entered: those (every `step`th) that an operation enters in `model`."""
+
+    def prepared(fill: float = 1.0) -> tuple[nn.Module, sl.Tuned | None]:
+        model = nn.Sequential(net(), nn.BatchNorm1d(6).eval())
+        below = adapted(model, sl.lokr(2), ["0.1"], name="below")  # holds what is frozen, and the buffers, too
+        assert below.num_parameters
+        if name in ("attach", "load"):
+            return model, None
+        tuned = adapted(model, sl.lora(2), ["0.0", "0.1"], name="one", also=["0.2.bias"])
+        with torch.no_grad():
+            model[0][2].bias.add_(fill)
+            model[1].running_mean.add_(fill)
+        return model, tuned
+
+    def run(model: nn.Module, tuned: sl.Tuned | None) -> object:
+        if name == "attach":
+            return sl.attach(model, sl.lora(2), ["0.0"], name="one", also=["0.2.bias"], seed=0)
+        if name == "load":
+            return sl.load(model, tmp_path, name="one")
+        options = {"replace": (tmp_path,), "reset_parameters": (1,)}
+        return getattr(tuned, name)(*options.get(name, ()))
+
+    def seen(model: nn.Module) -> tuple[Any, ...]:
+        parameters = {name: (p.requires_grad, p.tolist()) for name, p in model.named_parameters()}
+        buffers = {name: b.tolist() for name, b in model.named_buffers()}
+        kept = {
+            (name, key): len(m.__dict__[key]) for name, m in model.named_modules() for key in m.__dict__ if "superlora" in key
+        }
+        with torch.no_grad():
+            return parameters, buffers, kept, model(X).tolist()
+
+    filled = sl.attach(model := nn.Sequential(net(), nn.BatchNorm1d(6).eval()), sl.lora(2), ["0.0", "0.1"], also=["0.2.bias"])
+    with torch.no_grad():
+        for k, parameter in enumerate(filled.parameters()):
+            parameter.copy_(noise(*parameter.shape, seed=9 + k))
+        model[0][2].bias.add_(2.0)
+    filled.save(tmp_path)
+
+    model, tuned = prepared()
+    before = seen(model)
+    run(model, tuned)
+    after = seen(model)
+    outcomes = set[str]()
+    for at in itertools.count(0, step):
+        model, tuned = prepared()
+        assert seen(model) == before
+        calls = itertools.count()
+
+        def enter(frame: FrameType, event: str, value: object, at: int = at) -> None:
+            ours = "superlora_tn/model/" in frame.f_code.co_filename.replace("\\", "/")
+            # A generator that is thrown away is entered once more, where nothing can be raised.
+            if ours and not frame.f_code.co_flags & inspect.CO_GENERATOR and next(calls) == at:  # noqa: B023
+                sys.settrace(None)
+                raise KeyboardInterrupt
+
+        traced = sys.gettrace()
+        sys.settrace(enter)
+        try:
+            run(model, tuned)
+            break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(traced)
+        found = seen(model)
+        goes_on = found == before or (name == "bake" and tuned is not None and tuned.merged)
+        outcomes.add("done" if found == after else "not begun" if goes_on else f"half at call {at}")
+        if goes_on:
+            run(model, tuned)
+            assert seen(model) == after
+    assert "not begun" in outcomes
+    assert outcomes <= {"done", "not begun"}
 
 
 def test_a_state_dict_that_is_taken_while_merged_never_counts_twice() -> None:

@@ -290,8 +290,8 @@ def _device(target: Target) -> torch.device:
 def _put_on(model: nn.Module, handle: Tuned, name: str) -> None:
     """Register the handle, its hooks and what it shows; undone as a whole where any of it fails."""
     handle._model = (model, name)
-    model.add_module(name, handle)
     try:
+        model.add_module(name, handle)
         follow(model)
         handle._base.enter()
         adapters = {id(p) for m in (handle, *model.modules()) if isinstance(m, Tuned) for p in m.parameters()}

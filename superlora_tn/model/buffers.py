@@ -100,8 +100,7 @@ class Snapshot:
                     "also."
                 )
         for name, module, own in found:
-            there = module.__dict__.setdefault(SLOT, {}).setdefault(own, [])
-            for other in there:
+            for other in _stack(module, own):
                 other.reveal()
             tensor = _tensor(module, own)
             assert tensor is not None
@@ -110,7 +109,7 @@ class Snapshot:
                 self._written[name] = tensor._version
             else:
                 self._kept[name] = Kept(tensor.detach().clone(), name in self.also)
-                there.append(self._kept[name])
+                module.__dict__.setdefault(SLOT, {}).setdefault(own, []).append(self._kept[name])
 
     def _now(self, name: str) -> Tensor | None:
         hidden = self._kept[name].hidden if name in self._kept else None
@@ -155,30 +154,36 @@ class Snapshot:
         return [(m, own) for m in self._model.modules() for own, one in m._parameters.items() if one is parameter]
 
     def leave(self, keep: bool = False) -> None:
-        """Put the copies back, or keep what is there now for good; what other handles found before is then of this, too."""
+        """Put the copies back, or keep what is there now for good; what other handles found before is then of this, too.
+
+        It may be done again where it was broken off.
+        """
         if self._model is None:
             return
-        self._left = {name: value.clone() for name, value in self._changed().items()}
+        self._left = self._left or {name: value.clone() for name, value in self._changed().items()}
         for name, kept in self._kept.items():
             kept.reveal()
             module, own = self._places[name]
             there = _stack(module, own)
-            k = there.index(kept) if kept in there else len(there)
-            above = there[k + 1] if k + 1 < len(there) else None
-            if keep and k:
-                now = _tensor(module, own)
-                if now is not None:
-                    after = now.detach().clone() if above is None else above.copy
-                    for below in there[:k]:
-                        below.copy = after
-            elif not keep and above is not None:
-                above.copy = kept.copy
-            elif not keep and name in self._left:
-                self.put({name: kept.copy})
-            del there[k : k + 1]
+            if kept in there:
+                self._pass_on(name, there, there.index(kept), keep)
+                there.remove(kept)
             if not there:
                 _clear(module, own)
         self._kept, self._model = {}, None
+
+    def _pass_on(self, name: str, there: list[Kept], k: int, keep: bool) -> None:
+        above = there[k + 1] if k + 1 < len(there) else None
+        if keep and k:
+            now = _tensor(*self._places[name])
+            if now is not None:
+                after = now.detach().clone() if above is None else above.copy
+                for below in there[:k]:
+                    below.copy = after
+        elif not keep and above is not None:
+            above.copy = there[k].copy
+        elif not keep and name in self._left:
+            self.put({name: there[k].copy})
 
     def put(self, values: Mapping[str, Tensor]) -> None:
         """Write values into the parameters and buffers of these names."""

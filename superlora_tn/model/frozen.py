@@ -53,14 +53,14 @@ def thaw(parameter: nn.Parameter, holder: Holder, wanted: bool) -> None:
     if record is None:
         parameter.requires_grad_(wanted)
         return
-    trained = bool(record["trains"])
-    for who in ("holders", "trains"):
-        record[who] = [other for other in record[who] if other is not holder]
-    if not record["holders"]:
+    left = {who: [other for other in record[who] if other is not holder] for who in ("holders", "trains")}
+    if not left["holders"]:
         parameter.requires_grad_(record["wanted"])
         delattr(parameter, FROZEN)
-    elif trained and not record["trains"]:
+        return
+    if record["trains"] and not left["trains"]:
         parameter.requires_grad_(False)
+    record.update(left)
 
 
 def followed(

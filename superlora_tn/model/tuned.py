@@ -128,10 +128,14 @@ class Tuned(Stated):
         check_resettable(self._adapters(), self._weights())
         seed = self.seed if seed is None else seed
         check_seed(seed)
-        generator = None if seed is None else torch.Generator().manual_seed(int(seed))
-        for adapter in self._adapters():
-            adapter.refill(generator)
-            adapter.rest_on(lambda name: self._targets[name].weight())
+
+        def fill() -> None:
+            generator = None if seed is None else torch.Generator().manual_seed(int(seed))
+            for adapter in self._adapters():
+                adapter.refill(generator)
+                adapter.rest_on(lambda name: self._targets[name].weight())
+
+        finish(fill)
 
     def _is_empty(self) -> bool:
         return any(is_empty(adapter.stored()) for adapter in self._adapters())
@@ -248,6 +252,8 @@ class Tuned(Stated):
     def bake(self) -> nn.Module:
         """Merge for good: the plain model with W + dW in its weights, without a hook or a handle, its requires_grad restored.
 
+        An interrupt leaves it not begun, merged, or done.
+
         Raises:
             AttachError: as `merge`; or another adapter is merged into one of the weights.
         """
@@ -255,28 +261,31 @@ class Tuned(Stated):
         check_bakeable(self._weights(), self._members)
         if not self.merged:
             self.merge()
-        for weight in self._weights().values():
-            weight.forget()
-        self.merged = False
-        self._base.leave(keep=True)
-        return self._leave()
+        return self._leave(keep=True)
 
-    def _leave(self) -> nn.Module:
-        """Take hooks and handle off the model, and thaw what was frozen."""
+    def _leave(self, keep: bool = False) -> nn.Module:
+        """Take hooks and handle off the model, and thaw what was frozen; keep what is merged, or what is the base's again."""
         assert self._model is not None
         model, name = self._model
-        self._base.leave()
+        finish(lambda: self._go(model, name, keep))
+        return model
+
+    def _go(self, model: nn.Module, name: str, keep: bool) -> None:
+        if keep:
+            for weight in self._weights().values():
+                weight.forget()
+            self.merged = False
+        self._base.leave(keep)
         for hook in self._hooks:
             hook.remove()
         leave(self._targets, self._members)
         follow(model)
         for _, parameter, wanted in self._frozen:
             thaw(parameter, self._holder, wanted)
-        delattr(model, name)
+        model._modules.pop(name, None)
         forget_compiled()
         self._hooks, self._frozen, self._model = [], [], None
         self._switch()  # quantize_dynamic and others have copied hooks to layers of their own
-        return model
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -369,11 +378,15 @@ class Tuned(Stated):
         wrong = next((n for n, b in saved.buffers.items() if shapes.get(n) != tuple(b.shape)), None)
         if wrong is not None:
             raise CheckpointError(f"this base has no '{wrong}' of shape {tuple(saved.buffers[wrong].shape)}, as was saved.")
-        with torch.inference_mode(False), torch.no_grad():
-            for k, adapter in enumerate(self._adapters()):
-                values = alike([saved.tensors[name] for name in names(k, adapter)], len(adapter.graph.nodes))
-                adapter.write(values, keep_dtype)
-        self._base.take(saved.buffers)
+
+        def write() -> None:
+            with torch.inference_mode(False), torch.no_grad():
+                for k, adapter in enumerate(self._adapters()):
+                    values = alike([saved.tensors[name] for name in names(k, adapter)], len(adapter.graph.nodes))
+                    adapter.write(values, keep_dtype)
+            self._base.take(saved.buffers)
+
+        finish(write)
 
     def __str__(self) -> str:
         share = "" if self._model is None else share_of(self._model[0], self.num_parameters, self._base.also)

@@ -177,9 +177,11 @@ def delist(target: Target, member: Member) -> None:
     if not weight.members:
         drop(target)
     for side in target.tied:
-        left = [(other, own) for other, own in side.layer.__dict__.pop(TIED, ()) if own is not member]
+        left = [(other, own) for other, own in side.layer.__dict__.get(TIED, ()) if own is not member]
         if left:
             side.layer.__dict__[TIED] = left
+        else:
+            side.layer.__dict__.pop(TIED, None)
 
 
 def drop(target: Target) -> None:
