@@ -276,3 +276,34 @@ def test_a_network_of_many_indices_is_checked_in_linear_work() -> None:
     ends = {"first": "o i"}
     network = Network("o i", dict.fromkeys(names, 1), **{n: i for n, i in {**ends, **nodes, **twins}.items() if i})
     assert AdapterSpec(network).count(hostile.SMALL) > 0
+
+
+FORKS = """
+import os, threading, time
+from superlora_tn.declare.cache import kept
+
+double = kept(4, 4, lambda result, x: 1)(lambda x: 2 * x)
+looking, forked = threading.Event(), threading.Event()
+
+def look_up():
+    with double._lock:
+        looking.set()
+        forked.wait(0.2)  # the fork waits for this look-up, or does not
+
+threading.Thread(target=look_up).start()
+looking.wait()
+child = os.fork()
+forked.set()
+if child == 0:
+    os._exit(0 if double._lock.acquire(timeout=10) else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert double(3) == 6
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_fork_waits_for_another_threads_look_up() -> None:
+    """Else the look-up's lock would stay locked in the new process."""
+    places = os.pathsep.join(map(str, (ROOT, ROOT / "backends")))
+    command = [sys.executable, "-W", "ignore", "-c", FORKS]
+    subprocess.run(command, check=True, timeout=100, env={**os.environ, "PYTHONPATH": places})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import update_wrapper
@@ -36,6 +38,9 @@ class Kept(Generic[P, R]):
         self.make, self.most, self.heaviest, self.weigh = make, most, heaviest, weigh
         self._kept: OrderedDict[Hashable, tuple[R, int]] = OrderedDict()
         self._lock = Lock()
+        if sys.platform != "win32":  # for whoever forks while another thread looks something up
+            unlock = self._lock.release
+            os.register_at_fork(before=self._lock.acquire, after_in_parent=unlock, after_in_child=unlock)
         self._hits = self._misses = self._weight = 0
         update_wrapper(self, make)
 
