@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from superlora_tn.declare.fold import Shape
+from superlora_tn.declare.maps import Fastfood
 from superlora_tn.network.catalogue import VARIANTS
 from superlora_tn.network.joined import dora
 from superlora_tn.network.spec import AdapterSpec
+from superlora_tn.network.variants import superlora
 from superlora_tn.tools import diagram
 
 HERE = Path(__file__).parent
@@ -20,13 +22,16 @@ HEAD = f"""# Gallery
 
 Every variant as its network, written by `python docs/gallery.py` from the declarations. Counts are for the q and v of 12
 layers, {len(SHAPES)} weights of 768 x 768, at rank {RANK}, or as it is by default where it has no rank. Below each
-picture stands what its nodes' looks mean, below its title how dW joins the weight W. A node that is a function of what is
-stored bears that function's mark and name. Red legs are of modes that are cut to the weight's size.
+picture stands what its nodes' looks mean, below its title how dW joins the weight W and, of a flat fold, how the network's
+numbers become dW. A node that is a function of what is stored bears that function's mark and name. Red legs are of modes that
+are cut to the weight's size.
 """
 
 
 def declared(name: str) -> AdapterSpec:
-    """A variant at the gallery's rank."""
+    """A variant at the gallery's rank; SuperLoRA with all of its formula."""
+    if name == "superlora":
+        return superlora(RANK, order=3, splits=2, projection=Fastfood(0.5))
     maker = VARIANTS[name]
     spec = maker(rank=RANK) if "rank" in inspect.signature(maker).parameters else maker()
     assert isinstance(spec, AdapterSpec)
@@ -54,7 +59,8 @@ def section(name: str) -> Iterator[str]:
     words = (inspect.getdoc(VARIANTS[name]) or "").split("\n\nArgs:")[0].replace("``", "`")
     yield f"## {name}\n"
     yield f"{words}\n"
-    yield f"Network: `{graph.equation()}`. Parameters: {spec.count(SHAPES):,}.\n"
+    drawn = "Drawn with M = 3, G = 1, K = 2 and F the fastfood map of \u03c1 = 0.5. " if name == "superlora" else ""
+    yield f"{drawn}Network: `{graph.equation()}`. Parameters: {spec.count(SHAPES):,}.\n"
     yield f"![The network of {name}]({(PICTURES / name).as_posix()}.png)\n"
 
 
@@ -66,7 +72,9 @@ def main() -> None:
     specs = {name: declared(name) for name in VARIANTS} | {"dora": dora(declared("lora"))}
     for name, spec in specs.items():
         title = "dora(lora)" if name == "dora" else name
-        place = diagram.network(spec.lay_out(SHAPES)[0][1], HERE / PICTURES / f"{name}.png", title, spec.join)
+        group, graph = spec.lay_out(SHAPES)[0]
+        filling = diagram.filling_of(group, spec.projection)
+        place = diagram.network(graph, HERE / PICTURES / f"{name}.png", title, spec.join, filling)
         with Image.open(place) as picture:
             small = picture.convert("RGB").quantize(32)
         small.save(place, optimize=True)

@@ -282,8 +282,8 @@ def draw(args: argparse.Namespace) -> None:
 
     shapes = _shapes(args)
     spec = make_spec(args, shapes)
-    graph = spec.lay_out(shapes)[0][1]
-    place = diagram.network(graph, args.out, _named(args), spec.join)
+    group, graph = spec.lay_out(shapes)[0]
+    place = diagram.network(graph, args.out, _named(args), spec.join, diagram.filling_of(group, spec.projection))
     if args.json:
         show_json({"drawn": str(place), "equation": graph.equation()})
     else:

@@ -67,7 +67,8 @@ def written(monkeypatch: pytest.MonkeyPatch, spec: sl.AdapterSpec) -> set[str]:
         return path
 
     monkeypatch.setattr(diagram, "save", kept)
-    diagram.network(spec.lay_out({"layer": (50, 48)})[0][1], "none.png", "title", spec.join)
+    group, graph = spec.lay_out({"layer": (50, 48)})[0]
+    diagram.network(graph, "none.png", "title", spec.join, diagram.filling_of(group, spec.projection))
     return {text.get_text() for text in figures[0].findobj(lambda artist: isinstance(artist, Text))}
 
 
@@ -91,3 +92,18 @@ def test_pictures_tell_maps_the_base_joins_sums_and_crops(monkeypatch: pytest.Mo
     )
     twice = sl.AdapterSpec(sl.Sum(sl.CP(2), sl.CP(3), weights=(1.0, -2.0)))
     assert {"\u2212", "t1_factor_out", "t2_factor_out"} <= written(monkeypatch, twice)
+
+
+def test_pictures_tell_what_fills_a_flat_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 x 48 numbers are one group of order 3 with 14**3, or two of 1,200; half of 2,400 is 35**2 less 25."""
+    words = written(monkeypatch, sl.superlora(2, order=3))
+    assert "the first 2,400 of 2,744 numbers of the network\nare the dW of the weight" in words
+    assert not any("are the dW of" in text for text in written(monkeypatch, sl.lora(2)))
+    maps = sl.Compose(sl.Fastfood(0.5, tanh=True), sl.Shuffle(1))
+    words = written(monkeypatch, sl.superlora(2, order=2, projection=maps))
+    through = "through fixed fastfood of \u03c1 = 0.5 and tanh,\nthen a fixed shuffle"
+    assert f"the first 1,200 of 1,225 numbers of the network,\n{through},\nare the dW of the weight" in words
+    spec = sl.superlora(2, order=2, groups=2)
+    group, _ = spec.lay_out({"one": (5, 5), "two": (5, 5)})[0]
+    text = "25 numbers of each of 2 networks\nare the dW of 2 weights, one after another"
+    assert diagram.filling_of(group, None) == text

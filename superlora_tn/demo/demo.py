@@ -149,8 +149,9 @@ def _figures(out: Path, task: Task, results: Sequence[Result]) -> list[Path]:
     points = [draw.Point(r.variant, r.parameters, r.mean, r.spread) for r in results]
     title = "Printed digits to handwriting: q and v adapted, all else frozen"
     pareto = draw.pareto(points, out / "pareto.png", title, {"frozen base": task.zero_shot})
-    graph = superlora(3, 3, 1, 2).lay_out({"weight": (64, 64)})[0][1]
-    network = diagram.network(graph, out / "network.png", "superlora(rank=3, order=3, splits=2) of one weight")
+    group, graph = superlora(3, 3, 1, 2).lay_out({"weight": (64, 64)})[0]
+    filling = diagram.filling_of(group, None)
+    network = diagram.network(graph, out / "network.png", "superlora(rank=3, order=3, splits=2)", filling=filling)
     return [pareto, network]
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from superlora_tn.declare.fold import FlatGroup, Group
 from superlora_tn.declare.joins import Join, Magnitude, Multiply
+from superlora_tn.declare.maps import Compose, Fastfood, Projection, Shuffle
 from superlora_tn.declare.node_maps import (
     Cayley,
     Circulant,
@@ -77,7 +79,7 @@ OF_BASE = {
 }
 
 
-def network(graph: Graph, path: str | Path, title: str = "", join: Join | None = None) -> Path:
+def network(graph: Graph, path: str | Path, title: str = "", join: Join | None = None, filling: str = "") -> Path:
     """Draw a graph: a box a node, a line an index, a dot a hyperindex.
 
     Each kind of node looks its own way, said below; a node's map stands in its box, by a mark and a name. The line below the
@@ -88,6 +90,7 @@ def network(graph: Graph, path: str | Path, title: str = "", join: Join | None =
         path: where the PNG goes.
         title: above the picture; the equation stands below it.
         join: how dW joins the weight; None adds it.
+        filling: what becomes of the numbers of a flat fold, see `filling_of`; stands below how dW joins the weight.
     """
     weighed = join.side if isinstance(join, Multiply) else None
     laid = [(term, *_laid_out(term.graph, weighed)) for term in graph.networks]
@@ -95,9 +98,10 @@ def network(graph: Graph, path: str | Path, title: str = "", join: Join | None =
     sizes = [np.ptp(spots, axis=0) + 1.8 for _, _, _, spots in laid]
     widths = [max(width, 5.6 / len(laid)) for width, _ in sizes]
     tall = max(3.0, *(height for _, height in sizes))
-    figure = sheet(sum(widths), tall + 1.7)
-    rows = figure.subfigures(3, 1, height_ratios=[0.7, tall + 0.5, 0.5])
-    _formula(rows[0], title, join, len(laid) > 1)
+    head = 0.7 + (0.16 * filling.count("\n") + 0.26) * bool(filling)
+    figure = sheet(sum(widths), head + tall + 1.0)
+    rows = figure.subfigures(3, 1, height_ratios=[head, tall + 0.5, 0.5])
+    _formula(rows[0], head, title, join, filling, len(laid) > 1)
     (grid,) = rows[1].subplots(1, len(laid), squeeze=False, width_ratios=widths)
     for k, (axes, (term, vertices, edges, spots)) in enumerate(zip(grid, laid, strict=True)):
         cropped = _cropped(term)
@@ -144,13 +148,31 @@ def _marked(own: NodeMap) -> str:
     return f"{mark} {name} of {own.top}" if isinstance(own, Softmax) and own.top is not None else f"{mark} {name}"
 
 
-def _formula(figure: Any, title: str, join: Join | None, several: bool) -> None:
-    """The title, and below it how dW meets W."""
+def filling_of(group: Group, projection: Projection | None) -> str:
+    """How the numbers of a flat fold's network become the dW of its weights, in words; of other folds the modes say it."""
+    if not isinstance(group, FlatGroup):
+        return ""
+    count = f"{group.inner:,} numbers" if group.surplus == 0 else f"the first {group.inner:,} of {group.volume:,} numbers"
+    whose = f"of each of {group.groups:,} networks" if group.groups > 1 else "of the network"
+    stages = projection.maps if isinstance(projection, Compose) else [projection] if projection is not None else []
+    way = "".join(f",\nthen {_stage(stage)}" if k else f",\nthrough {_stage(stage)}" for k, stage in enumerate(stages))
+    weights = f"{len(group.members):,} weights, one after another" if len(group.members) > 1 else "the weight"
+    return f"{count} {whose}{way},\nare the dW of {weights}" if way else f"{count} {whose}\nare the dW of {weights}"
+
+
+def _stage(stage: Shuffle | Fastfood) -> str:
+    if isinstance(stage, Shuffle):
+        return "a fixed shuffle"
+    return f"fixed fastfood of \u03c1 = {stage.ratio:g}" + (" and tanh" if stage.tanh else "")
+
+
+def _formula(figure: Any, height: float, title: str, join: Join | None, filling: str, several: bool) -> None:
+    """The title, below it how dW meets W, and what fills dW."""
     axes = figure.subplots()
     axes.set_axis_off()
     axes.set_xlim(-1, 1)
-    axes.set_ylim(0, 1)
-    axes.annotate(title, (0, 0.75), fontsize=12, color=INK, ha="center", va="center")
+    axes.set_ylim(0.7 - height, 0.7)  # in inches
+    axes.annotate(title, (0, 0.525), fontsize=12, color=INK, ha="center", va="center")
     delta = "dW" if several or join is None or isinstance(join, Magnitude) else "N"
     words = f"W' = W + {delta}"
     if isinstance(join, Magnitude):
@@ -159,7 +181,8 @@ def _formula(figure: Any, title: str, join: Join | None, several: bool) -> None:
         factor = f"(1 + {delta})" if join.residual else delta
         product = f"{factor} W" if join.side == "left" else f"W {factor}"
         words = f"W' = s {product}, s scales rows, trains, 1 at first" if join.scaled else f"W' = {product}"
-    axes.annotate(words, (0, 0.2), fontsize=9, color=INK, ha="center", va="center")
+    axes.annotate(words, (0, 0.14), fontsize=9, color=INK, ha="center", va="center")
+    axes.annotate(filling, (0, -0.02), fontsize=8, color=INK, ha="center", va="top")
 
 
 def _legend(figure: Any, graph: Graph, join: Join | None) -> None:
