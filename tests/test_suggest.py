@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import superlora_tn as sl
 from superlora_tn.cli import main
@@ -136,6 +138,47 @@ def test_a_flat_network_that_multiplies_is_of_its_own_side():
 def test_what_maps_make_counts_as_memory(spec, tokens, numbers):
     """The rotations of `oft` took none, and the vectors of `uni_lora` those of one weight."""
     assert cost(spec, {f"layers.{k}.q": (96, 64) for k in range(3)}, tokens).peak == 4 * numbers
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that any operation of torch made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(one.numel() for one in tree_leaves(made) if isinstance(one, torch.Tensor))])
+        return made
+
+
+class Beside(nn.Module):
+    """All weights on one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(*reversed(shape), bias=False) for shape in SHAPES.values())
+
+    def forward(self, x):
+        return [layer(x) for layer in self.layers]
+
+
+@pytest.mark.parametrize(
+    ("projection", "numbers"),
+    [
+        (sl.Fastfood(0.25), 2 * 8192),  # of 6,144
+        (sl.Fastfood(0.25, order="GB"), 8 * 48 * 32),
+        (sl.Compose(sl.Shuffle(1), sl.Fastfood(0.25)), 2 * 8192),
+        (sl.Shuffle(1), 2 * 79**2),  # the surplus
+    ],
+)
+def test_what_a_fixed_map_pads_counts_as_memory(projection, numbers):
+    spec = sl.AdapterSpec(sl.CP(2), sl.FlatFold(2, groups=2), projection)
+    assert cost(spec, SHAPES, 16).peak == 4 * numbers
+    model = Beside()
+    sl.attach(model, spec, [f"layers.{k}" for k in range(len(SHAPES))], seed=0)
+    with Largest() as seen, torch.no_grad():
+        model(torch.randn(16, 32))
+    assert seen.numbers == numbers
 
 
 def test_suggestions_come_cheapest_first():

@@ -39,6 +39,10 @@ class Shuffle:
         """Numbers of its tables, where the group's vector is `length` long: the permutation's."""
         return length
 
+    def padded(self, length: int) -> int:
+        """A permutation needs no longer vector."""
+        return length
+
     @property
     def linear(self) -> bool:
         """A permutation is linear."""
@@ -90,6 +94,10 @@ class Fastfood:
         """Numbers of its tables at most: those of B, P and G are as long as H's transform, a power of two."""
         return (len(self.order) - self.order.count("H")) << (length - 1).bit_length()
 
+    def padded(self, length: int) -> int:
+        """The length of the longest vector on the way to one of `length`: H and P act on a power of two."""
+        return 1 << (length - 1).bit_length() if set(self.order) & set("HP") else length
+
 
 @dataclass(frozen=True, init=False, repr=False)
 class Compose(Several):
@@ -121,6 +129,10 @@ class Compose(Several):
     def table_numbers(self, length: int) -> int:
         """Numbers of all maps' tables at most: no length between two maps is above the group's."""
         return sum(m.table_numbers(length) for m in self.maps)
+
+    def padded(self, length: int) -> int:
+        """The length of the longest vector on the way to one of `length`, at most."""
+        return max(m.padded(length) for m in self.maps)
 
 
 PROJECTIONS = (Shuffle, Fastfood, Compose)

@@ -34,7 +34,7 @@ class Cost:
         state: bytes of what is stored of the nodes, and of magnitudes, in float32, with gradients and Adam's two moments of
             what trains.
         peak: bytes of the largest single tensor that is made on the way: an intermediate, a node that a map makes, dW where a
-            layer builds it, and of a flat fold the vector of all its groups with their surplus.
+            layer builds it, and of a flat fold the vector of all its groups, with their surplus or as a fixed map pads it.
     """
 
     seconds: float
@@ -195,7 +195,8 @@ def cost(
         terms = [make_plan(term.graph, "delta", 1, device, fixed=False) for term in graph.networks]
         single = [choose(graph.networks[0].graph, shape, tokens, device) for shape in sides]
         seconds += sum(term.price for term in terms) + sum(one.delta_price - one.delta.price for one in single)
-        whole = max(group.groups * group.volume, sum(d_out * d_in for d_out, d_in in sides))
+        padded = 0 if declared.projection is None else declared.projection.padded(group.length)
+        whole = max(group.groups * max(group.volume, padded), sum(d_out * d_in for d_out, d_in in sides))
         made = max(_largest_made(term.graph, "delta") for term in graph.networks)
         peak = max(peak, *(term.peak for term in terms), ITEM * whole, ITEM * made)
     return Cost(seconds, state, peak)
