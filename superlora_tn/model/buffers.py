@@ -166,13 +166,14 @@ class Snapshot:
             module, own = self._places[name]
             there = _stack(module, own)
             if kept in there:
-                self._pass_on(name, there, there.index(kept), keep)
+                self._pass_on(name, there, kept, keep)
                 there.remove(kept)
             if not there:
                 _clear(module, own)
         self._kept, self._model = {}, None
 
-    def _pass_on(self, name: str, there: list[Kept], k: int, keep: bool) -> None:
+    def _pass_on(self, name: str, there: list[Kept], kept: Kept, keep: bool) -> None:
+        k = there.index(kept)
         above = there[k + 1] if k + 1 < len(there) else None
         if keep and k:
             now = _tensor(*self._places[name])
@@ -181,9 +182,9 @@ class Snapshot:
                 for below in there[:k]:
                     below.copy = after
         elif not keep and above is not None:
-            above.copy = there[k].copy
+            above.copy = kept.copy
         elif not keep and name in self._left:
-            self.put({name: there[k].copy})
+            self.put({name: kept.copy})
 
     def put(self, values: Mapping[str, Tensor]) -> None:
         """Write values into the parameters and buffers of these names."""
