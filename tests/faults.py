@@ -43,8 +43,23 @@ TABLE: Table = {
             "weight.add(self._members[name], 2 * delta)",
             "test_merge_detach.py::test_merged_equals_attached_equals_dense",
         ),
+        "leaving-broken-off": (
+            "finish(lambda: self._go(model, name, keep))",
+            "self._go(model, name, keep)",
+            "test_handles.py::test_an_interrupt_at_any_call_finds_it_done_or_not_begun",
+        ),
+        "replacing-broken-off": (
+            "finish(write)",
+            "write()",
+            "test_handles.py::test_an_interrupt_at_any_call_finds_it_done_or_not_begun",
+        ),
     },
     "superlora_tn/model/buffers.py": {
+        "left-anew-when-done-again": (
+            "self._left = self._left or {",
+            "self._left = {",
+            "test_handles.py::test_an_interrupt_at_any_call_finds_it_done_or_not_begun",
+        ),
         "copies-below-forgotten": (
             "above.copy = kept.copy",
             "above.copy = above.copy",

@@ -187,6 +187,12 @@ def test_an_interrupt_at_any_call_finds_it_done_or_not_begun(name: str, step: in
         with torch.no_grad():
             return parameters, buffers, kept, model(X).tolist()
 
+    def left(tuned: sl.Tuned | None) -> list[bytes]:
+        if tuned is None or name != "detach":
+            return []
+        tuned.save(tmp_path / "left")  # with what trained beside it, as it was
+        return [file.read_bytes() for file in sorted((tmp_path / "left").iterdir())]
+
     filled = sl.attach(model := nn.Sequential(net(), nn.BatchNorm1d(6).eval()), sl.lora(2), ["0.0", "0.1"], also=["0.2.bias"])
     with torch.no_grad():
         for k, parameter in enumerate(filled.parameters()):
@@ -197,7 +203,7 @@ def test_an_interrupt_at_any_call_finds_it_done_or_not_begun(name: str, step: in
     model, tuned = prepared()
     before = seen(model)
     run(model, tuned)
-    after = seen(model)
+    after, saved = seen(model), left(tuned)
     outcomes = set[str]()
     for at in itertools.count(0, step):
         model, tuned = prepared()
@@ -226,6 +232,7 @@ def test_an_interrupt_at_any_call_finds_it_done_or_not_begun(name: str, step: in
         if goes_on:
             run(model, tuned)
             assert seen(model) == after
+        assert left(tuned) == saved
     assert "not begun" in outcomes
     assert outcomes <= {"done", "not begun"}
 
