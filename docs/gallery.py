@@ -72,9 +72,7 @@ def main() -> None:
     specs = {name: declared(name) for name in VARIANTS} | {"dora": dora(declared("lora"))}
     for name, spec in specs.items():
         title = "dora(lora)" if name == "dora" else name
-        group, graph = spec.lay_out(SHAPES)[0]
-        filling = diagram.filling_of(group, spec.projection)
-        place = diagram.network(graph, HERE / PICTURES / f"{name}.png", title, spec.join, filling)
+        place = diagram.network(spec, SHAPES, HERE / PICTURES / f"{name}.png", title)
         with Image.open(place) as picture:
             small = picture.convert("RGB").quantize(32)
         small.save(place, optimize=True)

@@ -282,10 +282,9 @@ def draw(args: argparse.Namespace) -> None:
 
     shapes = _shapes(args)
     spec = make_spec(args, shapes)
-    group, graph = spec.lay_out(shapes)[0]
-    place = diagram.network(graph, args.out, _named(args), spec.join, diagram.filling_of(group, spec.projection))
+    place = diagram.network(spec, shapes, args.out, _named(args))
     if args.json:
-        show_json({"drawn": str(place), "equation": graph.equation()})
+        show_json({"drawn": str(place), "equation": spec.lay_out(shapes)[0][1].equation()})
     else:
         print(f"drawn: {place}")
 

@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from launched import environment
 
 import superlora_tn as sl
 from superlora_tn import CP, AdapterSpec, FlatFold, Hadamard, Network, SpecError, TensorTrain, Tucker
@@ -41,13 +42,12 @@ def run(*arguments: str) -> list[dict[str, Any]]:
     """What `hostile` prints."""
     if sys.platform != "linux":
         pytest.skip("limits and measures memory as Linux does")
-    places = os.pathsep.join(map(str, (ROOT, ROOT / "backends", ROOT / "tests")))
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "hostile.py"), *arguments],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"},
+        env=environment(),
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -279,7 +279,7 @@ def test_a_network_of_many_indices_is_checked_in_linear_work() -> None:
 
 
 FORKS = """
-import os, threading, time
+import os, threading
 from superlora_tn.declare.cache import kept
 
 double = kept(4, 4, lambda result, x: 1)(lambda x: 2 * x)
@@ -304,6 +304,4 @@ assert double(3) == 6
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
 def test_a_fork_waits_for_another_threads_look_up() -> None:
     """Else the look-up's lock would stay locked in the new process."""
-    places = os.pathsep.join(map(str, (ROOT, ROOT / "backends")))
-    command = [sys.executable, "-W", "ignore", "-c", FORKS]
-    subprocess.run(command, check=True, timeout=100, env={**os.environ, "PYTHONPATH": places})
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS], check=True, timeout=100, env=environment())

@@ -67,8 +67,7 @@ def written(monkeypatch: pytest.MonkeyPatch, spec: sl.AdapterSpec) -> set[str]:
         return path
 
     monkeypatch.setattr(diagram, "save", kept)
-    group, graph = spec.lay_out({"layer": (50, 48)})[0]
-    diagram.network(graph, "none.png", "title", spec.join, diagram.filling_of(group, spec.projection))
+    diagram.network(spec, {"layer": (50, 48)}, "none.png", "title")
     return {text.get_text() for text in figures[0].findobj(lambda artist: isinstance(artist, Text))}
 
 

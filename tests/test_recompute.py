@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import Tiny, noise, perturb, seeded
+from models import Largest, Tiny, noise, perturb, seeded
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import superlora_tn as sl
@@ -126,21 +125,6 @@ def test_without_memory() -> None:
     tuned = sl.attach(model, sl.lorta(2), TARGETS, recompute=True)
     model(torch.empty(2, 5, 12, device="meta")).sum().backward()
     assert all(p.grad.is_meta for p in tuned.parameters())
-
-
-class Largest(TorchDispatchMode):
-    """The largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
 
 
 class Chain(nn.Module):

@@ -32,7 +32,7 @@ from superlora_tn.contraction.plan import plan_equation
 from superlora_tn.contraction.profile import CPU, DEVICES
 from superlora_tn.contraction.search import Optimizer
 from superlora_tn.declare.bounds import KEPT_LINES
-from superlora_tn.declare.cache import kept
+from superlora_tn.declare.cache import forked, kept
 from superlora_tn_backends.tensorly_torch import Program, compile
 
 BACKEND_NAME = "superlora_tn"
@@ -41,7 +41,7 @@ LETTERS = sorted(string.ascii_letters)
 _FIRST = 0x4E00  # of characters that go on for thousands, where letters run out
 Axes = tuple[tuple[int, ...], ...]
 _KINDS = ((backend, set_backend), (tenalg, set_tenalg_backend))
-_lock = threading.Lock()
+_lock = forked()
 
 
 @contextmanager

@@ -14,6 +14,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def forked() -> Lock:
+    """A lock for as long as the process runs; a fork waits for it, or what another thread had locked would stay so."""
+    lock = Lock()
+    if sys.platform != "win32":
+        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+    return lock
+
+
 class Info(NamedTuple):
     """What `functools.lru_cache` tells of itself, and the weight of what is kept."""
 
@@ -37,10 +45,7 @@ class Kept(Generic[P, R]):
     def __init__(self, make: Callable[P, R], most: int, heaviest: int, weigh: Callable[..., int]) -> None:
         self.make, self.most, self.heaviest, self.weigh = make, most, heaviest, weigh
         self._kept: OrderedDict[Hashable, tuple[R, int]] = OrderedDict()
-        self._lock = Lock()
-        if sys.platform != "win32":  # for whoever forks while another thread looks something up
-            unlock = self._lock.release
-            os.register_at_fork(before=self._lock.acquire, after_in_parent=unlock, after_in_child=unlock)
+        self._lock = forked()
         self._hits = self._misses = self._weight = 0
         update_wrapper(self, make)
 

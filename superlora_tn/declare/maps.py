@@ -52,6 +52,11 @@ class Shuffle:
 Scaling = Literal["variance", "orthonormal", "none"]
 
 
+def power_above(length: int) -> int:
+    """The least power of two that is not below a length: what H and P of the fastfood map act on."""
+    return 1 << (length - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Fastfood:
     """The fixed fastfood map ``y = H G P H B x``, truncated (SuperLoRA, section 2; Le et al. 2013).
@@ -92,11 +97,11 @@ class Fastfood:
 
     def table_numbers(self, length: int) -> int:
         """Numbers of its tables at most: those of B, P and G are as long as H's transform, a power of two."""
-        return (len(self.order) - self.order.count("H")) << (length - 1).bit_length()
+        return (len(self.order) - self.order.count("H")) * power_above(length)
 
     def padded(self, length: int) -> int:
         """The length of the longest vector on the way to one of `length`: H and P act on a power of two."""
-        return 1 << (length - 1).bit_length() if set(self.order) & set("HP") else length
+        return power_above(length) if set(self.order) & set("HP") else length
 
 
 @dataclass(frozen=True, init=False, repr=False)

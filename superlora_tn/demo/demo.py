@@ -149,9 +149,8 @@ def _figures(out: Path, task: Task, results: Sequence[Result]) -> list[Path]:
     points = [draw.Point(r.variant, r.parameters, r.mean, r.spread) for r in results]
     title = "Printed digits to handwriting: q and v adapted, all else frozen"
     pareto = draw.pareto(points, out / "pareto.png", title, {"frozen base": task.zero_shot})
-    group, graph = superlora(3, 3, 1, 2).lay_out({"weight": (64, 64)})[0]
-    filling = diagram.filling_of(group, None)
-    network = diagram.network(graph, out / "network.png", "superlora(rank=3, order=3, splits=2)", filling=filling)
+    drawn = superlora(3, 3, 1, 2)
+    network = diagram.network(drawn, {"weight": (64, 64)}, out / "network.png", "superlora(rank=3, order=3, splits=2)")
     return [pareto, network]
 
 

@@ -5,14 +5,14 @@ Needs matplotlib (the `demo` extra).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from superlora_tn.declare.fold import FlatGroup, Group
+from superlora_tn.declare.fold import FlatGroup, Group, Shape
 from superlora_tn.declare.joins import Join, Magnitude, Multiply
 from superlora_tn.declare.maps import Compose, Fastfood, Projection, Shuffle
 from superlora_tn.declare.node_maps import (
@@ -32,6 +32,7 @@ from superlora_tn.declare.node_maps import (
 )
 from superlora_tn.declare.nodes import BASED
 from superlora_tn.network.graph import Graph, GraphNode, Term
+from superlora_tn.network.spec import AdapterSpec
 from superlora_tn.tools.draw import INK, OPEN, PAPER, bare, box, save, sheet
 
 CUT = "#b4231f"
@@ -79,19 +80,21 @@ OF_BASE = {
 }
 
 
-def network(graph: Graph, path: str | Path, title: str = "", join: Join | None = None, filling: str = "") -> Path:
-    """Draw a graph: a box a node, a line an index, a dot a hyperindex.
+def network(spec: AdapterSpec, shapes: Mapping[str, Shape], path: str | Path, title: str = "") -> Path:
+    """Draw a declaration's network: a box a node, a line an index, a dot a hyperindex.
 
-    Each kind of node looks its own way, said below; a node's map stands in its box, by a mark and a name. The line below the
-    title says how dW joins the weight W, which is drawn where it multiplies. Cropped modes have red legs.
+    Each kind of node looks its own way, said below; a node's map stands in its box, by a mark and a name. The lines below the
+    title say how dW joins the weight W, which is drawn where it multiplies, and what fills dW (see `filling_of`). Cropped modes
+    have red legs.
 
     Args:
-        graph: what to draw; the terms of a sum stand side by side, with their signs between.
+        spec: what to draw; the terms of a sum stand side by side, with their signs between.
+        shapes: (out, in) by weight name; the network of the first group is drawn.
         path: where the PNG goes.
         title: above the picture; the equation stands below it.
-        join: how dW joins the weight; None adds it.
-        filling: what becomes of the numbers of a flat fold, see `filling_of`; stands below how dW joins the weight.
     """
+    (group, graph), join = spec.lay_out(shapes)[0], spec.join
+    filling = filling_of(group, spec.projection)
     weighed = join.side if isinstance(join, Multiply) else None
     laid = [(term, *_laid_out(term.graph, weighed)) for term in graph.networks]
     # An inch a unit, or the labels of a large network would cover its lines.

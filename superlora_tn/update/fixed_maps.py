@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from superlora_tn.declare.maps import Compose, Fastfood, Projection, Shuffle
+from superlora_tn.declare.maps import Compose, Fastfood, Projection, Shuffle, power_above
 from superlora_tn.declare.parts import SpecError
 from superlora_tn.update.eager import as_given
 from superlora_tn.update.walsh import transform
@@ -187,7 +187,7 @@ class FastfoodMap(FixedMap):
     """``y = H G P H B x`` (or another order), x padded from n to p (a power of two), y truncated."""
 
     def __init__(self, size_in: int, size_out: int, declared: Fastfood, device: torch.device | str | None = None) -> None:
-        self.padded = 1 << (max(size_in, size_out) - 1).bit_length()
+        self.padded = power_above(max(size_in, size_out))
         tables: dict[str, Table] = {}
         mixed = False  # signs and Gaussians in front of the first H and P meet the elements of x alone
         for k, factor in enumerate(declared.order):
