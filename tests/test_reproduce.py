@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -253,7 +254,7 @@ def test_the_count_from_which_lorta_reaches_lora_follows_the_rows(enough):
 
 def test_only_what_needs_a_missing_setting_is_left_open():
     rows = made_up(lambda s: 0.0)
-    rows = [{**r, "tried": {}, "edge": False, "twice": []} for r in rows]
+    rows = [{**r, "tried": {}, "edge": False, "longer": {}} for r in rows]
     whole = converged_report._questions(rows, [], {})
     for variant, opened in (("LoRA", 1), ("SuperLoRA K=2", 1), ("shuffled LoRTA", 1), ("LoTR", 0)):
         missing = [r for r in rows if r["variant"] == variant]
@@ -509,7 +510,7 @@ def test_the_runs_to_convergence_go_on_where_they_were_stopped_and_judge_only_wh
     with pytest.raises(KeyboardInterrupt):
         go_on(tmp_path / "broken")
     part = json.loads((tmp_path / "broken" / "classification.json").read_text())
-    assert [(r["variant"], len(r["seeds"]), r["twice"]) for r in part["rows"]] == [("dense", 2, [])]  # twice the steps are last
+    assert [(r["variant"], len(r["seeds"]), r["longer"]) for r in part["rows"]] == [("dense", 2, {})]  # more steps are last
     assert part["unfinished"]
     told = report.text(tmp_path / "broken")
     assert "**Unfinished**" in told
@@ -542,15 +543,60 @@ def test_the_runs_to_convergence_go_on_where_they_were_stopped_and_judge_only_wh
         compared(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize(
-    ("gain", "twice", "answers"), [(0.06, 0.0, ("**Yes**", "**no**")), (0.04, 0.1, ("**No**", "**yes**, 1"))]
-)
-def test_whether_it_has_converged_follows_the_rows(gain, twice, answers):
+@pytest.mark.parametrize(("gain", "answer"), [(0.06, "**Yes**"), (0.04, "**No**")])
+def test_dense_fine_tuning_is_compared_with_the_head_of_its_seeds(gain, answer):
     row = {"variant": "dense", "words": "", "heads": [0.7, 0.72], "accuracies": [0.7 + gain, 0.72 + gain]}
-    row["twice"] = [a + twice for a in row["accuracies"]]
-    assert answers[0] in converged_report.head_answer([row])
-    assert answers[1] in converged_report.twice_answer([row])
-    assert converged_report.twice_answer([{**row, "twice": []}]) == "Twice the steps: not run."
+    assert answer in converged_report.head_answer([row])
+
+
+@pytest.mark.parametrize(
+    ("rises", "answers", "end"),
+    [
+        ((0.0, 0.0), ("**no**", "**no**"), "So 100 steps are enough for them."),
+        ((0.1, 0.0), ("**yes**, 1 of 2", "**no**"), "So 200 steps are enough for them."),
+        ((-0.1, 0.0), ("**yes**, 1 of 2", "**no**"), "So 200 steps are enough for them."),
+        ((0.0, 0.1), ("**no**", "**yes**, 1 of 2"), "So none of the numbers of steps that were tried is enough for all."),
+        ((0.1,), ("**yes**, 1 of 2",), "So none of the numbers of steps that were tried is enough for all."),
+    ],
+)
+def test_from_how_many_steps_on_more_change_nothing_follows_the_rows(rises, answers, end):
+    """Of two settings one is moved; the third was run with more steps, but not with twice as many as any other run."""
+    spread, at = (0.70, 0.72, 0.73, 0.9), [0.0, *itertools.accumulate(rises)]
+    noise = [(0.0, 0.0, 0.0), (0.01, -0.01, 0.0), (0.0, 0.01, -0.01)]  # seed by seed: no mean, so that there is an error
+
+    def run(times, moved):
+        return [a + moved * at[times] + own for a, own in zip(spread, noise[times], strict=False)]
+
+    def row(variant, moved):
+        longer = {str(2**k): run(k, moved) for k in range(1, len(at))}
+        return {"variant": variant, "words": "", "accuracies": list(spread), "longer": longer}
+
+    line = {"variant": "LoRA", "words": "r=1", "accuracies": list(spread), "longer": {"4": [0.1, 0.2, 0.3]}}
+    told = converged_report.longer_answer([row("dense", 0.0), row("LoRA", 1.0), line], 100).splitlines()
+    steps = [f"- {100 * 2**k} to {200 * 2**k} steps: {answer}: " for k, answer in enumerate(answers)]
+    assert [any(one.startswith(start) for one in told) for start in steps] == [True] * len(steps)
+    assert sum(one.startswith("- ") for one in told) == len(steps)
+    assert told[-1] == end
+    assert "r=1" not in "".join(told)
+    assert "not run" in converged_report.longer_answer([{**line, "longer": {}}], 100)
+
+
+def test_the_lines_are_judged_again_at_more_steps_where_they_were_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(converged, "settings", few)
+    long = dataclasses.replace(SHORT, longer=(2, 4), lines_longer=(4,))
+    found = converged.run(tmp_path, long, noise_task, Console(quiet=True))
+    ran = {v: [set(r["longer"]) for r in found["rows"] if r["variant"] == v] for v in (*converged.LINES, "shuffled LoRTA")}
+    sample, line = {"2", "4"}, {"4"}
+    assert ran == {"dense": [sample], "LoRA": [sample, line], "LoRTA M=3": [sample, line], "shuffled LoRTA": [set()]}
+    told = report.text(tmp_path)
+    assert "- 3 to 6 steps: " in told
+    assert "- 6 to 12 steps: " in told
+    head, _, last = told.partition("parameters, with 12 steps?")
+    assert "(classification_x4.png)" in last
+    assert (tmp_path / "classification_x4.png").read_bytes().startswith(b"\x89PNG")
+    assert "reach LoRA's accuracy with about a tenth of the parameters?" in head
+    found["rows"] = [{**r, "longer": {}} if r["variant"] == "LoRA" else r for r in found["rows"]]
+    assert converged_report.report(found).rstrip().endswith(f"with 12 steps?\n\n{converged_report.OPEN} LoRA r=1, LoRA r=2.")
 
 
 @pytest.mark.skipif(not (DATA / "weights_vit_cifar10").is_dir(), reason=f"there is no data folder at {DATA}")

@@ -24,7 +24,6 @@ from superlora_tn import Tuned
 from superlora_tn.demo.progress import on_step, progress
 from superlora_tn.tools.measure import machine
 from superlora_tn_paper.classification import map_words
-from superlora_tn_paper.classification_report import PARETO
 from superlora_tn_paper.classification_settings import Setting, settings
 from superlora_tn_paper.classification_training import (
     adapted,
@@ -42,6 +41,7 @@ from superlora_tn_paper.task import Batch, Subset, Task
 REVISION = 2  # raise it when the training code changes, so that older finished jobs expire
 OWN_RATE = ("LoRA", "LoRTA", "projected LoRTA")  # families whose every setting chooses its own rate, and takes more seeds
 MORE_LORTA = (4.0, 16.0)  # LoRTA at the counts of LoRA of ranks 4 and 16, to see from which count on it reaches LoRA's accuracy
+LINES = {"dense": 0, "LoRA": 1, "LoRTA M=3": 2}  # the variants that are worked off first, and in which order
 PAUSE = 5.0  # seconds until it is looked again whether another process has finished its job
 
 
@@ -61,6 +61,8 @@ class ConvergedRecipe:
         apart: the share of all training images that choose a rate, held apart from all training.
         look: images at once where nothing is trained.
         lines: run the lines alone: dense fine-tuning, every second rank of LoRA, and LoRTA of order 3 without groups.
+        longer: how many times the steps the sample (`Converged.checked`) is run with as well, on `seeds`.
+        lines_longer: how many times the steps all of dense, LoRA and LoRTA of order 3 are, at the rates chosen for the steps.
     """
 
     images: int = 1000
@@ -77,12 +79,18 @@ class ConvergedRecipe:
     apart: float = 0.04
     look: int = 250
     lines: bool = False
+    longer: tuple[int, ...] = (2,)
+    lines_longer: tuple[int, ...] = ()
 
 
 # On few natural images fine-tuning q and v gains little over the head alone (on 5,000 of Tiny ImageNet's 2.5 points, on all 8).
 # All of them take longer, so the lines are run alone.
-RECIPES = {"mnist": ConvergedRecipe(), "tinyimagenet30": ConvergedRecipe(images=14_400, steps=1800, lines=True)}
-NOT_A_JOBS = ("seeds", "more_seeds", "rates", "factor", "extensions", "lines")  # of the recipe: each job's own are in its name
+RECIPES = {
+    "mnist": ConvergedRecipe(longer=(2, 4, 8), lines_longer=(4,)),
+    "tinyimagenet30": ConvergedRecipe(images=14_400, steps=1800, lines=True),
+}
+# Of the recipe: each job's own are in its name.
+NOT_A_JOBS = ("seeds", "more_seeds", "rates", "factor", "extensions", "lines", "longer", "lines_longer")
 
 
 def moved(tuned: Tuned) -> float:
@@ -139,13 +147,12 @@ class Converged:
     @cached_property
     def settings(self) -> list[Setting]:
         """All settings in the order they are worked off: dense, then the lines of LoRA and LoRTA, then all others."""
-        lines = {"dense": 0, "LoRA": 1, "LoRTA M=3": 2}
         every = settings(self.task.shapes, MORE_LORTA)
         if self.recipe.lines:
             ladder = [s for s in every if s.variant == "LoRA"][::2]
             lorta = [s for s in every if s.variant == "LoRTA M=3" and s.groups == 1]
             every = [*(s for s in every if s.variant == "dense"), *ladder, *lorta]
-        return sorted(every, key=lambda s: lines.get(s.variant, 3 if s.family in OWN_RATE else 4))
+        return sorted(every, key=lambda s: LINES.get(s.variant, 3 if s.family in OWN_RATE else 4))
 
     @cached_property
     def parts(self) -> tuple[Subset, Subset]:
@@ -251,15 +258,20 @@ class Converged:
         return own[(len(own) - 1) // 2]
 
     def checked(self) -> list[Setting]:
-        """The sample that is run with twice the steps: dense, and the median of the lines of LoRA and LoRTA."""
+        """The sample that is run with twice the steps and more: dense, and the median of the lines of LoRA and LoRTA."""
         found = []
-        for variant in ("dense", "LoRA", "LoRTA M=3"):
+        for variant in LINES:
             own = sorted((s for s in self.settings if s.variant == variant), key=lambda s: s.parameters)
             found += own[(len(own) - 1) // 2 :][:1]
         return found
 
+    def longer(self, setting: Setting) -> list[int]:
+        """How many times the steps a setting is run with as well."""
+        lines = self.recipe.lines_longer if setting.variant in LINES else ()
+        return sorted({*lines, *(self.recipe.longer if setting in self.checked() else ())})
+
     def row(self, setting: Setting, whole: bool = True) -> Data:
-        """All that is needed of one setting; not `whole`: on the first seeds alone, and not with twice the steps.
+        """All that is needed of one setting; not `whole`: on the first seeds alone, and not with more steps.
 
         Raises:
             Elsewhere: another process is at a part of it.
@@ -269,8 +281,10 @@ class Converged:
         rate = self.best(tried)
         seeds = recipe.more_seeds if whole and setting.family in OWN_RATE else recipe.seeds
         runs = [self.job(setting, rate, seed, self.task.test) for seed in seeds]
-        again = recipe.seeds if whole and setting in self.checked() else ()
-        longer = [self.job(setting, rate, seed, self.task.test, times=2) for seed in again]
+        longer = {
+            times: [self.job(setting, rate, seed, self.task.test, times=times)["accuracy"] for seed in recipe.seeds]
+            for times in (self.longer(setting) if whole else ())
+        }
         return {
             **_about(setting),
             "tried": tried,
@@ -282,7 +296,7 @@ class Converged:
             "train_losses": [one["train_loss"] for one in runs],
             "rate_times": [one["rate_times"] for one in runs],
             "heads": [self.head_score(seed) for seed in seeds],
-            "twice": [one["accuracy"] for one in longer],
+            "longer": {str(times): found for times, found in longer.items()},
             "step_seconds": statistics.median(one["step_seconds"] for one in runs),
         }
 
@@ -326,7 +340,7 @@ def opened(out: Path, recipe: ConvergedRecipe, make: Callable[[Progress], Task],
 
 
 def run(out: Path, recipe: ConvergedRecipe, make: Callable[[Progress], Task], console: Console, pause: float = PAUSE) -> Data:
-    """Work off all settings on the first seeds, then on more and with twice the steps.
+    """Work off all settings on the first seeds, then on more and with more steps.
 
     ``classification.json`` is written after each, with the finished ones alone.
 
@@ -357,7 +371,7 @@ def run(out: Path, recipe: ConvergedRecipe, make: Callable[[Progress], Task], co
                     result = _result(experiment, rows)
                     write_json(out / "classification.json", result)
                     if len(rows) > 1:
-                        draw(result, out / PARETO)
+                        draw(result, out)
                 if left == before:
                     if not whole:
                         break  # the others' jobs are waited for at the end

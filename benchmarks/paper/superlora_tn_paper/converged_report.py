@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 from superlora_tn_paper.classification_answers import (
@@ -17,12 +18,12 @@ from superlora_tn_paper.classification_answers import (
     tenths,
 )
 from superlora_tn_paper.classification_report import PARETO, draw_points
-from superlora_tn_paper.differences import RULE, difference
+from superlora_tn_paper.differences import RULE, Difference, difference
 from superlora_tn_paper.markdown import percent, table, where
 from superlora_tn_paper.store import Data
 
 OPEN = "Not judged yet, for want of"
-CHECKED = ("dense", "LoRA", "LoRTA M=3")  # of which twice the steps are run
+CHECKED = ("dense", "LoRA", "LoRTA M=3")  # of which one setting each is run with more steps
 LINES = ("LoRA", "LoRTA M=3", "LoRTA M=4", "LoRTA M=5")
 ABOVE = 0.05  # dense fine-tuning is wanted so far above the head alone
 
@@ -33,10 +34,14 @@ def report(result: Data) -> str:
     parts = ["# Image classification to convergence", where(result) + " " + _setup(result)]
     if missing:
         parts.append(f"**Unfinished**: {len(missing)} settings are missing: {_named(missing)}. What needs them is not judged.")
-    parts += ["## Results", f"![Accuracy against trainable parameters]({PARETO})", _results(rows), "## Has it converged?"]
+    parts += ["## Results", f"![Accuracy against trainable parameters]({PARETO})", _results(result), "## Has it converged?"]
     checked = [r for r in missing if r["variant"] in CHECKED]
-    parts += [f"{OPEN} {_named(checked)}."] if checked else [head_answer(rows), twice_answer(rows), edge_answer(rows)]
-    return "\n\n".join([*parts, *_questions(rows, missing, result["recipe"]), ""])
+    steps = result["recipe"]["steps"]
+    parts += [f"{OPEN} {_named(checked)}."] if checked else [head_answer(rows), longer_answer(rows, steps), edge_answer(rows)]
+    parts += _questions(rows, missing, result["recipe"])
+    for times in result["recipe"]["lines_longer"]:
+        parts += _lines_longer(result, times)
+    return "\n\n".join([*parts, ""])
 
 
 def _named(rows: list[Data]) -> str:
@@ -57,18 +62,11 @@ def _setup(result: Data) -> str:
     )
 
 
-def _results(rows: list[Data]) -> str:
-    heading = (
-        "variant",
-        "setting",
-        "parameters",
-        "seeds",
-        "accuracy, %",
-        "head alone, %",
-        "twice the steps, %",
-        "rate",
-        "rate x",
-    )
+def _results(result: Data) -> str:
+    rows, steps = result["rows"], result["recipe"]["steps"]
+    times = sorted({int(own) for r in rows for own in r["longer"]})
+    longer = [f"{own * steps:,} steps, %" for own in times]
+    heading = ("variant", "setting", "parameters", "seeds", "accuracy, %", "head alone, %", *longer, "rate", "rate x")
     lines = [
         (
             r["variant"],
@@ -77,13 +75,16 @@ def _results(rows: list[Data]) -> str:
             str(len(r["seeds"])),
             percent(r["accuracies"]),
             percent(r["heads"]),
-            percent(r["twice"]) if r["twice"] else "",
+            *(percent(found) if (found := after(r, own)) else "" for own in times),
             f"{r['rate']:g}" + " (edge)" * r["edge"],
             f"{statistics.fmean(r['rate_times']):.3g}",
         )
         for r in sorted(rows, key=lambda r: -r["parameters"])
     ]
-    return table(heading, lines) + "\n\nMean ± standard deviation over the seeds."
+    words = "Mean ± standard deviation over the seeds"
+    if times:
+        words += f"; with more steps, over the first {max(len(own) for r in rows for own in r['longer'].values())}"
+    return table(heading, lines) + f"\n\n{words}."
 
 
 def head_answer(rows: list[Data]) -> str:
@@ -94,18 +95,47 @@ def head_answer(rows: list[Data]) -> str:
     return f"Dense fine-tuning at least {100 * ABOVE:.0f} points above the head alone: {answer}, {100 * gain.mean:+.1f} points."
 
 
-def twice_answer(rows: list[Data]) -> str:
-    """Whether twice the steps move a setting of the sample by more than one standard error."""
-    lines, moved = [], 0
-    for r in (r for r in rows if r["twice"]):
-        change = difference(r["accuracies"][: len(r["twice"])], r["twice"])
-        error = change.error or 0.0
-        moved += abs(change.mean) > error
-        lines.append(f"{r['variant']} {r['words']}".strip() + f" {100 * change.mean:+.1f} (standard error {100 * error:.1f})")
+def after(row: Data, times: int) -> list[float]:
+    """The accuracies of a setting with so many times the steps, empty where it was not run with them."""
+    found: list[float] = row["accuracies"] if times == 1 else row["longer"].get(str(times), [])
+    return found
+
+
+def with_steps(rows: list[Data], times: int) -> list[Data]:
+    """The rows that were run with so many times the steps, with the accuracies of those runs."""
+    return [{**r, "accuracies": found} for r in rows if (found := after(r, times))]
+
+
+def longer_answer(rows: list[Data], steps: int) -> str:
+    """Of each number of steps, whether twice as many move a setting of the sample by more than one standard error."""
+    lines, enough, times = [], None, 1
+    while found := list(_doubled(rows, times)):
+        moved = sum(change.sign != 0 for _, change in found)
+        answer = f"**yes**, {moved} of {len(found)}" if moved else "**no**"
+        told = "; ".join(f"{_named([r])} {_points(change)}" for r, change in found)
+        lines.append(f"- {times * steps:,} to {2 * times * steps:,} steps: {answer}: {told} points.")
+        enough = None if moved else enough or times * steps
+        times *= 2
     if not lines:
-        return "Twice the steps: not run."
-    answer = "**no**" if moved == 0 else f"**yes**, {moved} of {len(lines)}"
-    return f"Twice the steps move a setting by more than one standard error: {answer}: {'; '.join(lines)} points."
+        return "Twice the steps: not run on two seeds or more."
+    end = (
+        f"{enough:,} steps are enough for them" if enough else "none of the numbers of steps that were tried is enough for all"
+    )
+    return "\n\n".join(
+        ["Do twice the steps move a setting of the sample by more than one standard error?", "\n".join(lines), f"So {end}."]
+    )
+
+
+def _doubled(rows: list[Data], times: int) -> Iterator[tuple[Data, Difference]]:
+    """The rows that were run with so many times the steps and with twice as many, and what these give more."""
+    for r in rows:
+        first, second = after(r, times), after(r, 2 * times)
+        if first and len(second) > 1:
+            yield r, difference(first[: len(second)], second)
+
+
+def _points(change: Difference) -> str:
+    return f"{100 * change.mean:+.1f} (standard error {100 * (change.error or 0.0):.1f})"
 
 
 def edge_answer(rows: list[Data]) -> str:
@@ -119,14 +149,7 @@ def _questions(rows: list[Data], missing: list[Data], recipe: Data) -> list[str]
 
     Where the lines alone are run, those about other variants are left out.
     """
-    lines = [r for r in rows if r["variant"] in LINES]
-    parts, left = ["## Questions", RULE], [r for r in missing if r["variant"] in LINES]
-    parts += ["### Does LoRTA reach LoRA's accuracy with about a tenth of the parameters?"]
-    parts += (
-        [f"{OPEN} {_named(left)}."]
-        if left
-        else [rank_answer(rank_pairs(lines)), tenth_answer(tenths(lines)), reach_answer(reaching(lines))]
-    )
+    parts = ["## Questions", RULE, *_line_questions(rows, missing)]
     least = min((len(r["accuracies"]) for r in rows), default=0)
     even = [{**r, "accuracies": r["accuracies"][:least]} for r in rows]
     for title, what, test in QUESTIONS:
@@ -138,10 +161,48 @@ def _questions(rows: list[Data], missing: list[Data], recipe: Data) -> list[str]
     return parts
 
 
-def draw(result: Data, path: Path) -> Path:
-    """Accuracy against parameters, with dense fine-tuning and the head alone as lines."""
-    dense = [r for r in result["rows"] if r["variant"] == "dense"]
+def _line_questions(rows: list[Data], missing: list[Data], title: str = "") -> list[str]:
+    """What LoRA's and LoRTA's lines say of the parameters that each takes."""
+    lines, left = [r for r in rows if r["variant"] in LINES], [r for r in missing if r["variant"] in LINES]
+    parts = [f"### Does LoRTA reach LoRA's accuracy with about a tenth of the parameters{title}?"]
+    if left:
+        return [*parts, f"{OPEN} {_named(left)}."]
+    return [*parts, rank_answer(rank_pairs(lines)), tenth_answer(tenths(lines)), reach_answer(reaching(lines))]
+
+
+def _lines_longer(result: Data, times: int) -> list[str]:
+    """The same of runs of more steps."""
+    steps = f"{times * result['recipe']['steps']:,} steps"
+    wanted = [r for r in [*result["rows"], *result["unfinished"]] if r["variant"] in CHECKED]
+    missing = [r for r in wanted if str(times) not in r.get("longer", {})]
+    parts = _line_questions(with_steps(result["rows"], times), missing, f", with {steps}")
+    if missing:
+        return parts
+    words = "At the rates chosen for fewer steps; on the first seeds."
+    return [parts[0], f"![Accuracy against trainable parameters with {steps}]({_pareto(times)})", words, *parts[1:]]
+
+
+def _pareto(times: int) -> str:
+    return PARETO if times == 1 else PARETO.replace(".", f"_x{times}.")
+
+
+def draw(result: Data, out: Path) -> None:
+    """Accuracy against parameters, with dense fine-tuning and the head alone as lines; of runs of more steps, too.
+
+    Args:
+        result: of the runs.
+        out: the folder of the pictures.
+    """
+    _draw(result["rows"], out / PARETO)
+    for times in result["recipe"]["lines_longer"]:
+        found = with_steps(result["rows"], times)
+        if len(found) > 1:
+            _draw(found, out / _pareto(times))
+
+
+def _draw(rows: list[Data], path: Path) -> None:
+    dense = [r for r in rows if r["variant"] == "dense"]
     lines = {f"dense q and v ({r['parameters']:,}):": statistics.fmean(r["accuracies"]) for r in dense}
     heads = [head for r in dense for head in r["heads"]]
     lines |= {"head alone, to convergence:": statistics.fmean(heads)} if heads else {}
-    return draw_points(result, path, lines)
+    draw_points({"rows": rows}, path, lines)
