@@ -45,7 +45,7 @@ from superlora_tn_paper.classification_answers import (
 from superlora_tn_paper.classification_settings import settings
 from superlora_tn_paper.classification_training import Recipe, adapted
 from superlora_tn_paper.command import EXPERIMENTS, Request, reproduce
-from superlora_tn_paper.differences import difference
+from superlora_tn_paper.differences import difference, within_by_chance
 from superlora_tn_paper.rates import best_scored
 from superlora_tn_paper.task import MEAN, STD, Memory, Subset, Task, TaskError, folder_task
 from superlora_tn_paper.vit import Vit
@@ -277,6 +277,10 @@ def test_a_difference_is_judged_by_its_spread_over_the_seeds():
     assert difference([0.1, 0.2, 0.3], [0.11, 0.24, 0.33]).verdict == "a hint: more"  # 0.027 +- 0.009, t = 3.02 < 4.303
     assert difference([0.1, 0.2, 0.3], [0.05, 0.151, 0.249]).verdict == "clear: less"
     assert difference([0.1], [0.9]).verdict == "one seed: not judged"
+    # Student's t between -1 and 1, in closed form for one and two degrees of freedom; for many the normal distribution.
+    assert within_by_chance(2) == pytest.approx(0.5, abs=1e-6)
+    assert within_by_chance(3) == pytest.approx(3**-0.5, abs=1e-6)
+    assert within_by_chance(300) == pytest.approx(math.erf(0.5**0.5), abs=2e-3)  # apart by about 1 / (4 * 300)
 
 
 @pytest.mark.parametrize("folder", sorted(RESULTS.iterdir()), ids=lambda folder: folder.name)
@@ -576,7 +580,8 @@ def test_from_how_many_steps_on_more_change_nothing_follows_the_rows(rises, answ
     steps = [f"- {100 * 2**k} to {200 * 2**k} steps: {answer}: " for k, answer in enumerate(answers)]
     assert [any(one.startswith(start) for one in told) for start in steps] == [True] * len(steps)
     assert sum(one.startswith("- ") for one in told) == len(steps)
-    assert told[-1] == end
+    assert told[-1].startswith(end + " Where nothing changes")
+    assert told[-1].endswith("in about 33% of such checks alone.")  # of two settings; Student's t of two degrees: 1 / sqrt(3)
     assert "r=1" not in "".join(told)
     assert "not run" in converged_report.longer_answer([{**line, "longer": {}}], 100)
 

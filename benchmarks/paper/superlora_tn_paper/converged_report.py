@@ -18,7 +18,7 @@ from superlora_tn_paper.classification_answers import (
     tenths,
 )
 from superlora_tn_paper.classification_report import PARETO, draw_points
-from superlora_tn_paper.differences import RULE, Difference, difference
+from superlora_tn_paper.differences import RULE, Difference, difference, within_by_chance
 from superlora_tn_paper.markdown import percent, table, where
 from superlora_tn_paper.store import Data
 
@@ -114,6 +114,7 @@ def longer_answer(rows: list[Data], steps: int) -> str:
         answer = f"**yes**, {moved} of {len(found)}" if moved else "**no**"
         told = "; ".join(f"{_named([r])} {_points(change)}" for r, change in found)
         lines.append(f"- {times * steps:,} to {2 * times * steps:,} steps: {answer}: {told} points.")
+        by_chance = within_by_chance(len(found[0][0]["longer"][str(2 * times)])) ** len(found)
         enough = None if moved else enough or times * steps
         times *= 2
     if not lines:
@@ -121,9 +122,11 @@ def longer_answer(rows: list[Data], steps: int) -> str:
     end = (
         f"{enough:,} steps are enough for them" if enough else "none of the numbers of steps that were tried is enough for all"
     )
-    return "\n\n".join(
-        ["Do twice the steps move a setting of the sample by more than one standard error?", "\n".join(lines), f"So {end}."]
+    rule = (
+        f"Where nothing changes, all of the sample stay within a standard error in about {by_chance:.0%} of such checks alone."
     )
+    question = "Do twice the steps move a setting of the sample by more than one standard error?"
+    return "\n\n".join([question, "\n".join(lines), f"So {end}. {rule}"])
 
 
 def _doubled(rows: list[Data], times: int) -> Iterator[tuple[Data, Difference]]:

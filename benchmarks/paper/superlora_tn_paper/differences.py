@@ -58,3 +58,11 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
         return Difference(mean, None, False)
     error = statistics.stdev(each) / math.sqrt(len(each))
     return Difference(mean, error, abs(mean) > QUANTILES[min(len(each) - 1, len(QUANTILES)) - 1] * error)
+
+
+def within_by_chance(seeds: int) -> float:
+    """How often a paired difference that is truly 0 stays within one standard error of it: Student's t between -1 and 1."""
+    free, steps = seeds - 1, 2000
+    density = math.gamma((free + 1) / 2) / (math.sqrt(free * math.pi) * math.gamma(free / 2))
+    middles = ((k + 0.5) / steps for k in range(steps))
+    return 2 * density * statistics.fmean(math.pow(1 + t * t / free, -(free + 1) / 2) for t in middles)
