@@ -564,7 +564,7 @@ def test_dense_fine_tuning_is_compared_with_the_head_of_its_seeds(gain, answer):
     ],
 )
 def test_from_how_many_steps_on_more_change_nothing_follows_the_rows(rises, answers, end):
-    """Of two settings one is moved; the third was run with more steps, but not with twice as many as any other run."""
+    """Of two settings one is moved."""
     spread, at = (0.70, 0.72, 0.73, 0.9), [0.0, *itertools.accumulate(rises)]
     noise = [(0.0, 0.0, 0.0), (0.01, -0.01, 0.0), (0.0, 0.01, -0.01)]  # seed by seed: no mean, so that there is an error
 
@@ -575,15 +575,37 @@ def test_from_how_many_steps_on_more_change_nothing_follows_the_rows(rises, answ
         longer = {str(2**k): run(k, moved) for k in range(1, len(at))}
         return {"variant": variant, "words": "", "accuracies": list(spread), "longer": longer}
 
-    line = {"variant": "LoRA", "words": "r=1", "accuracies": list(spread), "longer": {"4": [0.1, 0.2, 0.3]}}
-    told = converged_report.longer_answer([row("dense", 0.0), row("LoRA", 1.0), line], 100).splitlines()
+    told = converged_report.longer_answer([row("dense", 0.0), row("LoRA", 1.0)], 100).splitlines()
     steps = [f"- {100 * 2**k} to {200 * 2**k} steps: {answer}: " for k, answer in enumerate(answers)]
     assert [any(one.startswith(start) for one in told) for start in steps] == [True] * len(steps)
     assert sum(one.startswith("- ") for one in told) == len(steps)
     assert told[-1].startswith(end + " Where nothing changes")
     assert told[-1].endswith("in about 33% of such checks alone.")  # of two settings; Student's t of two degrees: 1 / sqrt(3)
-    assert "r=1" not in "".join(told)
-    assert "not run" in converged_report.longer_answer([{**line, "longer": {}}], 100)
+    assert "not run" in converged_report.longer_answer([], 100)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "answer"),
+    [
+        ((0.1, 0.2, 0.1), ": **yes**."),
+        ((0.1, 0.2, -0.1), ": **no**."),
+        ((0.1, 0.0, 0.1), "**not seen to change**"),
+        ((0.1, 0.0, -0.1), ": **no**."),
+    ],
+)
+def test_the_order_after_more_steps_follows_the_rows(gaps, answer):
+    def row(variant, lower):
+        runs = [[0.8 - gap * lower + noise for noise in (0.0, 0.01, -0.01)] for gap in gaps]
+        return {"variant": variant, "words": "", "accuracies": [*runs[0], 0.0], "longer": {"2": runs[1], "4": runs[2]}}
+
+    def apart(gap):
+        return f"{-100 * gap + 0:+.1f} (standard error 0.0)"
+
+    told = converged_report.order_answer([row("dense", 0), row("LoRA", 1)], 100)
+    assert answer in told
+    wanted = [f"{apart(gap)} after {steps}" for gap, steps in zip(gaps, (100, 200, 400), strict=True)]
+    assert told.splitlines()[-1] == f"- LoRA less dense: {'; '.join(wanted)}."
+    assert "not run" in converged_report.order_answer([], 100)
 
 
 def test_the_lines_are_judged_again_at_more_steps_where_they_were_run(tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ class ConvergedRecipe:
 # On few natural images fine-tuning q and v gains little over the head alone (on 5,000 of Tiny ImageNet's 2.5 points, on all 8).
 # All of them take longer, so the lines are run alone.
 RECIPES = {
-    "mnist": ConvergedRecipe(longer=(2, 4, 8), lines_longer=(4,)),
+    "mnist": ConvergedRecipe(longer=(2, 4, 8), lines_longer=(2,)),
     "tinyimagenet30": ConvergedRecipe(images=14_400, steps=1800, lines=True),
 }
 # Of the recipe: each job's own are in its name.

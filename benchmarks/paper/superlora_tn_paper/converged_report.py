@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from superlora_tn_paper.classification_answers import (
@@ -36,12 +37,16 @@ def report(result: Data) -> str:
         parts.append(f"**Unfinished**: {len(missing)} settings are missing: {_named(missing)}. What needs them is not judged.")
     parts += ["## Results", f"![Accuracy against trainable parameters]({PARETO})", _results(result), "## Has it converged?"]
     checked = [r for r in missing if r["variant"] in CHECKED]
-    steps = result["recipe"]["steps"]
-    parts += [f"{OPEN} {_named(checked)}."] if checked else [head_answer(rows), longer_answer(rows, steps), edge_answer(rows)]
+    parts += [f"{OPEN} {_named(checked)}."] if checked else _converged(rows, result["recipe"])
     parts += _questions(rows, missing, result["recipe"])
     for times in result["recipe"]["lines_longer"]:
         parts += _lines_longer(result, times)
     return "\n\n".join([*parts, ""])
+
+
+def _converged(rows: list[Data], recipe: Data) -> list[str]:
+    sample, steps = [r for r in rows if all(after(r, times) for times in recipe["longer"])], recipe["steps"]
+    return [head_answer(rows), longer_answer(sample, steps), order_answer(sample, steps), edge_answer(rows)]
 
 
 def _named(rows: list[Data]) -> str:
@@ -106,10 +111,10 @@ def with_steps(rows: list[Data], times: int) -> list[Data]:
     return [{**r, "accuracies": found} for r in rows if (found := after(r, times))]
 
 
-def longer_answer(rows: list[Data], steps: int) -> str:
+def longer_answer(sample: list[Data], steps: int) -> str:
     """Of each number of steps, whether twice as many move a setting of the sample by more than one standard error."""
     lines, enough, times = [], None, 1
-    while found := list(_doubled(rows, times)):
+    while found := list(_doubled(sample, times)):
         moved = sum(change.sign != 0 for _, change in found)
         answer = f"**yes**, {moved} of {len(found)}" if moved else "**no**"
         told = "; ".join(f"{_named([r])} {_points(change)}" for r, change in found)
@@ -135,6 +140,24 @@ def _doubled(rows: list[Data], times: int) -> Iterator[tuple[Data, Difference]]:
         first, second = after(r, times), after(r, 2 * times)
         if first and len(second) > 1:
             yield r, difference(first[: len(second)], second)
+
+
+def order_answer(sample: list[Data], steps: int) -> str:
+    """Whether the settings of the sample lie in one order whatever the number of steps."""
+    every = [1, *sorted(int(times) for times in sample[0]["longer"])] if sample else []
+    seeds = min((len(own) for r in sample for own in r["longer"].values()), default=0)
+    lines, mixed, unseen = [], False, False
+    for first, second in pairwise(sample):
+        found = [difference(after(first, times)[:seeds], after(second, times)[:seeds]) for times in every]
+        signs = {one.sign for one in found}
+        mixed, unseen = mixed or {1, -1} <= signs, unseen or 0 in signs
+        told = "; ".join(f"{_points(one)} after {times * steps:,}" for times, one in zip(every, found, strict=True))
+        lines.append(f"- {_named([second])} less {_named([first])}: {told}.")
+    if not lines:
+        return "The order of the sample after more steps: not run."
+    answer = "**no**" if mixed else "**not seen to change**, but not every difference is seen" if unseen else "**yes**"
+    question = f"Is the order of the sample the same after each number of steps: {answer}. In points:"
+    return "\n\n".join([question, "\n".join(lines)])
 
 
 def _points(change: Difference) -> str:
