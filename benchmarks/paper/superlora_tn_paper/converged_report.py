@@ -88,7 +88,8 @@ def _results(result: Data) -> str:
     ]
     words = "Mean ± standard deviation over the seeds"
     if times:
-        words += f"; with more steps, over the first {max(len(own) for r in rows for own in r['longer'].values())}"
+        rates = "at rates chosen for them" if result["recipe"]["rates_again"] else "at the same rate"
+        words += f"; with more steps, {rates}, over the first {_seeds(rows)}"
     return table(heading, lines) + f"\n\n{words}."
 
 
@@ -102,8 +103,12 @@ def head_answer(rows: list[Data]) -> str:
 
 def after(row: Data, times: int) -> list[float]:
     """The accuracies of a setting with so many times the steps, empty where it was not run with them."""
-    found: list[float] = row["accuracies"] if times == 1 else row["longer"].get(str(times), [])
-    return found
+    return list((row if times == 1 else row["longer"].get(str(times), {"accuracies": []}))["accuracies"])
+
+
+def _seeds(rows: list[Data]) -> int:
+    """Seeds of the runs of more steps."""
+    return min((len(own["accuracies"]) for r in rows for own in r["longer"].values()), default=0)
 
 
 def with_steps(rows: list[Data], times: int) -> list[Data]:
@@ -117,9 +122,9 @@ def longer_answer(sample: list[Data], steps: int) -> str:
     while found := list(_doubled(sample, times)):
         moved = sum(change.sign != 0 for _, change in found)
         answer = f"**yes**, {moved} of {len(found)}" if moved else "**no**"
-        told = "; ".join(f"{_named([r])} {_points(change)}" for r, change in found)
+        told = "; ".join(f"{_named([r])} {_points(change)}{_rates(r, times)}" for r, change in found)
         lines.append(f"- {times * steps:,} to {2 * times * steps:,} steps: {answer}: {told} points.")
-        by_chance = within_by_chance(len(found[0][0]["longer"][str(2 * times)])) ** len(found)
+        by_chance = within_by_chance(_seeds(sample)) ** len(found)
         enough = None if moved else enough or times * steps
         times *= 2
     if not lines:
@@ -142,10 +147,16 @@ def _doubled(rows: list[Data], times: int) -> Iterator[tuple[Data, Difference]]:
             yield r, difference(first[: len(second)], second)
 
 
+def _rates(row: Data, times: int) -> str:
+    """The rates of so many times the steps and of twice as many, where they differ."""
+    one, other = ((row if own == 1 else row["longer"][str(own)])["rate"] for own in (times, 2 * times))
+    return "" if one == other else f" at rates {one:g} and {other:g}"
+
+
 def order_answer(sample: list[Data], steps: int) -> str:
     """Whether the settings of the sample lie in one order whatever the number of steps."""
     every = [1, *sorted(int(times) for times in sample[0]["longer"])] if sample else []
-    seeds = min((len(own) for r in sample for own in r["longer"].values()), default=0)
+    seeds = _seeds(sample)
     lines, mixed, unseen = [], False, False
     for first, second in pairwise(sample):
         found = [difference(after(first, times)[:seeds], after(second, times)[:seeds]) for times in every]
@@ -166,7 +177,8 @@ def _points(change: Difference) -> str:
 
 def edge_answer(rows: list[Data]) -> str:
     """Which rates lie at the edge of what was tried."""
-    found = [f"{r['variant']} {r['words']}".strip() for r in rows if r["edge"]]
+    edge = [r for r in rows if r["edge"] or any(own["edge"] for own in r["longer"].values())]
+    found = [f"{r['variant']} {r['words']}".strip() for r in edge]
     return f"Best rates at the edge of those tried: {', '.join(found) if found else 'none'}."
 
 
@@ -204,8 +216,7 @@ def _lines_longer(result: Data, times: int) -> list[str]:
     parts = _line_questions(with_steps(result["rows"], times), missing, f", with {steps}")
     if missing:
         return parts
-    words = "At the rates chosen for fewer steps; on the first seeds."
-    return [parts[0], f"![Accuracy against trainable parameters with {steps}]({_pareto(times)})", words, *parts[1:]]
+    return [parts[0], f"![Accuracy against trainable parameters with {steps}]({_pareto(times)})", *parts[1:]]
 
 
 def _pareto(times: int) -> str:
