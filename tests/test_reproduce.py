@@ -478,6 +478,8 @@ def test_more_steps_choose_their_own_rate_where_that_is_asked(tmp_path, monkeypa
     assert row["rate"] == 4e-2
     assert [row["longer"][times]["rate"] for times in ("2", "4")] == ([1e-2, 2.5e-3] if again else [4e-2, 4e-2])
     assert not row["longer"]["4"]["edge"]  # of the grid, which was extended below
+    assert converged_report._longer(row, 4) == ("50.0 ± 0.0 at 0.0025" if again else "50.0 ± 0.0")
+    assert converged_report._longer(row, 8) == ""
 
 
 def test_the_lines_alone_are_dense_lora_and_lorta_without_groups(tmp_path):

@@ -62,8 +62,8 @@ class ConvergedRecipe:
         look: images at once where nothing is trained.
         lines: run the lines alone: dense fine-tuning, every second rank of LoRA, and LoRTA of order 3 without groups.
         longer: how many times the steps the sample (`Converged.checked`) is run with as well, on `seeds`.
-        lines_longer: how many times the steps all of dense, LoRA and LoRTA of order 3 are.
-        rates_again: choose a rate for each number of steps; else all are run at that of `steps`.
+        rates_again: the sample chooses a rate for each of these numbers of steps; else they are run at that of `steps`.
+        lines_longer: how many times the steps all of dense, LoRA and LoRTA of order 3 are, at the rate of `steps`.
     """
 
     images: int = 1000
@@ -81,18 +81,18 @@ class ConvergedRecipe:
     look: int = 250
     lines: bool = False
     longer: tuple[int, ...] = (2,)
-    lines_longer: tuple[int, ...] = ()
     rates_again: bool = False
+    lines_longer: tuple[int, ...] = ()
 
 
 # On few natural images fine-tuning q and v gains little over the head alone (on 5,000 of Tiny ImageNet's 2.5 points, on all 8).
 # All of them take longer, so the lines are run alone.
 RECIPES = {
-    "mnist": ConvergedRecipe(longer=(2, 4), rates_again=True),
+    "mnist": ConvergedRecipe(longer=(2, 4), rates_again=True, lines_longer=(2,)),
     "tinyimagenet30": ConvergedRecipe(images=14_400, steps=1800, lines=True),
 }
 # Of the recipe: each job's own are in its name.
-NOT_A_JOBS = ("seeds", "more_seeds", "rates", "factor", "extensions", "lines", "longer", "lines_longer", "rates_again")
+NOT_A_JOBS = ("seeds", "more_seeds", "rates", "factor", "extensions", "lines", "longer", "rates_again", "lines_longer")
 
 
 def moved(tuned: Tuned) -> float:
@@ -306,7 +306,8 @@ class Converged:
 
     def _longer(self, setting: Setting, times: int) -> Data:
         """What is needed of so many times the steps."""
-        tried = self.rates(self.chooser(setting), times if self.recipe.rates_again else 1)
+        again = self.recipe.rates_again and times in self.recipe.longer and setting in self.checked()
+        tried = self.rates(self.chooser(setting), times if again else 1)
         rate = self.best(tried)
         runs = [self.job(setting, rate, seed, self.task.test, times=times) for seed in self.recipe.seeds]
         return {

@@ -55,6 +55,7 @@ def _named(rows: list[Data]) -> str:
 
 def _setup(result: Data) -> str:
     recipe = result["recipe"]
+    again = " The sample that is run with more steps chooses a rate for each number of them." if recipe["rates_again"] else ""
     return (
         f"{result['task'][0].upper()}{result['task'][1:]}: {result['classes']} classes; each seed draws {recipe['images']:,} "
         f"training images, {result['images']['test']:,} test. Of {result['images']['apart']:,} others is chosen, with another "
@@ -64,6 +65,8 @@ def _setup(result: Data) -> str:
         f"its rates by the number (last column) with which the first step at rate r moves all dW by {recipe['stride']:g} r "
         "sqrt(elements), so that a rate means the same for all. Every LoRA and LoRTA setting chooses its own "
         "rate; other families take that of their setting of median count."
+        + " The sample that is run with more steps chooses a rate for each number of them."
+        * recipe["rates_again"]
     )
 
 
@@ -80,7 +83,7 @@ def _results(result: Data) -> str:
             str(len(r["seeds"])),
             percent(r["accuracies"]),
             percent(r["heads"]),
-            *(percent(found) if (found := after(r, own)) else "" for own in times),
+            *(_longer(r, own) for own in times),
             f"{r['rate']:g}" + " (edge)" * r["edge"],
             f"{statistics.fmean(r['rate_times']):.3g}",
         )
@@ -88,9 +91,16 @@ def _results(result: Data) -> str:
     ]
     words = "Mean ± standard deviation over the seeds"
     if times:
-        rates = "at rates chosen for them" if result["recipe"]["rates_again"] else "at the same rate"
-        words += f"; with more steps, {rates}, over the first {_seeds(rows)}"
+        words += f"; with more steps, over the first {_seeds(rows)}, at the same rate where no other is given"
     return table(heading, lines) + f"\n\n{words}."
+
+
+def _longer(row: Data, times: int) -> str:
+    """A cell: the accuracies with so many times the steps, and their rate if it is another."""
+    own = row["longer"].get(str(times))
+    if own is None:
+        return ""
+    return percent(own["accuracies"]) + ("" if own["rate"] == row["rate"] else f" at {own['rate']:g}")
 
 
 def head_answer(rows: list[Data]) -> str:
