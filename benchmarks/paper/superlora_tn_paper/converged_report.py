@@ -64,9 +64,7 @@ def _setup(result: Data) -> str:
         f"optimum on the frozen model for the same images, and goes on at {recipe['head_rate']:g}. Each setting multiplies "
         f"its rates by the number (last column) with which the first step at rate r moves all dW by {recipe['stride']:g} r "
         "sqrt(elements), so that a rate means the same for all. Every LoRA and LoRTA setting chooses its own "
-        "rate; other families take that of their setting of median count."
-        + " The sample that is run with more steps chooses a rate for each number of them."
-        * recipe["rates_again"]
+        f"rate; other families take that of their setting of median count.{again}"
     )
 
 
