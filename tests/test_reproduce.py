@@ -630,24 +630,6 @@ def test_the_order_after_more_steps_follows_the_rows(gaps, answer):
     assert "not run" in converged_report.order_answer([], 100)
 
 
-def test_the_lines_are_judged_again_at_more_steps_where_they_were_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(converged, "settings", few)
-    long = dataclasses.replace(SHORT, longer=(2, 4), lines_longer=(4,))
-    found = converged.run(tmp_path, long, noise_task, Console(quiet=True))
-    ran = {v: [set(r["longer"]) for r in found["rows"] if r["variant"] == v] for v in (*converged.LINES, "shuffled LoRTA")}
-    sample, line = {"2", "4"}, {"4"}
-    assert ran == {"dense": [sample], "LoRA": [sample, line], "LoRTA M=3": [sample, line], "shuffled LoRTA": [set()]}
-    told = report.text(tmp_path)
-    assert "- 3 to 6 steps: " in told
-    assert "- 6 to 12 steps: " in told
-    head, _, last = told.partition("parameters, with 12 steps?")
-    assert "(classification_x4.png)" in last
-    assert (tmp_path / "classification_x4.png").read_bytes().startswith(b"\x89PNG")
-    assert "reach LoRA's accuracy with about a tenth of the parameters?" in head
-    found["rows"] = [{**r, "longer": {}} if r["variant"] == "LoRA" else r for r in found["rows"]]
-    assert converged_report.report(found).rstrip().endswith(f"with 12 steps?\n\n{converged_report.OPEN} LoRA r=1, LoRA r=2.")
-
-
 @pytest.mark.skipif(not (DATA / "weights_vit_cifar10").is_dir(), reason=f"there is no data folder at {DATA}")
 @pytest.mark.parametrize(("target", "classes"), [("tinyimagenet30", 30), ("mnist", 10)])
 def test_the_data_folder_is_read_as_its_own_reader_reads_it(target, classes):

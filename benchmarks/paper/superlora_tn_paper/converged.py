@@ -24,6 +24,7 @@ from superlora_tn import Tuned
 from superlora_tn.demo.progress import on_step, progress
 from superlora_tn.tools.measure import machine
 from superlora_tn_paper.classification import map_words
+from superlora_tn_paper.classification_report import PARETO
 from superlora_tn_paper.classification_settings import Setting, settings
 from superlora_tn_paper.classification_training import (
     adapted,
@@ -41,7 +42,7 @@ from superlora_tn_paper.task import Batch, Subset, Task
 REVISION = 2  # raise it when the training code changes, so that older finished jobs expire
 OWN_RATE = ("LoRA", "LoRTA", "projected LoRTA")  # families whose every setting chooses its own rate, and takes more seeds
 MORE_LORTA = (4.0, 16.0)  # LoRTA at the counts of LoRA of ranks 4 and 16, to see from which count on it reaches LoRA's accuracy
-LINES = {"dense": 0, "LoRA": 1, "LoRTA M=3": 2}  # the variants that are worked off first, and in which order
+LINES = ("dense", "LoRA", "LoRTA M=3")  # worked off first, in this order
 PAUSE = 5.0  # seconds until it is looked again whether another process has finished its job
 
 
@@ -63,7 +64,6 @@ class ConvergedRecipe:
         lines: run the lines alone: dense fine-tuning, every second rank of LoRA, and LoRTA of order 3 without groups.
         longer: how many times the steps the sample (`Converged.checked`) is run with as well, on `seeds`.
         rates_again: the sample chooses a rate for each of these numbers of steps; else they are run at that of `steps`.
-        lines_longer: how many times the steps all of dense, LoRA and LoRTA of order 3 are, at the rate of `steps`.
     """
 
     images: int = 1000
@@ -82,17 +82,16 @@ class ConvergedRecipe:
     lines: bool = False
     longer: tuple[int, ...] = (2,)
     rates_again: bool = False
-    lines_longer: tuple[int, ...] = ()
 
 
 # On few natural images fine-tuning q and v gains little over the head alone (on 5,000 of Tiny ImageNet's 2.5 points, on all 8).
 # All of them take longer, so the lines are run alone.
 RECIPES = {
-    "mnist": ConvergedRecipe(longer=(2, 4), rates_again=True, lines_longer=(2,)),
+    "mnist": ConvergedRecipe(longer=(2, 4), rates_again=True),
     "tinyimagenet30": ConvergedRecipe(images=14_400, steps=1800, lines=True),
 }
 # Of the recipe: each job's own are in its name.
-NOT_A_JOBS = ("seeds", "more_seeds", "rates", "factor", "extensions", "lines", "longer", "rates_again", "lines_longer")
+NOT_A_JOBS = ("seeds", "more_seeds", "rates", "factor", "extensions", "lines", "longer", "rates_again")
 
 
 def moved(tuned: Tuned) -> float:
@@ -154,7 +153,8 @@ class Converged:
             ladder = [s for s in every if s.variant == "LoRA"][::2]
             lorta = [s for s in every if s.variant == "LoRTA M=3" and s.groups == 1]
             every = [*(s for s in every if s.variant == "dense"), *ladder, *lorta]
-        return sorted(every, key=lambda s: LINES.get(s.variant, 3 if s.family in OWN_RATE else 4))
+        lines = {variant: place for place, variant in enumerate(LINES)}
+        return sorted(every, key=lambda s: lines.get(s.variant, 3 if s.family in OWN_RATE else 4))
 
     @cached_property
     def parts(self) -> tuple[Subset, Subset]:
@@ -272,11 +272,6 @@ class Converged:
             found += own[(len(own) - 1) // 2 :][:1]
         return found
 
-    def longer(self, setting: Setting) -> list[int]:
-        """How many times the steps a setting is run with as well."""
-        lines = self.recipe.lines_longer if setting.variant in LINES else ()
-        return sorted({*lines, *(self.recipe.longer if setting in self.checked() else ())})
-
     def row(self, setting: Setting, whole: bool = True) -> Data:
         """All that is needed of one setting; not `whole`: on the first seeds alone, and not with more steps.
 
@@ -288,7 +283,7 @@ class Converged:
         rate = self.best(tried)
         seeds = recipe.more_seeds if whole and setting.family in OWN_RATE else recipe.seeds
         runs = [self.job(setting, rate, seed, self.task.test) for seed in seeds]
-        longer = {str(times): self._longer(setting, times) for times in (self.longer(setting) if whole else ())}
+        longer = recipe.longer if whole and setting in self.checked() else ()
         return {
             **_about(setting),
             "tried": tried,
@@ -300,14 +295,13 @@ class Converged:
             "train_losses": [one["train_loss"] for one in runs],
             "rate_times": [one["rate_times"] for one in runs],
             "heads": [self.head_score(seed) for seed in seeds],
-            "longer": longer,
+            "longer": {str(times): self._longer(setting, times) for times in longer},
             "step_seconds": statistics.median(one["step_seconds"] for one in runs),
         }
 
     def _longer(self, setting: Setting, times: int) -> Data:
         """What is needed of so many times the steps."""
-        again = self.recipe.rates_again and times in self.recipe.longer and setting in self.checked()
-        tried = self.rates(self.chooser(setting), times if again else 1)
+        tried = self.rates(setting, times if self.recipe.rates_again else 1)
         rate = self.best(tried)
         runs = [self.job(setting, rate, seed, self.task.test, times=times) for seed in self.recipe.seeds]
         return {
@@ -388,7 +382,7 @@ def run(out: Path, recipe: ConvergedRecipe, make: Callable[[Progress], Task], co
                     result = _result(experiment, rows)
                     write_json(out / "classification.json", result)
                     if len(rows) > 1:
-                        draw(result, out)
+                        draw(result, out / PARETO)
                 if left == before:
                     if not whole:
                         break  # the others' jobs are waited for at the end

@@ -38,14 +38,11 @@ def report(result: Data) -> str:
     parts += ["## Results", f"![Accuracy against trainable parameters]({PARETO})", _results(result), "## Has it converged?"]
     checked = [r for r in missing if r["variant"] in CHECKED]
     parts += [f"{OPEN} {_named(checked)}."] if checked else _converged(rows, result["recipe"])
-    parts += _questions(rows, missing, result["recipe"])
-    for times in result["recipe"]["lines_longer"]:
-        parts += _lines_longer(result, times)
-    return "\n\n".join([*parts, ""])
+    return "\n\n".join([*parts, *_questions(rows, missing, result["recipe"]), ""])
 
 
 def _converged(rows: list[Data], recipe: Data) -> list[str]:
-    sample, steps = [r for r in rows if all(after(r, times) for times in recipe["longer"])], recipe["steps"]
+    sample, steps = [r for r in rows if r["longer"]], recipe["steps"]
     return [head_answer(rows), longer_answer(sample, steps), order_answer(sample, steps), edge_answer(rows)]
 
 
@@ -119,11 +116,6 @@ def _seeds(rows: list[Data]) -> int:
     return min((len(own["accuracies"]) for r in rows for own in r["longer"].values()), default=0)
 
 
-def with_steps(rows: list[Data], times: int) -> list[Data]:
-    """The rows that were run with so many times the steps, with the accuracies of those runs."""
-    return [{**r, "accuracies": found} for r in rows if (found := after(r, times))]
-
-
 def longer_answer(sample: list[Data], steps: int) -> str:
     """Of each number of steps, whether twice as many move a setting of the sample by more than one standard error."""
     lines, enough, times = [], None, 1
@@ -195,7 +187,14 @@ def _questions(rows: list[Data], missing: list[Data], recipe: Data) -> list[str]
 
     Where the lines alone are run, those about other variants are left out.
     """
-    parts = ["## Questions", RULE, *_line_questions(rows, missing)]
+    lines = [r for r in rows if r["variant"] in LINES]
+    parts, left = ["## Questions", RULE], [r for r in missing if r["variant"] in LINES]
+    parts += ["### Does LoRTA reach LoRA's accuracy with about a tenth of the parameters?"]
+    parts += (
+        [f"{OPEN} {_named(left)}."]
+        if left
+        else [rank_answer(rank_pairs(lines)), tenth_answer(tenths(lines)), reach_answer(reaching(lines))]
+    )
     least = min((len(r["accuracies"]) for r in rows), default=0)
     even = [{**r, "accuracies": r["accuracies"][:least]} for r in rows]
     for title, what, test in QUESTIONS:
@@ -207,47 +206,10 @@ def _questions(rows: list[Data], missing: list[Data], recipe: Data) -> list[str]
     return parts
 
 
-def _line_questions(rows: list[Data], missing: list[Data], title: str = "") -> list[str]:
-    """What LoRA's and LoRTA's lines say of the parameters that each takes."""
-    lines, left = [r for r in rows if r["variant"] in LINES], [r for r in missing if r["variant"] in LINES]
-    parts = [f"### Does LoRTA reach LoRA's accuracy with about a tenth of the parameters{title}?"]
-    if left:
-        return [*parts, f"{OPEN} {_named(left)}."]
-    return [*parts, rank_answer(rank_pairs(lines)), tenth_answer(tenths(lines)), reach_answer(reaching(lines))]
-
-
-def _lines_longer(result: Data, times: int) -> list[str]:
-    """The same of runs of more steps."""
-    steps = f"{times * result['recipe']['steps']:,} steps"
-    wanted = [r for r in [*result["rows"], *result["unfinished"]] if r["variant"] in CHECKED]
-    missing = [r for r in wanted if str(times) not in r.get("longer", {})]
-    parts = _line_questions(with_steps(result["rows"], times), missing, f", with {steps}")
-    if missing:
-        return parts
-    return [parts[0], f"![Accuracy against trainable parameters with {steps}]({_pareto(times)})", *parts[1:]]
-
-
-def _pareto(times: int) -> str:
-    return PARETO if times == 1 else PARETO.replace(".", f"_x{times}.")
-
-
-def draw(result: Data, out: Path) -> None:
-    """Accuracy against parameters, with dense fine-tuning and the head alone as lines; of runs of more steps, too.
-
-    Args:
-        result: of the runs.
-        out: the folder of the pictures.
-    """
-    _draw(result["rows"], out / PARETO)
-    for times in result["recipe"]["lines_longer"]:
-        found = with_steps(result["rows"], times)
-        if len(found) > 1:
-            _draw(found, out / _pareto(times))
-
-
-def _draw(rows: list[Data], path: Path) -> None:
-    dense = [r for r in rows if r["variant"] == "dense"]
+def draw(result: Data, path: Path) -> Path:
+    """Accuracy against parameters, with dense fine-tuning and the head alone as lines."""
+    dense = [r for r in result["rows"] if r["variant"] == "dense"]
     lines = {f"dense q and v ({r['parameters']:,}):": statistics.fmean(r["accuracies"]) for r in dense}
     heads = [head for r in dense for head in r["heads"]]
     lines |= {"head alone, to convergence:": statistics.fmean(heads)} if heads else {}
-    draw_points({"rows": rows}, path, lines)
+    return draw_points(result, path, lines)
