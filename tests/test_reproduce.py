@@ -462,26 +462,6 @@ def test_the_grid_of_rates_is_extended_while_the_best_is_at_its_edge(tmp_path, m
     assert tried(1e-9) == pytest.approx([2.5e-3 / 16, 2.5e-3 / 4, 2.5e-3, 1e-2, 4e-2])  # it gives up, and says so
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_more_steps_choose_their_own_rate_where_that_is_asked(tmp_path, monkeypatch, again):
-    """A made-up optimum: half the rate for twice the steps."""
-
-    def job(self, setting, rate, seed, judged, prefix="", times=1):
-        far = abs(math.log(rate * times**2 / 4e-2))
-        return {"loss": far, "accuracy": 0.5, "train_loss": 0.0, "rate_times": 1.0, "step_seconds": 0.0, "rate": rate}
-
-    monkeypatch.setattr(converged.Converged, "job", job)
-    monkeypatch.setattr(converged.Converged, "head_score", lambda self, seed: 0.1)
-    recipe = dataclasses.replace(SHORT, longer=(2, 4), rates_again=again)
-    own = converged.Converged(noise_task(), recipe, converged.Store(tmp_path, {}), None, tmp_path)
-    row = own.row(own.settings[0])
-    assert row["rate"] == 4e-2
-    assert [row["longer"][times]["rate"] for times in ("2", "4")] == ([1e-2, 2.5e-3] if again else [4e-2, 4e-2])
-    assert not row["longer"]["4"]["edge"]  # of the grid, which was extended below
-    assert converged_report._longer(row, 4) == ("50.0 ± 0.0 at 0.0025" if again else "50.0 ± 0.0")
-    assert converged_report._longer(row, 8) == ""
-
-
 def test_the_lines_alone_are_dense_lora_and_lorta_without_groups(tmp_path):
     short = dataclasses.replace(SHORT, lines=True)
     own = converged.Converged(noise_task(), short, converged.Store(tmp_path, {}), None, tmp_path)
@@ -592,8 +572,8 @@ def test_from_how_many_steps_on_more_change_nothing_follows_the_rows(rises, answ
         return [a + moved * at[times] + own for a, own in zip(spread, noise[times], strict=False)]
 
     def row(variant, moved):
-        longer = {str(2**k): {"accuracies": run(k, moved), "rate": 0.1} for k in range(1, len(at))}
-        return {"variant": variant, "words": "", "accuracies": list(spread), "rate": 0.1 + moved, "longer": longer}
+        longer = {str(2**k): run(k, moved) for k in range(1, len(at))}
+        return {"variant": variant, "words": "", "accuracies": list(spread), "longer": longer}
 
     told = converged_report.longer_answer([row("dense", 0.0), row("LoRA", 1.0)], 100).splitlines()
     steps = [f"- {100 * 2**k} to {200 * 2**k} steps: {answer}: " for k, answer in enumerate(answers)]
@@ -601,7 +581,6 @@ def test_from_how_many_steps_on_more_change_nothing_follows_the_rows(rises, answ
     assert sum(one.startswith("- ") for one in told) == len(steps)
     assert told[-1].startswith(end + " Where nothing changes")
     assert told[-1].endswith("in about 33% of such checks alone.")  # of two settings; Student's t of two degrees: 1 / sqrt(3)
-    assert [one.count("at rates 1.1 and 0.1") for one in told if one.startswith("- ")] == [1, 0][: len(steps)]
     assert "not run" in converged_report.longer_answer([], 100)
 
 
@@ -617,8 +596,7 @@ def test_from_how_many_steps_on_more_change_nothing_follows_the_rows(rises, answ
 def test_the_order_after_more_steps_follows_the_rows(gaps, answer):
     def row(variant, lower):
         runs = [[0.8 - gap * lower + noise for noise in (0.0, 0.01, -0.01)] for gap in gaps]
-        longer = {"2": {"accuracies": runs[1]}, "4": {"accuracies": runs[2]}}
-        return {"variant": variant, "words": "", "accuracies": [*runs[0], 0.0], "longer": longer}
+        return {"variant": variant, "words": "", "accuracies": [*runs[0], 0.0], "longer": {"2": runs[1], "4": runs[2]}}
 
     def apart(gap):
         return f"{-100 * gap + 0:+.1f} (standard error 0.0)"

@@ -62,8 +62,7 @@ class ConvergedRecipe:
         apart: the share of all training images that choose a rate, held apart from all training.
         look: images at once where nothing is trained.
         lines: run the lines alone: dense fine-tuning, every second rank of LoRA, and LoRTA of order 3 without groups.
-        longer: how many times the steps the sample (`Converged.checked`) is run with as well, on `seeds`.
-        rates_again: the sample chooses a rate for each of these numbers of steps; else they are run at that of `steps`.
+        longer: how many times the steps the sample (`Converged.checked`) is run with as well, on `seeds` and at the same rate.
     """
 
     images: int = 1000
@@ -81,17 +80,16 @@ class ConvergedRecipe:
     look: int = 250
     lines: bool = False
     longer: tuple[int, ...] = (2,)
-    rates_again: bool = False
 
 
 # On few natural images fine-tuning q and v gains little over the head alone (on 5,000 of Tiny ImageNet's 2.5 points, on all 8).
 # All of them take longer, so the lines are run alone.
 RECIPES = {
-    "mnist": ConvergedRecipe(longer=(2, 4), rates_again=True),
+    "mnist": ConvergedRecipe(longer=(2, 4, 8)),
     "tinyimagenet30": ConvergedRecipe(images=14_400, steps=1800, lines=True),
 }
 # Of the recipe: each job's own are in its name.
-NOT_A_JOBS = ("seeds", "more_seeds", "rates", "factor", "extensions", "lines", "longer", "rates_again")
+NOT_A_JOBS = ("seeds", "more_seeds", "rates", "factor", "extensions", "lines", "longer")
 
 
 def moved(tuned: Tuned) -> float:
@@ -242,17 +240,12 @@ class Converged:
         """The rate that is chosen of those tried."""
         return best_scored(tried, len(self.parts[1].rows))
 
-    def rates(self, setting: Setting, times: int = 1) -> dict[str, dict[str, float]]:
-        """Rate -> accuracy and loss on the images held apart, the grid extended while the best is at its edge.
-
-        Args:
-            setting: what is trained.
-            times: how many times the steps.
-        """
+    def rates(self, setting: Setting) -> dict[str, dict[str, float]]:
+        """Rate -> accuracy and loss on the images held apart, the grid extended while the best is at its edge."""
         recipe, apart = self.recipe, self.parts[1]
 
         def score(rate: float) -> dict[str, float]:
-            job = self.job(setting, rate, recipe.choice_seed, apart, "choose_", times)
+            job = self.job(setting, rate, recipe.choice_seed, apart, "choose_")
             return {name: float(job[name]) for name in ("accuracy", "loss")}
 
         return searched(recipe.rates, recipe.factor, recipe.extensions, score, self.best)
@@ -283,7 +276,10 @@ class Converged:
         rate = self.best(tried)
         seeds = recipe.more_seeds if whole and setting.family in OWN_RATE else recipe.seeds
         runs = [self.job(setting, rate, seed, self.task.test) for seed in seeds]
-        longer = recipe.longer if whole and setting in self.checked() else ()
+        longer = {
+            str(times): [self.job(setting, rate, seed, self.task.test, times=times)["accuracy"] for seed in recipe.seeds]
+            for times in (recipe.longer if whole and setting in self.checked() else ())
+        }
         return {
             **_about(setting),
             "tried": tried,
@@ -295,20 +291,8 @@ class Converged:
             "train_losses": [one["train_loss"] for one in runs],
             "rate_times": [one["rate_times"] for one in runs],
             "heads": [self.head_score(seed) for seed in seeds],
-            "longer": {str(times): self._longer(setting, times) for times in longer},
+            "longer": longer,
             "step_seconds": statistics.median(one["step_seconds"] for one in runs),
-        }
-
-    def _longer(self, setting: Setting, times: int) -> Data:
-        """What is needed of so many times the steps."""
-        tried = self.rates(setting, times if self.recipe.rates_again else 1)
-        rate = self.best(tried)
-        runs = [self.job(setting, rate, seed, self.task.test, times=times) for seed in self.recipe.seeds]
-        return {
-            "rate": rate,
-            "edge": at_the_edge(rate, map(float, tried)),
-            "accuracies": [one["accuracy"] for one in runs],
-            "train_losses": [one["train_loss"] for one in runs],
         }
 
 

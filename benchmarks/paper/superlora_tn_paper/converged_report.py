@@ -52,7 +52,6 @@ def _named(rows: list[Data]) -> str:
 
 def _setup(result: Data) -> str:
     recipe = result["recipe"]
-    again = " The sample that is run with more steps chooses a rate for each number of them." if recipe["rates_again"] else ""
     return (
         f"{result['task'][0].upper()}{result['task'][1:]}: {result['classes']} classes; each seed draws {recipe['images']:,} "
         f"training images, {result['images']['test']:,} test. Of {result['images']['apart']:,} others is chosen, with another "
@@ -61,7 +60,7 @@ def _setup(result: Data) -> str:
         f"optimum on the frozen model for the same images, and goes on at {recipe['head_rate']:g}. Each setting multiplies "
         f"its rates by the number (last column) with which the first step at rate r moves all dW by {recipe['stride']:g} r "
         "sqrt(elements), so that a rate means the same for all. Every LoRA and LoRTA setting chooses its own "
-        f"rate; other families take that of their setting of median count.{again}"
+        "rate; other families take that of their setting of median count."
     )
 
 
@@ -78,7 +77,7 @@ def _results(result: Data) -> str:
             str(len(r["seeds"])),
             percent(r["accuracies"]),
             percent(r["heads"]),
-            *(_longer(r, own) for own in times),
+            *(percent(found) if (found := after(r, own)) else "" for own in times),
             f"{r['rate']:g}" + " (edge)" * r["edge"],
             f"{statistics.fmean(r['rate_times']):.3g}",
         )
@@ -86,16 +85,8 @@ def _results(result: Data) -> str:
     ]
     words = "Mean ± standard deviation over the seeds"
     if times:
-        words += f"; with more steps, over the first {_seeds(rows)}, at the same rate where no other is given"
+        words += f"; with more steps, over the first {_seeds(rows)}, at the same rate"
     return table(heading, lines) + f"\n\n{words}."
-
-
-def _longer(row: Data, times: int) -> str:
-    """A cell: the accuracies with so many times the steps, and their rate if it is another."""
-    own = row["longer"].get(str(times))
-    if own is None:
-        return ""
-    return percent(own["accuracies"]) + ("" if own["rate"] == row["rate"] else f" at {own['rate']:g}")
 
 
 def head_answer(rows: list[Data]) -> str:
@@ -108,12 +99,12 @@ def head_answer(rows: list[Data]) -> str:
 
 def after(row: Data, times: int) -> list[float]:
     """The accuracies of a setting with so many times the steps, empty where it was not run with them."""
-    return list((row if times == 1 else row["longer"].get(str(times), {"accuracies": []}))["accuracies"])
+    return list(row["accuracies"] if times == 1 else row["longer"].get(str(times), ()))
 
 
 def _seeds(rows: list[Data]) -> int:
     """Seeds of the runs of more steps."""
-    return min((len(own["accuracies"]) for r in rows for own in r["longer"].values()), default=0)
+    return min((len(own) for r in rows for own in r["longer"].values()), default=0)
 
 
 def longer_answer(sample: list[Data], steps: int) -> str:
@@ -122,7 +113,7 @@ def longer_answer(sample: list[Data], steps: int) -> str:
     while found := list(_doubled(sample, times)):
         moved = sum(change.sign != 0 for _, change in found)
         answer = f"**yes**, {moved} of {len(found)}" if moved else "**no**"
-        told = "; ".join(f"{_named([r])} {_points(change)}{_rates(r, times)}" for r, change in found)
+        told = "; ".join(f"{_named([r])} {_points(change)}" for r, change in found)
         lines.append(f"- {times * steps:,} to {2 * times * steps:,} steps: {answer}: {told} points.")
         by_chance = within_by_chance(_seeds(sample)) ** len(found)
         enough = None if moved else enough or times * steps
@@ -145,12 +136,6 @@ def _doubled(rows: list[Data], times: int) -> Iterator[tuple[Data, Difference]]:
         first, second = after(r, times), after(r, 2 * times)
         if first and len(second) > 1:
             yield r, difference(first[: len(second)], second)
-
-
-def _rates(row: Data, times: int) -> str:
-    """The rates of so many times the steps and of twice as many, where they differ."""
-    one, other = ((row if own == 1 else row["longer"][str(own)])["rate"] for own in (times, 2 * times))
-    return "" if one == other else f" at rates {one:g} and {other:g}"
 
 
 def order_answer(sample: list[Data], steps: int) -> str:
@@ -177,8 +162,7 @@ def _points(change: Difference) -> str:
 
 def edge_answer(rows: list[Data]) -> str:
     """Which rates lie at the edge of what was tried."""
-    edge = [r for r in rows if r["edge"] or any(own["edge"] for own in r["longer"].values())]
-    found = [f"{r['variant']} {r['words']}".strip() for r in edge]
+    found = [f"{r['variant']} {r['words']}".strip() for r in rows if r["edge"]]
     return f"Best rates at the edge of those tried: {', '.join(found) if found else 'none'}."
 
 
