@@ -603,3 +603,55 @@ def test_all_linear_of_a_model_in_peft_leaves_pefts_own_layers_out() -> None:
     tuned = sl.attach(wrapped, sl.lora(1), "all-linear", seed=0)
     assert list(tuned.targets) == ["base_model.model.0.base_layer", "base_model.model.2"]
     assert torch.equal(wrapped(x), before)
+
+
+class Closed(nn.Module):
+    """An encoder that is a TorchScript program, and a head of plain layers."""
+
+    def __init__(self, close: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.enc = close(nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)))
+        self.fc, self.out = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.fc(self.enc(x))))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("close", [torch.jit.script, lambda m: torch.jit.trace(m.eval(), noise(4, 8))], ids=["script", "trace"])
+def test_the_layers_beside_a_torchscript_program_are_adapted_and_its_own_are_refused(
+    close: Callable[[nn.Module], nn.Module],
+) -> None:
+    x = noise(5, 8)
+    model = seeded(0, lambda: Closed(close))
+    base, before = seeded(0, lambda: Closed(close)).eval()(x), copy.deepcopy(model.state_dict())
+    for targets in (["enc.0"], ["enc"], r"enc.*"):
+        with pytest.raises(
+            sl.AttachError, match=r"'enc(\.0)?' is part of a TorchScript program, which is closed; adapt .* before"
+        ):
+            sl.attach(model, sl.lora(2), targets)
+    tuned = sl.attach(model, sl.lora(2), "all-linear", also=["enc.1"])
+    assert set(tuned.targets) == {"fc", "out"}
+    steps(model.train(), x)
+    y = model.eval()(x)
+    changed = {name for name, value in before.items() if not torch.equal(model.state_dict()[name], value)}
+    assert {"enc.1.weight", "enc.1.bias"} <= changed
+    assert ("enc.1.running_mean" in changed) == (close is torch.jit.script)  # a trace is of a model that evaluates
+    with tuned.disabled():
+        assert torch.equal(model(x), base)
+    assert torch.equal(model(x), y)
+    assert torch.equal(copy.deepcopy(model)(x), y)
+    tuned.detach()
+    assert torch.equal(model(x), base)
+    assert same_state(model.state_dict(), before)
+
+
+def test_a_layer_whose_weight_is_computed_is_meant_by_its_number() -> None:
+    """The modules that compute the weight are numbered, too, and are no layers."""
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU())
+    x = noise(3, 4)
+    y = model[0](x)
+    tuned = sl.attach(model, sl.lora(2), ["0"])
+    assert set(tuned.targets) == {"0"}
+    perturb(tuned)
+    torch.testing.assert_close(model[0](x), y + x @ tuned.delta("0").T)

@@ -226,11 +226,12 @@ def hidden(model: nn.Module) -> set[int]:
 
 def _names(model: nn.Module, leave: tuple[type[nn.Module], ...]) -> tuple[str, ...]:
     modules = [(home, module) for home, module in model.named_modules() if not isinstance(module, leave)]
-    return tuple(f"{home}.{own}".lstrip(".") for home, m in modules for own in (*m._parameters, *m._buffers))
+    return tuple(f"{home}.{own}".lstrip(".") for home, m in modules for own in (*m._parameters.keys(), *m._buffers.keys()))
 
 
 def _tensor(module: nn.Module, own: str) -> Tensor | None:
-    return module._parameters.get(own) if own in module._parameters else module._buffers.get(own)
+    # A part of a TorchScript program has views of its tensors that know less than a dict.
+    return next((held[own] for held in (module._parameters, module._buffers) if own in held), None)
 
 
 def _store(module: nn.Module, own: str, tensor: Tensor) -> None:
@@ -260,7 +261,7 @@ def _held(model: nn.Module, leave: tuple[type[nn.Module], ...], also: Collection
     for home, module in model.named_modules():
         if isinstance(module, leave):
             continue
-        for own in module._parameters:
+        for own in module._parameters.keys():  # noqa: SIM118 (of TorchScript no dict)
             if f"{home}.{own}".lstrip(".") in also:
                 yield f"{home}.{own}".lstrip("."), module, own
         for own, buffer in module._buffers.items():

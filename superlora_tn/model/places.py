@@ -9,13 +9,14 @@ from itertools import combinations
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from superlora_tn.declare.checks import is_seed
 from superlora_tn.declare.parts import SpecError, shown
 from superlora_tn.declare.rows import Rows, Span
 from superlora_tn.model.blocks import blocks_in
 from superlora_tn.model.kinds import LayerError
-from superlora_tn.model.recognise import is_fusable, is_supported, kind_of
+from superlora_tn.model.recognise import is_closed, is_fusable, is_supported, kind_of, supported
 from superlora_tn.update.base import Adapter
 
 Targets = str | Sequence[str | Rows]
@@ -112,13 +113,14 @@ def places(model: nn.Module, rows: Mapping[str, Span] | None = None) -> dict[str
     for name, module in modules.items():
         parent = modules.get(name.rpartition(".")[0])
         under_fsdp = any(f"{name}.".startswith(f"{s}." if s else "") for s in sharding)
-        if name and not isinstance(module, Adapter):
+        computes = isinstance(parent, ParametrizationList) and not is_supported(module)  # a weight, and is no layer's name
+        if name and not isinstance(module, Adapter) and not computes:
             found.setdefault(name, Place(module, name, parent=parent, under_fsdp=under_fsdp))
         if isinstance(module, nn.MultiheadAttention):
             for part in PARTS:
                 held, home = (module.out_proj, f"{name}.out_proj") if part == "out_proj" else (module, name)
                 found[f"{name}.{part}".lstrip(".")] = Place(held, home.lstrip("."), part, module, under_fsdp)
-        elif not isinstance(module, Adapter) and not is_supported(module):
+        elif not isinstance(module, Adapter) and not is_supported(module) and not is_closed(module):
             found |= _parameters(found.get(name) or Place(module, name))
         blocks = declared_rows.get(name, {})
         if not blocks and is_fusable(module) and (known := blocks_in(parent, name.rpartition(".")[2])) is not None:
@@ -203,8 +205,9 @@ def tied(found: Mapping[str, Place]) -> list[list[str]]:
     """Names of embeddings and linear layers whose weight is one parameter; no more than `MOST_TIED` of each."""
     users: dict[int, list[str]] = {}
     for name, place in found.items():
-        weight = place.module._parameters.get("weight")
-        if weight is not None and not place.part and not place.tied and isinstance(place.module, nn.Linear | nn.Embedding):
+        if place.part or place.tied or not isinstance(place.module, nn.Linear | nn.Embedding):
+            continue
+        if (weight := place.module._parameters.get("weight")) is not None:
             users.setdefault(id(weight), []).append(name)
     tied = [names[:MOST_TIED] for names in users.values() if len(names) > 1]
     return [names for names in tied if any(isinstance(found[name].module, nn.Embedding) for name in names)]
@@ -214,6 +217,30 @@ def _joined(some: Sequence[Place]) -> Place:
     """The place of modules that use one parameter: that of a linear layer among them, whose (out, in) is the parameter's."""
     first, *others = sorted(some, key=lambda place: isinstance(place.module, nn.Embedding))
     return replace(first, tied=tuple(others))
+
+
+def check(name: str, place: Place) -> None:
+    """Raises:
+    AttachError: what a target names cannot be adapted, as far as its type tells.
+    """
+    if not place.is_supported and is_of_peft(place.module):
+        raise AttachError(
+            f"'{name}' is PEFT's wrapper of a layer ({type(place.module).__name__}), with an adapter in it. Merge it and take "
+            "PEFT off first, model.merge_and_unload(), or make a declaration a method of PEFT: superlora_tn.peft."
+        )
+    if is_closed(place.module):
+        raise AttachError(
+            f"'{name}' is part of a TorchScript program, which is closed; adapt the model before torch.jit.script or "
+            "torch.jit.trace, or leave that part out."
+        )
+    if not place.is_supported:
+        own = [n for n, parameter in place.module._parameters.items() if parameter is not None and parameter.ndim in (2, 3)]
+        inside = f"its weights ({', '.join(f'{name}.{o}' for o in own[:4])})" if own else "the layers inside it"
+        inside = f"its {', '.join(PARTS)}" if isinstance(place.module, nn.MultiheadAttention) else inside
+        raise AttachError(
+            f"'{name}' is a {type(place.module).__name__}, which cannot be adapted; supported are {', '.join(supported())}. "
+            f"Name {inside}."
+        )
 
 
 def is_of_peft(module: nn.Module) -> bool:

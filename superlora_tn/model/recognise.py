@@ -110,8 +110,15 @@ def is_supported(layer: nn.Module) -> bool:
     return known(layer) is not None or _has_features(layer)
 
 
+def is_closed(layer: nn.Module) -> bool:
+    """Whether it is part of a TorchScript program, which calls no hook and lets no weight be replaced."""
+    return isinstance(layer, torch.jit.ScriptModule)
+
+
 def _has_features(layer: nn.Module) -> bool:
     """Whether it says in_features and out_features, and is no house of other layers."""
+    if is_closed(layer):
+        return False
     says = all(isinstance(getattr(layer, n, None), int) for n in ("in_features", "out_features"))
     return says and not any(p is not None for child in layer.children() for p in (*child.parameters(), *child.buffers()))
 

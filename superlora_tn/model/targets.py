@@ -19,6 +19,7 @@ from superlora_tn.model.places import (
     AttachError,
     Place,
     Targets,
+    check,
     declared,
     is_beside,
     is_of_peft,
@@ -27,7 +28,7 @@ from superlora_tn.model.places import (
     places,
     tied,
 )
-from superlora_tn.model.recognise import kind_of, known, supported
+from superlora_tn.model.recognise import kind_of, known
 from superlora_tn.model.tables import Table, TableRows
 
 __all__ = ["AttachError", "Place", "Target", "Targets", "bind", "is_sharded", "match", "near", "places"]
@@ -186,7 +187,7 @@ def _left(
     if not found:
         raise AttachError(f"{given} leaves no layer to adapt (exclude={exclude!r}, only_layers={only!r}).")
     for name in found:
-        _check(name, known[name])
+        check(name, known[name])
     return found
 
 
@@ -264,29 +265,13 @@ def _spelled(targets: Sequence[str | Rows]) -> list[str]:
     return found
 
 
-def _check(name: str, place: Place) -> None:
-    if not place.is_supported and is_of_peft(place.module):
-        raise AttachError(
-            f"'{name}' is PEFT's wrapper of a layer ({type(place.module).__name__}), with an adapter in it. Merge it and take "
-            "PEFT off first, model.merge_and_unload(), or make a declaration a method of PEFT: superlora_tn.peft."
-        )
-    if not place.is_supported:
-        own = [n for n, parameter in place.module._parameters.items() if parameter is not None and parameter.ndim in (2, 3)]
-        inside = f"its weights ({', '.join(f'{name}.{o}' for o in own[:4])})" if own else "the layers inside it"
-        inside = f"its {', '.join(PARTS)}" if isinstance(place.module, nn.MultiheadAttention) else inside
-        raise AttachError(
-            f"'{name}' is a {type(place.module).__name__}, which cannot be adapted; supported are {', '.join(supported())}. "
-            f"Name {inside}."
-        )
-
-
 def bind(name: str, place: Place, at: str | None = None) -> Target:
     """The target of a name, bound to its layer.
 
     Raises:
         AttachError: it cannot be adapted; the message names it and says why.
     """
-    _check(name, place)
+    check(name, place)
     try:
         if place.part:
             kind: Kind = _projection(place)
