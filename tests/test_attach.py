@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -655,3 +656,43 @@ def test_a_layer_whose_weight_is_computed_is_meant_by_its_number() -> None:
     assert set(tuned.targets) == {"0"}
     perturb(tuned)
     torch.testing.assert_close(model[0](x), y + x @ tuned.delta("0").T)
+
+
+def test_a_model_with_a_part_that_has_no_shape_yet_is_left_as_it_was() -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "norm": nn.LazyBatchNorm1d()})
+    with pytest.raises(sl.AttachError, match=r"'norm.weight' has no shape yet, as of a lazy module; run the model once before"):
+        sl.attach(model, sl.lora(2), ["fc"])
+    assert all(p.requires_grad for p in model.parameters())
+    assert set(model) == {"fc", "norm"}
+    model["norm"](noise(3, 4))
+    assert set(sl.attach(model, sl.lora(2), ["fc"]).targets) == {"fc"}
+
+
+class Graph(nn.Module):
+    """A layer of a graph network: neighbours are averaged by a sparse buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("near", (torch.rand(6, 6) > 0.5).float().to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.near, self.fc(x))
+
+
+def test_sparse_buffers_of_the_base_stay_as_they_are(tmp_path: Path) -> None:
+    model, x = seeded(0, Graph), noise(6, 4)
+    base = model(x)
+    tuned = sl.attach(model, sl.lora(2), ["fc"])
+    perturb(tuned)
+    y = model(x)
+    tuned.save(tmp_path / "adapter")
+    again = seeded(0, Graph)
+    sl.load(again, tmp_path / "adapter")
+    assert torch.equal(again(x), y)
+    with tuned.disabled():
+        assert torch.equal(model(x), base)
+    tuned.merge()
+    torch.testing.assert_close(model(x), y)
+    tuned.detach()
+    assert torch.equal(model(x), base)

@@ -23,7 +23,7 @@ from superlora_tn.files.own import Entry
 from superlora_tn.model.beside import also_trained
 from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.chosen import placed
-from superlora_tn.model.frozen import freeze, train, was_trainable
+from superlora_tn.model.frozen import check_shaped, freeze, train, was_trainable
 from superlora_tn.model.joins import bound, enters
 from superlora_tn.model.kernels import by_kernel
 from superlora_tn.model.kinds import Held
@@ -184,6 +184,7 @@ def _attached(model: nn.Module, request: _Request) -> Tuned:
     known = places(model, request.rows)
     named = [(spec, [bound(spec.join, n, known[n], request.at) for n in names]) for spec, names in request.entries]
     where = (known, request.at, request.dtype, request.settings)
+    check_shaped(model)
     entries = [(spec, placed(spec, targets, *where)) for spec, targets in named]
     for spec, targets in entries:
         _check_targets(spec, targets, request.name)

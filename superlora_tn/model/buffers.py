@@ -265,9 +265,14 @@ def _held(model: nn.Module, leave: tuple[type[nn.Module], ...], also: Collection
             if f"{home}.{own}".lstrip(".") in also:
                 yield f"{home}.{own}".lstrip("."), module, own
         for own, buffer in module._buffers.items():
-            plain = type(buffer) in (Tensor, nn.Buffer) and buffer is not None and buffer.device.type != "meta"
-            if plain and buffer is not None and not buffer.is_quantized and own not in module._non_persistent_buffers_set:
+            if buffer is not None and own not in module._non_persistent_buffers_set and _is_plain(buffer):
                 yield f"{home}.{own}".lstrip("."), module, own
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    """Whether its numbers can be compared and written: torch compares no sparse tensors."""
+    known = type(buffer) in (Tensor, nn.Buffer) and buffer.layout is torch.strided
+    return known and buffer.device.type != "meta" and not buffer.is_quantized
 
 
 def by_each_name(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
