@@ -409,3 +409,20 @@ def test_a_detached_adapter_does_nothing_in_a_layer_that_took_its_hooks_over() -
     assert torch.equal(model(x), base(x))
     tuned.strength = 2.0
     assert torch.equal(model(x), base(x))
+
+
+def test_a_join_says_what_to_do_where_another_layer_took_its_hooks_over() -> None:
+    model, x = nn.Sequential(nn.Linear(IN, OUT)), noise(4, IN)
+    tuned = sl.attach(model, sl.dora(sl.lora(2)), ["0"])
+    perturb(tuned)
+    y = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        late = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+        tuned.merge()
+        early = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(
+        sl.LayerError, match=r"join of '0' .* needs the weight, and the Linear that .*; merge before the layer is q"
+    ):
+        late(x)
+    torch.testing.assert_close(early(x), y, rtol=0, atol=0.1)  # 8 bits for x and W, some dozens of products

@@ -208,6 +208,11 @@ def _whole(kind: Kind, layer: Any, member: Member) -> Tensor:
         weight = kind.read(layer)
     except LayerError as error:
         raise LayerError(f"magnitudes (DoRA) on '{member.name}' need the norms of the weight's rows: {error}") from error
+    if not isinstance(weight, Tensor):
+        raise LayerError(
+            f"the join of '{member.name}' (magnitudes, products) needs the weight, and the {type(layer).__name__} that is in "
+            "its layer's place now shows none; merge before the layer is quantised or replaced."
+        )
     shape = tuple(weight.shape)
     found = join.sides(shape) if isinstance(join, Multiply) and len(shape) == 2 else shape
     if found != member.shape or type(weight).__name__ == "DTensor":
