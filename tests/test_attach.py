@@ -696,3 +696,30 @@ def test_sparse_buffers_of_the_base_stay_as_they_are(tmp_path: Path) -> None:
     torch.testing.assert_close(model(x), y)
     tuned.detach()
     assert torch.equal(model(x), base)
+
+
+def test_a_base_that_was_made_in_inference_mode_serves_and_is_given_back() -> None:
+    """Torch lets such weights be written, and requires_grad be set on them, in inference mode alone."""
+
+    def served(model: nn.Module) -> Tensor:
+        with torch.inference_mode():
+            return model(noise(3, DIM))
+
+    with torch.inference_mode():
+        model = seeded(0, Tiny)
+    base = served(model)
+    tuned = sl.attach(model, sl.lora(2), TARGETS)
+    perturb(tuned)
+    y = served(model)
+    assert not torch.allclose(y, base)
+    with pytest.raises(RuntimeError, match="outside InferenceMode"):
+        tuned.merge()
+    assert not tuned.merged
+    assert torch.equal(served(model), y)
+    with torch.inference_mode():
+        tuned.merge()
+        torch.testing.assert_close(served(model), y)
+        tuned.unmerge()
+    tuned.detach()
+    assert torch.equal(served(model), base)
+    assert all(p.requires_grad for p in model.parameters())

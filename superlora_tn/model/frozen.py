@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from superlora_tn.model.places import AttachError
@@ -27,13 +28,19 @@ def freeze(parameter: nn.Parameter, holder: Holder) -> None:
     """Keep a parameter from training until every handle that froze it has thawed it; what trains beside a handle goes on."""
     record: dict[str, Any] = parameter.__dict__.get(FROZEN) or _record(parameter, parameter.requires_grad)
     record["holders"].append(holder)
-    parameter.requires_grad_(bool(record["trains"]))
+    _train(parameter, bool(record["trains"]))
+
+
+def _train(parameter: nn.Parameter, wanted: bool) -> None:
+    """Set requires_grad; of what was made in inference mode torch lets it be set there alone."""
+    with torch.inference_mode(parameter.is_inference() or torch.is_inference_mode_enabled()):
+        parameter.requires_grad_(wanted)
 
 
 def train(parameter: nn.Parameter, holder: Holder) -> None:
     """Let a parameter train beside the handle that froze it."""
     parameter.__dict__[FROZEN]["trains"].append(holder)
-    parameter.requires_grad_(True)
+    _train(parameter, True)
 
 
 def trains_beside(parameter: nn.Parameter) -> bool:
@@ -60,11 +67,11 @@ def thaw(parameter: nn.Parameter, holder: Holder, wanted: bool) -> None:
     """
     record: dict[str, Any] | None = parameter.__dict__.get(FROZEN)
     if record is None:
-        parameter.requires_grad_(wanted)
+        _train(parameter, wanted)
         return
     left = {who: [other for other in record[who] if other is not holder] for who in ("holders", "trains")}
     if not left["holders"]:
-        parameter.requires_grad_(record["wanted"])
+        _train(parameter, record["wanted"])
         delattr(parameter, FROZEN)
         return
     if record["trains"] and not left["trains"]:
