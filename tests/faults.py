@@ -55,6 +55,11 @@ TABLE: Table = {
         ),
     },
     "superlora_tn/model/buffers.py": {
+        "sparse-buffers-are-compared": (
+            " and buffer.layout is torch.strided",
+            "",
+            "test_attach.py::test_sparse_buffers_of_the_base_stay_as_they_are",
+        ),
         "left-anew-when-done-again": (
             "self._left = self._left or {",
             "self._left = {",
@@ -77,14 +82,19 @@ TABLE: Table = {
         ),
     },
     "superlora_tn/model/frozen.py": {
+        "inference-tensors-are-set-outside": (
+            "parameter.is_inference() or torch",
+            "torch",
+            "test_attach.py::test_a_base_that_was_made_in_inference_mode_serves_and_is_given_back",
+        ),
         "second-adapter-freezes-what-trains": (
-            'parameter.requires_grad_(bool(record["trains"]))',
-            "parameter.requires_grad_(False)",
+            '_train(parameter, bool(record["trains"]))',
+            "_train(parameter, False)",
             "test_beside.py::test_another_adapter_freezes_nothing_that_trains_beside_the_first",
         ),
         "detach-leaves-frozen": (
-            'parameter.requires_grad_(record["wanted"])',
-            "parameter.requires_grad_(False)",
+            '_train(parameter, record["wanted"])',
+            "_train(parameter, False)",
             "test_merge_detach.py::test_detach_restores_requires_grad",
         ),
     },
@@ -123,6 +133,11 @@ TABLE: Table = {
         ),
     },
     "superlora_tn/model/recognise.py": {
+        "torchscript-is-adapted": (
+            "if is_closed(layer):\n        return False",
+            "if is_closed(layer):\n        pass",
+            "test_attach.py::test_the_layers_beside_a_torchscript_program_are_adapted_and_its_own_are_refused",
+        ),
         "kept-output-overwritten": (
             "if len(hooks) > 1 and next(iter(hooks.values())) is not hook:\n        return None",
             "if False:\n        return None",
@@ -742,6 +757,27 @@ TABLE: Table = {
             "if not np.isfinite(error).all():\n        return math.inf",
             "if not np.isfinite(error).all():\n        return 0.0",
             "test_holes.py::test_verify_takes_no_number_that_is_none",
+        ),
+    },
+    "superlora_tn/model/places.py": {
+        "what-computes-a-weight-is-a-layers-name": (
+            "if name and not isinstance(module, Adapter) and not computes:",
+            "if name and not isinstance(module, Adapter):",
+            "test_attach.py::test_a_layer_whose_weight_is_computed_is_meant_by_its_number",
+        ),
+    },
+    "superlora_tn/model/attach.py": {
+        "what-has-no-shape-is-frozen": (
+            "    check_shaped(model)\n",
+            "",
+            "test_attach.py::test_a_model_with_a_part_that_has_no_shape_yet_is_left_as_it_was",
+        ),
+    },
+    "superlora_tn/model/joins.py": {
+        "a-join-reads-what-is-no-weight": (
+            "if not isinstance(weight, Tensor):",
+            "if weight is None:",
+            "test_quantised.py::test_a_join_says_what_to_do_where_another_layer_took_its_hooks_over",
         ),
     },
 }

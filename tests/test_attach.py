@@ -631,6 +631,8 @@ def test_the_layers_beside_a_torchscript_program_are_adapted_and_its_own_are_ref
             sl.AttachError, match=r"'enc(\.0)?' is part of a TorchScript program, which is closed; adapt .* before"
         ):
             sl.attach(model, sl.lora(2), targets)
+    with pytest.raises(sl.AttachError, match="near names are 'fc', 'out'"):  # what can be adapted
+        sl.attach(model, sl.lora(2), ["enc.9"])
     tuned = sl.attach(model, sl.lora(2), "all-linear", also=["enc.1"])
     assert set(tuned.targets) == {"fc", "out"}
     steps(model.train(), x)
