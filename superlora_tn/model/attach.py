@@ -23,12 +23,12 @@ from superlora_tn.files.own import Entry
 from superlora_tn.model.beside import also_trained
 from superlora_tn.model.buffers import Snapshot
 from superlora_tn.model.chosen import placed
-from superlora_tn.model.frozen import check_shaped, freeze, train, was_trainable
+from superlora_tn.model.frozen import freeze, train, was_trainable
 from superlora_tn.model.joins import bound, enters
 from superlora_tn.model.kernels import by_kernel
 from superlora_tn.model.kinds import Held
 from superlora_tn.model.merging import forget_compiled
-from superlora_tn.model.places import check_model, check_seed, declared
+from superlora_tn.model.places import check_model, check_seed, check_shaped, declared
 from superlora_tn.model.saved import At, check_base, depart, read_for
 from superlora_tn.model.shown import Block, show
 from superlora_tn.model.site import BeginHook, EndHook, EnterHook, UpdateHook, watchers

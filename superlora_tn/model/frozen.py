@@ -8,20 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from superlora_tn.model.places import AttachError
-
 FROZEN = "_superlora_frozen"
 
 
 class Holder:
     """Stands for a handle in the records of the parameters that it froze."""
-
-
-def check_shaped(model: nn.Module) -> None:
-    """Raise where a parameter has no shape yet: what torch says it is then cannot be frozen, nor thawed again."""
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.UninitializedParameter):
-            raise AttachError(f"'{name}' has no shape yet, as of a lazy module; run the model once before it is adapted.")
 
 
 def freeze(parameter: nn.Parameter, holder: Holder) -> None:

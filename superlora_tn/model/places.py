@@ -243,6 +243,13 @@ def check(name: str, place: Place) -> None:
         )
 
 
+def check_shaped(model: nn.Module) -> None:
+    """Raise where a parameter has no shape yet: what torch says it is then cannot be frozen, nor thawed again."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise AttachError(f"'{name}' has no shape yet, as of a lazy module; run the model once before it is adapted.")
+
+
 def is_of_peft(module: nn.Module) -> bool:
     """Whether it is PEFT's, or inherits from PEFT's."""
     return any(t.__module__.partition(".")[0] == "peft" for t in type(module).__mro__)
