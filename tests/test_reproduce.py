@@ -557,10 +557,14 @@ def test_dense_fine_tuning_is_compared_with_the_head_of_its_seeds(gain, answer):
     ("rises", "answers", "end"),
     [
         ((0.0, 0.0), ("**no**", "**no**"), "So 100 steps are enough for them."),
-        ((0.1, 0.0), ("**yes**, 1 of 2", "**no**"), "So 200 steps are enough for them."),
-        ((-0.1, 0.0), ("**yes**, 1 of 2", "**no**"), "So 200 steps are enough for them."),
-        ((0.0, 0.1), ("**no**", "**yes**, 1 of 2"), "So none of the numbers of steps that were tried is enough for all."),
-        ((0.1,), ("**yes**, 1 of 2",), "So none of the numbers of steps that were tried is enough for all."),
+        ((0.1, 0.0), ("**yes**, 1 of 2 (1 clearly)", "**no**"), "So 200 steps are enough for them."),
+        ((-0.1, 0.0), ("**yes**, 1 of 2 (1 clearly)", "**no**"), "So 200 steps are enough for them."),
+        (
+            (0.0, 0.1),
+            ("**no**", "**yes**, 1 of 2 (1 clearly)"),
+            "So none of the numbers of steps that were tried is enough for all.",
+        ),
+        ((0.1,), ("**yes**, 1 of 2 (1 clearly)",), "So none of the numbers of steps that were tried is enough for all."),
     ],
 )
 def test_from_how_many_steps_on_more_change_nothing_follows_the_rows(rises, answers, end):

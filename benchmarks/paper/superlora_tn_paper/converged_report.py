@@ -112,7 +112,8 @@ def longer_answer(sample: list[Data], steps: int) -> str:
     lines, enough, times = [], None, 1
     while found := list(_doubled(sample, times)):
         moved = sum(change.sign != 0 for _, change in found)
-        answer = f"**yes**, {moved} of {len(found)}" if moved else "**no**"
+        clear = sum(change.sign != 0 and change.clear for _, change in found)
+        answer = f"**yes**, {moved} of {len(found)} ({clear} clearly)" if moved else "**no**"
         told = "; ".join(f"{_named([r])} {_points(change)}" for r, change in found)
         lines.append(f"- {times * steps:,} to {2 * times * steps:,} steps: {answer}: {told} points.")
         by_chance = within_by_chance(_seeds(sample)) ** len(found)
