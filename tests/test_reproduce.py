@@ -46,6 +46,7 @@ from superlora_tn_paper.classification_settings import settings
 from superlora_tn_paper.classification_training import Recipe, adapted
 from superlora_tn_paper.command import EXPERIMENTS, Request, reproduce
 from superlora_tn_paper.differences import difference, within_by_chance
+from superlora_tn_paper.markdown import percent
 from superlora_tn_paper.rates import best_scored
 from superlora_tn_paper.task import MEAN, STD, Memory, Subset, Task, TaskError, folder_task
 from superlora_tn_paper.vit import Vit
@@ -528,7 +529,11 @@ def test_the_runs_to_convergence_go_on_where_they_were_stopped_and_judge_only_wh
     assert 2 * SHORT.steps in made
     by_name = {r["variant"]: r for r in whole["rows"]}
     assert (len(by_name["dense"]["accuracies"]), len(by_name["LoRA"]["accuracies"])) == (2, 3)
-    assert converged_report.OPEN not in report.text(tmp_path / "whole")
+    told = report.text(tmp_path / "whole")
+    assert converged_report.OPEN not in told
+    ran = by_name["dense"]["accuracies"], by_name["dense"]["longer"]["2"]
+    assert "| variant | setting | 3 steps | 6 steps |" in told
+    assert f"| dense |  | {' | '.join(map(percent, ran))} |" in told
     assert (tmp_path / "whole" / converged_report.PARETO).read_bytes().startswith(b"\x89PNG")
 
     def compared(out):

@@ -35,7 +35,7 @@ def report(result: Data) -> str:
     parts = ["# Image classification to convergence", where(result) + " " + _setup(result)]
     if missing:
         parts.append(f"**Unfinished**: {len(missing)} settings are missing: {_named(missing)}. What needs them is not judged.")
-    parts += ["## Results", f"![Accuracy against trainable parameters]({PARETO})", _results(result), "## Has it converged?"]
+    parts += ["## Results", f"![Accuracy against trainable parameters]({PARETO})", _results(rows), "## Has it converged?"]
     checked = [r for r in missing if r["variant"] in CHECKED]
     parts += [f"{OPEN} {_named(checked)}."] if checked else _converged(rows, result["recipe"])
     return "\n\n".join([*parts, *_questions(rows, missing, result["recipe"]), ""])
@@ -43,7 +43,16 @@ def report(result: Data) -> str:
 
 def _converged(rows: list[Data], recipe: Data) -> list[str]:
     sample, steps = [r for r in rows if r["longer"]], recipe["steps"]
-    return [head_answer(rows), longer_answer(sample, steps), order_answer(sample, steps), edge_answer(rows)]
+    answers = [longer_answer(sample, steps), order_answer(sample, steps), edge_answer(rows)]
+    return [head_answer(rows), *([_longer(sample, steps)] if sample else []), *answers]
+
+
+def _longer(sample: list[Data], steps: int) -> str:
+    seeds, every = _seeds(sample), _every(sample)
+    heading = ("variant", "setting", *(f"{times * steps:,} steps" for times in every))
+    lines = [(r["variant"], r["words"], *(percent(after(r, times)[:seeds]) for times in every)) for r in sample]
+    words = f"Accuracy of the sample after more steps at the same rate, %, over the first {seeds} seeds."
+    return table(heading, lines) + f"\n\n{words}"
 
 
 def _named(rows: list[Data]) -> str:
@@ -64,11 +73,8 @@ def _setup(result: Data) -> str:
     )
 
 
-def _results(result: Data) -> str:
-    rows, steps = result["rows"], result["recipe"]["steps"]
-    times = sorted({int(own) for r in rows for own in r["longer"]})
-    longer = [f"{own * steps:,} steps, %" for own in times]
-    heading = ("variant", "setting", "parameters", "seeds", "accuracy, %", "head alone, %", *longer, "rate", "rate x")
+def _results(rows: list[Data]) -> str:
+    heading = ("variant", "setting", "parameters", "seeds", "accuracy, %", "head alone, %", "rate", "rate x")
     lines = [
         (
             r["variant"],
@@ -77,16 +83,12 @@ def _results(result: Data) -> str:
             str(len(r["seeds"])),
             percent(r["accuracies"]),
             percent(r["heads"]),
-            *(percent(found) if (found := after(r, own)) else "" for own in times),
             f"{r['rate']:g}" + " (edge)" * r["edge"],
             f"{statistics.fmean(r['rate_times']):.3g}",
         )
         for r in sorted(rows, key=lambda r: -r["parameters"])
     ]
-    words = "Mean ± standard deviation over the seeds"
-    if times:
-        words += f"; with more steps, over the first {_seeds(rows)}, at the same rate"
-    return table(heading, lines) + f"\n\n{words}."
+    return table(heading, lines) + "\n\nMean ± standard deviation over the seeds."
 
 
 def head_answer(rows: list[Data]) -> str:
@@ -105,6 +107,11 @@ def after(row: Data, times: int) -> list[float]:
 def _seeds(rows: list[Data]) -> int:
     """Seeds of the runs of more steps."""
     return min((len(own) for r in rows for own in r["longer"].values()), default=0)
+
+
+def _every(sample: list[Data]) -> list[int]:
+    """How many times the steps the sample was run with, 1 among them."""
+    return [1, *sorted(int(times) for times in sample[0]["longer"])] if sample else []
 
 
 def longer_answer(sample: list[Data], steps: int) -> str:
@@ -141,8 +148,7 @@ def _doubled(rows: list[Data], times: int) -> Iterator[tuple[Data, Difference]]:
 
 def order_answer(sample: list[Data], steps: int) -> str:
     """Whether the settings of the sample lie in one order whatever the number of steps."""
-    every = [1, *sorted(int(times) for times in sample[0]["longer"])] if sample else []
-    seeds = _seeds(sample)
+    every, seeds = _every(sample), _seeds(sample)
     lines, mixed, unseen = [], False, False
     for first, second in pairwise(sample):
         found = [difference(after(first, times)[:seeds], after(second, times)[:seeds]) for times in every]
