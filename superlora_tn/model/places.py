@@ -220,9 +220,7 @@ def _joined(some: Sequence[Place]) -> Place:
 
 
 def check(name: str, place: Place) -> None:
-    """Raises:
-    AttachError: what a target names cannot be adapted, as far as its type tells.
-    """
+    """Raise where what a target names cannot be adapted, as far as its type tells."""
     if not place.is_supported and is_of_peft(place.module):
         raise AttachError(
             f"'{name}' is PEFT's wrapper of a layer ({type(place.module).__name__}), with an adapter in it. Merge it and take "

@@ -37,12 +37,12 @@ def report(result: Data) -> str:
         parts.append(f"**Unfinished**: {len(missing)} settings are missing: {_named(missing)}. What needs them is not judged.")
     parts += ["## Results", f"![Accuracy against trainable parameters]({PARETO})", _results(rows), "## Has it converged?"]
     checked = [r for r in missing if r["variant"] in CHECKED]
-    parts += [f"{OPEN} {_named(checked)}."] if checked else _converged(rows, result["recipe"])
+    parts += [f"{OPEN} {_named(checked)}."] if checked else _converged(rows, result["recipe"]["steps"])
     return "\n\n".join([*parts, *_questions(rows, missing, result["recipe"]), ""])
 
 
-def _converged(rows: list[Data], recipe: Data) -> list[str]:
-    sample, steps = [r for r in rows if r["longer"]], recipe["steps"]
+def _converged(rows: list[Data], steps: int) -> list[str]:
+    sample = [r for r in rows if r["longer"]]
     answers = [longer_answer(sample, steps), order_answer(sample, steps), edge_answer(rows)]
     return [head_answer(rows), *([_longer(sample, steps)] if sample else []), *answers]
 
