@@ -196,11 +196,14 @@ class Several(RuleBasedStateMachine):
 
     @rule()
     def rows(self) -> None:
-        """Of adapters at outputs, each row its own; where one acts at a weight or is merged, a refusal."""
-        names = [*self.known, None, None, None][:3]
+        """Of adapters at outputs that are on, each row its own; one that is off is refused."""
         handles = self.handles()
         if any(handle.merged or handle.held for handle in handles.values()):
             return
+        for name in (n for n, own in self.known.items() if not own.is_on):
+            with pytest.raises(sl.AttachError, match=f"'{name}' is switched off"), sl.rows(self.model, [name] * 3):
+                pass
+        names = [*(n for n, own in self.known.items() if own.is_on), None, None, None][:3]
         wanted = []
         for k, name in enumerate(names):
             own = {n: copy.copy(o) for n, o in self.known.items()}
