@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 from saved import LONG, forked, join, make_first, make_old, names, save_value, two_files, value_of
 
@@ -156,6 +157,7 @@ def test_interruptions_at_any_moment_leave_nothing(tmp_path: Path) -> None:
                 armed = False
             except KeyboardInterrupt:
                 interrupted += 1
+                torch.set_grad_enabled(True)  # where it struck as torch's own no_grad was about to do so
             armed = False
             value_of(tmp_path)
             assert names(tmp_path) == two_files(tmp_path)

@@ -30,7 +30,7 @@ COMPLEX = 4
 
 
 def drawn(generator: np.random.Generator, *shape: int) -> np.ndarray:
-    return generator.standard_normal(shape) + 1j * generator.standard_normal(shape)
+    return np.asarray(generator.standard_normal(shape) + 1j * generator.standard_normal(shape))  # also of no axis
 
 
 def complex_bound(case: Case, **options: object) -> Iterator[Bound]:
