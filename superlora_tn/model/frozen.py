@@ -66,7 +66,7 @@ def thaw(parameter: nn.Parameter, holder: Holder, wanted: bool) -> None:
         delattr(parameter, FROZEN)
         return
     if record["trains"] and not left["trains"]:
-        parameter.requires_grad_(False)
+        _train(parameter, False)
     record.update(left)
 
 

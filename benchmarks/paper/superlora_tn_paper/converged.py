@@ -34,7 +34,7 @@ from superlora_tn_paper.classification_training import (
     head_score,
     score,
 )
-from superlora_tn_paper.converged_report import draw
+from superlora_tn_paper.converged_report import CHECKED, draw
 from superlora_tn_paper.rates import at_the_edge, best_scored, searched
 from superlora_tn_paper.store import Data, Elsewhere, Store, alone, write_json
 from superlora_tn_paper.task import Batch, Subset, Task
@@ -42,7 +42,6 @@ from superlora_tn_paper.task import Batch, Subset, Task
 REVISION = 2  # raise it when the training code changes, so that older finished jobs expire
 OWN_RATE = ("LoRA", "LoRTA", "projected LoRTA")  # families whose every setting chooses its own rate, and takes more seeds
 MORE_LORTA = (4.0, 16.0)  # LoRTA at the counts of LoRA of ranks 4 and 16, to see from which count on it reaches LoRA's accuracy
-LINES = ("dense", "LoRA", "LoRTA M=3")  # worked off first, in this order
 PAUSE = 5.0  # seconds until it is looked again whether another process has finished its job
 
 
@@ -151,7 +150,7 @@ class Converged:
             ladder = [s for s in every if s.variant == "LoRA"][::2]
             lorta = [s for s in every if s.variant == "LoRTA M=3" and s.groups == 1]
             every = [*(s for s in every if s.variant == "dense"), *ladder, *lorta]
-        lines = {variant: place for place, variant in enumerate(LINES)}
+        lines = {variant: place for place, variant in enumerate(CHECKED)}
         return sorted(every, key=lambda s: lines.get(s.variant, 3 if s.family in OWN_RATE else 4))
 
     @cached_property
@@ -260,7 +259,7 @@ class Converged:
     def checked(self) -> list[Setting]:
         """The sample that is run with twice the steps and more: dense, and the median of the lines of LoRA and LoRTA."""
         found = []
-        for variant in LINES:
+        for variant in CHECKED:
             own = sorted((s for s in self.settings if s.variant == variant), key=lambda s: s.parameters)
             found += own[(len(own) - 1) // 2 :][:1]
         return found

@@ -24,7 +24,7 @@ from superlora_tn_paper.markdown import percent, table, where
 from superlora_tn_paper.store import Data
 
 OPEN = "Not judged yet, for want of"
-CHECKED = ("dense", "LoRA", "LoRTA M=3")  # of which one setting each is run with more steps
+CHECKED = ("dense", "LoRA", "LoRTA M=3")  # worked off first, in this order; one setting of each is run with more steps
 LINES = ("LoRA", "LoRTA M=3", "LoRTA M=4", "LoRTA M=5")
 ABOVE = 0.05  # dense fine-tuning is wanted so far above the head alone
 
