@@ -104,8 +104,8 @@ def parser(program: str = "superlora-tn") -> argparse.ArgumentParser:
     demo.add_argument("--out", default="out/demo", metavar="FOLDER", help="where figures and results go")
     again = add("reproduce", commands.reproduce, "run one of the paper's experiments; a run that was stopped goes on")
     again.add_argument("experiment", choices=("classification", "diffusion", "geometry"), help="which")
-    words = "minutes on one core, hours to convergence (classification, diffusion), or the paper's size"
-    again.add_argument("--scale", choices=("small", "converged", "full"), default="small", help=words)
+    words = "minutes on one core, hours to convergence (classification by early stopping, too), or the paper's size"
+    again.add_argument("--scale", choices=("small", "converged", "early-stopping", "full"), default="small", help=words)
     again.add_argument("--data", help="the data folder (or SUPERLORA_DATA), or a data set's folder or hub name (full)")
     again.add_argument("--model", help="with --scale full: a folder or hub name of a vision transformer")
     words = "what classification and geometry adapt to with a data folder: tinyimagenet30 (default) or mnist"

@@ -13,8 +13,8 @@ PAPER = house.ROOT / "benchmarks" / "paper" / "superlora_tn_paper"
 FLOORS = [
     ["store", "data_folder", "vit", "unet", "differences", "rates"],
     ["markdown", "task", "domains", "classification_settings", "diffusion_settings", "classification_answers"],
-    ["hub", "judge", "denoising", "classification_training"],
-    ["classification_report", "geometry_report", "diffusion_report"],
+    ["hub", "judge", "denoising", "classification_training", "first_steps"],
+    ["classification_report", "geometry_report", "diffusion_report", "stopping"],
     ["classification", "diffusion", "converged_report"],
     ["converged", "diffusion_converged", "report"],
     ["geometry"],

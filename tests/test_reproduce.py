@@ -45,6 +45,7 @@ from superlora_tn_paper.classification_answers import (
 from superlora_tn_paper.classification_settings import settings
 from superlora_tn_paper.classification_training import Recipe, adapted
 from superlora_tn_paper.command import EXPERIMENTS, Request, reproduce
+from superlora_tn_paper.converged_report import Steps
 from superlora_tn_paper.differences import difference, within_by_chance
 from superlora_tn_paper.markdown import percent
 from superlora_tn_paper.rates import best_scored
@@ -386,6 +387,11 @@ def test_names_that_cannot_be_loaded_are_answered_with_what_to_do(tmp_path, loca
         (["--domain", "mnist", "--scale", "full"], "--domain mnist goes with a data folder, and not with --scale full"),
         (["--data", "nowhere", "--domain", "cats"], "there is no domain 'cats'; choose one of tinyimagenet30, mnist"),
         (["--scale", "converged"], "and with classification or geometry and a data folder: --data FOLDER"),
+        (["--scale", "early-stopping", "--data", "nowhere"], "with a data folder (--data FOLDER, or SUPERLORA_DATA) and with"),
+        (
+            ["--scale", "early-stopping", "--domain", "mnist"],
+            "early-stopping goes with classification or geometry, with a data",
+        ),
         (["--device", "cuda"], "torch sees no GPU here; use --device cpu"),
     ],
 )
@@ -584,13 +590,13 @@ def test_from_how_many_steps_on_more_change_nothing_follows_the_rows(rises, answ
         longer = {str(2**k): run(k, moved) for k in range(1, len(at))}
         return {"variant": variant, "words": "", "accuracies": list(spread), "longer": longer}
 
-    told = converged_report.longer_answer([row("dense", 0.0), row("LoRA", 1.0)], 100).splitlines()
-    steps = [f"- {100 * 2**k} to {200 * 2**k} steps: {answer}: " for k, answer in enumerate(answers)]
+    told = converged_report.longer_answer([row("dense", 0.0), row("LoRA", 1.0)], Steps(100)).splitlines()
+    steps = [f"- {100 * 2**k} steps to {200 * 2**k} steps: {answer}: " for k, answer in enumerate(answers)]
     assert [any(one.startswith(start) for one in told) for start in steps] == [True] * len(steps)
     assert sum(one.startswith("- ") for one in told) == len(steps)
     assert told[-1].startswith(end + " Where nothing changes")
     assert told[-1].endswith("in about 33% of such checks alone.")  # of two settings; Student's t of two degrees: 1 / sqrt(3)
-    assert "not run" in converged_report.longer_answer([], 100)
+    assert "not run" in converged_report.longer_answer([], Steps(100))
 
 
 @pytest.mark.parametrize(
@@ -610,11 +616,11 @@ def test_the_order_after_more_steps_follows_the_rows(gaps, answer):
     def apart(gap):
         return f"{-100 * gap + 0:+.1f} (standard error 0.0)"
 
-    told = converged_report.order_answer([row("dense", 0), row("LoRA", 1)], 100)
+    told = converged_report.order_answer([row("dense", 0), row("LoRA", 1)], Steps(100))
     assert answer in told
-    wanted = [f"{apart(gap)} after {steps}" for gap, steps in zip(gaps, (100, 200, 400), strict=True)]
+    wanted = [f"{apart(gap)} after {steps} steps" for gap, steps in zip(gaps, (100, 200, 400), strict=True)]
     assert told.splitlines()[-1] == f"- LoRA less dense: {'; '.join(wanted)}."
-    assert "not run" in converged_report.order_answer([], 100)
+    assert "not run" in converged_report.order_answer([], Steps(100))
 
 
 @pytest.mark.skipif(not (DATA / "weights_vit_cifar10").is_dir(), reason=f"there is no data folder at {DATA}")

@@ -65,6 +65,23 @@ def adapted(task: Task, spec: AdapterSpec, seed: int) -> Iterator[Tuned]:
         handle.detach()
 
 
+def adamw(groups: Sequence[tuple[Iterable[nn.Parameter], float]]) -> tuple[torch.optim.AdamW, list[nn.Parameter]]:
+    """The optimizer of groups of parameters and their rates, without decay, and all its parameters."""
+    optimizer = torch.optim.AdamW([{"params": list(own), "lr": rate} for own, rate in groups], weight_decay=0.0)
+    return optimizer, [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def step_down(task: Task, optimizer: torch.optim.Optimizer, own: Sequence[nn.Parameter], batch: Batch) -> float:
+    """One step on the cross-entropy of a batch; its loss before."""
+    images, labels = batch
+    loss = functional.cross_entropy(task.logits(images), labels.to(task.device, non_blocking=True))
+    optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
+    nn.utils.clip_grad_norm_(own, CLIP)
+    optimizer.step()
+    return loss.item()
+
+
 def descend(
     task: Task, groups: Sequence[tuple[Iterable[nn.Parameter], float]], batches: Iterable[Batch], steps: int, show: OnStep
 ) -> tuple[float, float]:
@@ -72,21 +89,15 @@ def descend(
 
     Returns the mean loss of the last tenth of the steps, and the median seconds of a step.
     """
-    parameters = [(list(own), rate) for own, rate in groups]
-    optimizer = torch.optim.AdamW([{"params": own, "lr": rate} for own, rate in parameters], weight_decay=0.0)
-    peaks = [rate for _, rate in parameters]
+    optimizer, own = adamw(groups)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=0.2)
     losses, seconds = [], []
     task.model.train()
-    for step, (images, labels) in enumerate(batches, 1):
+    for step, batch in enumerate(batches, 1):
         start = time.perf_counter()
-        loss = functional.cross_entropy(task.logits(images), labels.to(task.device, non_blocking=True))
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_((p for own, _ in parameters for p in own), CLIP)
-        optimizer.step()
+        losses.append(step_down(task, optimizer, own, batch))
         schedule.step()
-        losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
         show(step, steps, losses[-1])
     task.model.eval()

@@ -20,6 +20,7 @@ from superlora_tn_paper.store import Data
 from superlora_tn_paper.task import DOMAINS, Task, TaskError, digits_task, folder_task
 
 EXPERIMENTS = tuple(report.REPORTS)
+STOPPING = "early-stopping"  # the scale of runs that end by themselves
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Request:
 
     Attributes:
         experiment: one of `EXPERIMENTS`.
-        scale: "small", "converged" (diffusion; classification and geometry with a data folder) or "full".
+        scale: "small", "converged" (diffusion; classification and geometry with a data folder), "early-stopping"
+            (classification and geometry of MNIST with a data folder) or "full".
         data: the data folder, or for the full scale a data set's folder or hub name; None takes what is there without.
         model: for the full scale, a folder or hub name.
         domain: what classification and geometry adapt to, of the small scale with a data folder, one of `task.DOMAINS`;
@@ -59,6 +61,12 @@ class Request:
             raise TaskError(
                 "--scale converged goes with diffusion, and with classification or geometry and a data folder: --data FOLDER "
                 "(or SUPERLORA_DATA)."
+            )
+        fits = self.experiment != "diffusion" and self.data is not None and self.domain in converged.STOPPING
+        if self.scale == STOPPING and not fits:
+            raise TaskError(
+                f"--scale {STOPPING} goes with classification or geometry, with a data folder (--data FOLDER, or "
+                f"SUPERLORA_DATA) and with --domain {' or '.join(converged.STOPPING)}."
             )
         if self.domain is not None and self.experiment == "diffusion":
             raise TaskError(f"--domain {self.domain} goes with classification and geometry; diffusion goes from SVHN to MNIST.")
@@ -104,9 +112,10 @@ def _run(request: Request, console: Console, recipes: Mapping[str, Recipe], long
     def make(bar: Progress) -> Task:
         return make_task(request, bar)
 
-    if scale == "converged":
+    if scale in ("converged", STOPPING):
+        own = converged.STOPPING if scale == STOPPING else converged.RECIPES
         experiment = geometry.run_converged if request.experiment == "geometry" else converged.run
-        return experiment(out, longer or converged.RECIPES[request.domain or DOMAINS[0]], make, console)
+        return experiment(out, longer or own[request.domain or DOMAINS[0]], make, console)
     recipe = recipes["digits" if scale == "small" and request.data is None else scale]
 
     if request.experiment == "geometry":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,27 +30,45 @@ LINES = ("LoRA", "LoRTA M=3", "LoRTA M=4", "LoRTA M=5")
 ABOVE = 0.05  # dense fine-tuning is wanted so far above the head alone
 
 
+@dataclass(frozen=True)
+class Steps:
+    """Words for so many times the steps of a run.
+
+    Attributes:
+        count: of every run; None where each ends by itself.
+    """
+
+    count: int | None
+
+    def __call__(self, times: int) -> str:
+        """Words for them."""
+        if self.count is not None:
+            return f"{times * self.count:,} steps"
+        return "the steps until the stop" if times == 1 else f"{times} times as many"
+
+
 def report(result: Data) -> str:
     """The report in markdown."""
-    rows, missing = result["rows"], result["unfinished"]
-    parts = ["# Image classification to convergence", where(result) + " " + _setup(result)]
+    rows, missing, stop = result["rows"], result["unfinished"], result["recipe"].get("stop")
+    title = "# Image classification to convergence" + (" by early stopping" if stop else "")
+    parts = [title, where(result) + " " + _setup(result)]
     if missing:
         parts.append(f"**Unfinished**: {len(missing)} settings are missing: {_named(missing)}. What needs them is not judged.")
     parts += ["## Results", f"![Accuracy against trainable parameters]({PARETO})", _results(rows), "## Has it converged?"]
     checked = [r for r in missing if r["variant"] in CHECKED]
-    parts += [f"{OPEN} {_named(checked)}."] if checked else _converged(rows, result["recipe"]["steps"])
+    parts += [f"{OPEN} {_named(checked)}."] if checked else _converged(rows, Steps(None if stop else result["recipe"]["steps"]))
     return "\n\n".join([*parts, *_questions(rows, missing, result["recipe"]), ""])
 
 
-def _converged(rows: list[Data], steps: int) -> list[str]:
+def _converged(rows: list[Data], steps: Steps) -> list[str]:
     sample = [r for r in rows if r["longer"]]
     answers = [longer_answer(sample, steps), order_answer(sample, steps), edge_answer(rows)]
     return [head_answer(rows), *([_longer(sample, steps)] if sample else []), *answers]
 
 
-def _longer(sample: list[Data], steps: int) -> str:
+def _longer(sample: list[Data], steps: Steps) -> str:
     seeds, every = _seeds(sample), _every(sample)
-    heading = ("variant", "setting", *(f"{times * steps:,} steps" for times in every))
+    heading = ("variant", "setting", *map(steps, every))
     lines = [(r["variant"], r["words"], *(percent(after(r, times)[:seeds]) for times in every)) for r in sample]
     words = f"Accuracy of the sample after more steps at the same rate, %, over the first {seeds} seeds."
     return table(heading, lines) + f"\n\n{words}"
@@ -60,12 +79,10 @@ def _named(rows: list[Data]) -> str:
 
 
 def _setup(result: Data) -> str:
-    recipe = result["recipe"]
+    recipe, apart = result["recipe"], f"{result['images']['apart']:,} others"
     return (
         f"{result['task'][0].upper()}{result['task'][1:]}: {result['classes']} classes; each seed draws {recipe['images']:,} "
-        f"training images, {result['images']['test']:,} test. Of {result['images']['apart']:,} others is chosen, with another "
-        "seed, the rate of the lowest loss among those whose accuracy is within a standard error of the highest. "
-        f"{recipe['steps']} steps of {recipe['batch']} images, AdamW, one-cycle, no augmentation. The head starts at its "
+        f"training images, {result['images']['test']:,} test. {_ends(recipe, apart)} The head starts at its "
         f"optimum on the frozen model for the same images, and goes on at {recipe['head_rate']:g}. Each setting multiplies "
         f"its rates by the number (last column) with which the first step at rate r moves all dW by {recipe['stride']:g} r "
         "sqrt(elements), so that a rate means the same for all. Every LoRA and LoRTA setting chooses its own "
@@ -73,8 +90,27 @@ def _setup(result: Data) -> str:
     )
 
 
+def _ends(recipe: Data, apart: str) -> str:
+    """How long runs are, and what the images held apart decide."""
+    if not (stop := recipe.get("stop")):
+        return (
+            f"The rate is chosen on {apart}, with another seed: that of the lowest loss among those whose accuracy is within a "
+            f"standard error of the highest. {recipe['steps']} steps of {recipe['batch']} images, AdamW, one-cycle, no "
+            "augmentation."
+        )
+    return (
+        f"AdamW, batches of {recipe['batch']} images, a constant rate after {stop['warmup']} steps of warm-up, no "
+        f"augmentation. After every {stop['every']} steps the running average of the parameters (each step keeps "
+        f"{stop['memory']:.0%}) is judged by its loss on {apart}. A run ends {stop['patience']} steps after its best look, one "
+        f"whose loss is lower than the best before by more than {stop['better']:.0%}, or after {stop['most']:,} steps; that "
+        "average is kept. By the same loss the rate is chosen, with another seed."
+    )
+
+
 def _results(rows: list[Data]) -> str:
-    heading = ("variant", "setting", "parameters", "seeds", "accuracy, %", "head alone, %", "rate", "rate x")
+    stopped = any("best" in r for r in rows)
+    own = ("best step", "steps") if stopped else ()
+    heading = ("variant", "setting", "parameters", "seeds", "accuracy, %", "head alone, %", "rate", "rate x", *own)
     lines = [
         (
             r["variant"],
@@ -85,6 +121,7 @@ def _results(rows: list[Data]) -> str:
             percent(r["heads"]),
             f"{r['rate']:g}" + " (edge)" * r["edge"],
             f"{statistics.fmean(r['rate_times']):.3g}",
+            *(f"{statistics.fmean(r[name]):,.0f}" for name in ("best", "steps") if stopped),
         )
         for r in sorted(rows, key=lambda r: -r["parameters"])
     ]
@@ -114,7 +151,7 @@ def _every(sample: list[Data]) -> list[int]:
     return [1, *sorted(int(times) for times in sample[0]["longer"])] if sample else []
 
 
-def longer_answer(sample: list[Data], steps: int) -> str:
+def longer_answer(sample: list[Data], steps: Steps) -> str:
     """Of each number of steps, whether twice as many move a setting of the sample by more than one standard error."""
     lines, enough, times = [], None, 1
     while found := list(_doubled(sample, times)):
@@ -122,20 +159,27 @@ def longer_answer(sample: list[Data], steps: int) -> str:
         clear = sum(change.sign != 0 and change.clear for _, change in found)
         answer = f"**yes**, {moved} of {len(found)} ({clear} clearly)" if moved else "**no**"
         told = "; ".join(f"{_named([r])} {_points(change)}" for r, change in found)
-        lines.append(f"- {times * steps:,} to {2 * times * steps:,} steps: {answer}: {told} points.")
+        lines.append(f"- {steps(times)} to {steps(2 * times)}: {answer}: {told} points.")
         by_chance = within_by_chance(_seeds(sample)) ** len(found)
-        enough = None if moved else enough or times * steps
+        enough = None if moved else enough or steps(times)
         times *= 2
     if not lines:
         return "Twice the steps: not run on two seeds or more."
-    end = (
-        f"{enough:,} steps are enough for them" if enough else "none of the numbers of steps that were tried is enough for all"
-    )
+    end = f"{enough} are enough for them" if enough else "none of the numbers of steps that were tried is enough for all"
     rule = (
         f"Where nothing changes, all of the sample stay within a standard error in about {by_chance:.0%} of such checks alone."
     )
+    if any("best_later" in r for r in sample):
+        rule = _same(sample)
     question = "Do twice the steps move a setting of the sample by more than one standard error?"
     return "\n\n".join([question, "\n".join(lines), f"So {end}. {rule}"])
+
+
+def _same(sample: list[Data]) -> str:
+    """How many runs that went on found nothing better."""
+    pairs = [(a, b) for r in sample for later in r["best_later"].values() for a, b in zip(r["best"], later, strict=False)]
+    kept = sum(a == b for a, b in pairs)
+    return f"Of {len(pairs)} runs that went on, {kept} found nothing better, and keep what they had when they would have ended."
 
 
 def _doubled(rows: list[Data], times: int) -> Iterator[tuple[Data, Difference]]:
@@ -146,7 +190,7 @@ def _doubled(rows: list[Data], times: int) -> Iterator[tuple[Data, Difference]]:
             yield r, difference(first[: len(second)], second)
 
 
-def order_answer(sample: list[Data], steps: int) -> str:
+def order_answer(sample: list[Data], steps: Steps) -> str:
     """Whether the settings of the sample lie in one order whatever the number of steps."""
     every, seeds = _every(sample), _seeds(sample)
     lines, mixed, unseen = [], False, False
@@ -154,7 +198,7 @@ def order_answer(sample: list[Data], steps: int) -> str:
         found = [difference(after(first, times)[:seeds], after(second, times)[:seeds]) for times in every]
         signs = {one.sign for one in found}
         mixed, unseen = mixed or {1, -1} <= signs, unseen or 0 in signs
-        told = "; ".join(f"{_points(one)} after {times * steps:,}" for times, one in zip(every, found, strict=True))
+        told = "; ".join(f"{_points(one)} after {steps(times)}" for times, one in zip(every, found, strict=True))
         lines.append(f"- {_named([second])} less {_named([first])}: {told}.")
     if not lines:
         return "The order of the sample after more steps: not run."
