@@ -16,7 +16,7 @@ pytest.importorskip("sklearn", reason="the demo extra is not installed")
 
 from rich.console import Console
 from superlora_tn_paper import converged, report
-from superlora_tn_paper.stopping import Stop, descend_until
+from superlora_tn_paper.stopping import Stop, calibrated_loss, descend_until
 from superlora_tn_paper.task import Memory, Subset, Task
 from test_reproduce import SHORT, few, noise_task
 
@@ -149,3 +149,30 @@ def test_the_runs_that_end_by_themselves_are_reported_with_their_steps(tmp_path,
     jobs = {path.name for path in tmp_path.glob("classification_jobs/*/*.json")}
     assert not any("_x2" in name for name in jobs)  # one run goes on to both
     assert converged.run(tmp_path, recipe, noise_task, Console(quiet=True))["rows"] == result["rows"]
+
+
+@given(
+    st.integers(0, 2**31),
+    st.floats(0.01, 100.0),
+    st.sampled_from([-3.0, -0.5, 0.0, 0.5, 3.0]),
+    st.integers(2, 10),
+)
+def test_the_calibrated_loss_is_the_lowest_of_all_temperatures(seed, size, knows, classes):
+    """`knows` is how far the right class's logit is raised: below 0 every temperature is worse than knowing nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (50,), generator=generator)
+    scores = torch.randn(50, classes, generator=generator, dtype=torch.float64)
+    scores[torch.arange(50), labels] += knows
+    inverses = torch.logspace(-9, 6, 3001, dtype=torch.float64)[:, None, None] / size
+    of_each = torch.logsumexp(inverses * scores * size, -1) - (inverses * scores * size)[:, torch.arange(50), labels]
+    least = float(of_each.mean(-1).min())
+    found = calibrated_loss((scores * size).float(), labels)
+    assert found == pytest.approx(least, abs=1e-4)  # the grid's steps of 1.2 % in temperature, and float32 logits
+
+
+def test_the_calibrated_loss_of_a_perfect_order_is_nothing_and_of_what_is_not_finite_not_a_number():
+    labels = torch.tensor([0, 1, 2])
+    assert calibrated_loss(torch.eye(3), labels) == pytest.approx(0.0, abs=1e-9)
+    assert calibrated_loss(torch.zeros(3, 4), labels) == pytest.approx(math.log(4))
+    assert math.isnan(calibrated_loss(torch.full((3, 4), math.nan), labels))
+    assert math.isnan(calibrated_loss(torch.tensor([[math.inf, 0.0, 0.0]] * 3), labels))

@@ -118,10 +118,15 @@ class Score:
 
 
 @torch.no_grad()
+def answers(task: Task, split: Subset, batch: int) -> Tensor:
+    """Logits (n, classes) of the model as it is, for all images of a split, on the CPU."""
+    task.model.eval()
+    return torch.cat([task.logits(images).cpu() for images, _ in split.in_order(batch)])
+
+
 def score(task: Task, split: Subset, batch: int) -> Score:
     """The model as it is, on all images of a split."""
-    task.model.eval()
-    return _scored(torch.cat([task.logits(images).cpu() for images, _ in split.in_order(batch)]), split.labels)
+    return _scored(answers(task, split, batch), split.labels)
 
 
 def _scored(logits: Tensor, labels: Tensor) -> Score:

@@ -101,9 +101,10 @@ def _ends(recipe: Data, apart: str) -> str:
     return (
         f"AdamW, batches of {recipe['batch']} images, a constant rate after {stop['warmup']} steps of warm-up, no "
         f"augmentation. After every {stop['every']} steps the running average of the parameters (each step keeps "
-        f"{stop['memory']:.0%}) is judged by its loss on {apart}. A run ends {stop['patience']} steps after its best look, one "
-        f"whose loss is lower than the best before by more than {stop['better']:.0%}, or after {stop['most']:,} steps; that "
-        "average is kept. By the same loss the rate is chosen, with another seed."
+        f"{stop['memory']:.0%}) is judged by its cross-entropy at the best temperature on {apart}. A run ends "
+        f"{stop['patience']} steps after its best look, one that is lower than the best before by more than "
+        f"{stop['better']:.0%}, or after {stop['most']:,} steps; that average is kept. By the same loss the rate is chosen, "
+        "with another seed."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from superlora_tn.demo.progress import OnStep
 from superlora_tn_paper.classification_training import adamw, step_down
-from superlora_tn_paper.rates import LEVEL
 from superlora_tn_paper.store import Data
 from superlora_tn_paper.task import Batch, Task
 
@@ -31,10 +32,10 @@ class Stop:
         warmup: steps in which the rates rise to their constant values.
     """
 
-    every: int = 50
-    patience: int = 400
+    every: int = 100
+    patience: int = 500
     most: int = 4000
-    better: float = LEVEL
+    better: float = 0.02
     memory: float = 0.99
     warmup: int = 50
 
@@ -89,6 +90,34 @@ def _held(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Itera
         put(parameters, own)
 
 
+def calibrated_loss(logits: Tensor, labels: Tensor) -> float:
+    """Mean cross-entropy at the best temperature: what is wrong with the order of the classes, not with how sure it is of it.
+
+    After many passes over few images a run that has learnt more is surer of its mistakes, too, so its loss rises while its
+    accuracy still does; this loss shows the latter (Berta et al., arXiv 2501.19195). It is convex in the inverse temperature.
+
+    Args:
+        logits: (n, classes).
+        labels: (n,).
+
+    Returns:
+        The loss in nats; not a number where a logit is not finite.
+    """
+    scores, inverse = logits.double(), 1.0
+    if not bool(scores.isfinite().all()):
+        return math.nan
+    right = scores.gather(-1, labels[:, None])[:, 0].mean()
+    for _ in range(100):  # Newton's steps, at most a factor of four each
+        likely = (inverse * scores).softmax(-1)
+        mean = (likely * scores).sum(-1)
+        slope, curve = float(mean.mean() - right), float(((likely * scores.square()).sum(-1) - mean.square()).mean())
+        wanted = inverse - slope / curve if curve > 0 else inverse
+        before, inverse = inverse, min(max(wanted, inverse / 4), inverse * 4)
+        if abs(inverse - before) <= 1e-9 * before:
+            break
+    return float(functional.cross_entropy(inverse * scores, labels))
+
+
 def descend_until(
     task: Task,
     groups: Sequence[tuple[Iterable[nn.Parameter], float]],
@@ -105,7 +134,7 @@ def descend_until(
         groups: parameters and their rates.
         batches: without end, or long enough; the same however long the run is.
         stop: when it ends.
-        judge: the loss of the model as it is on the images held apart.
+        judge: a loss of the model as it is on the images held apart.
         show: told of each step.
         longer: once it would have ended, the run goes on to so many times its steps, in rising order.
 
