@@ -279,6 +279,10 @@ def test_a_difference_is_judged_by_its_spread_over_the_seeds():
     assert difference([0.1, 0.2, 0.3], [0.11, 0.24, 0.33]).verdict == "a hint: more"  # 0.027 +- 0.009, t = 3.02 < 4.303
     assert difference([0.1, 0.2, 0.3], [0.05, 0.151, 0.249]).verdict == "clear: less"
     assert difference([0.1], [0.9]).verdict == "one seed: not judged"
+    for seeds in (2, 3, 5):  # one seed alone moves: mean and standard error are equal, and rounding does not decide
+        for right in range(1100, 1400):
+            first = [right / 1500] * seeds
+            assert difference(first, [(right + 10) / 1500, *first[1:]]).sign == 0
     # Student's t between -1 and 1, in closed form for one and two degrees of freedom; for many the normal distribution.
     assert within_by_chance(2) == pytest.approx(0.5, abs=1e-6)
     assert within_by_chance(3) == pytest.approx(3**-0.5, abs=1e-6)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 # Student's t at 97.5 %, by degrees of freedom (one fewer than seeds); beyond the list, the last.
 QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+ROUNDING = 1e-9  # where one seed alone differs, mean and standard error are the same number, whatever it is
 RULE = (
     "Rule for every difference (paired: the same seed on both sides, so the same head, images and order; mean ± its standard "
     "error over the seeds): **no difference seen** where the mean is within one standard error of 0; **clear** where it is "
@@ -33,7 +34,7 @@ class Difference:
     @property
     def sign(self) -> int:
         """1 or -1 where a difference is seen, 0 where none is."""
-        seen = self.error is not None and abs(self.mean) > self.error
+        seen = self.error is not None and abs(self.mean) > self.error * (1 + ROUNDING)
         return (1 if self.mean > 0 else -1) if seen else 0
 
     @property
