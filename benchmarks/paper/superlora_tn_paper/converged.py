@@ -237,7 +237,8 @@ class Converged:
 
         def score(rate: float) -> dict[str, float]:
             job = self.job(setting, rate, recipe.choice_seed, apart, "choose_")
-            return {"accuracy": float(job["accuracy"]), "loss": float(job.get("loss_apart", job["loss"]))}
+            loss = job["loss" if recipe.stop is None else "loss_apart"]
+            return {"accuracy": float(job["accuracy"]), "loss": float(loss)}
 
         return searched(recipe.rates, recipe.factor, recipe.extensions, score, self.best)
 
