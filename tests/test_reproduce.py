@@ -479,6 +479,10 @@ def test_the_lines_alone_are_dense_lora_and_lorta_without_groups(tmp_path):
     assert [s.variant for s in own.settings] == ["dense"] + ["LoRA"] * 3 + ["LoRTA M=3"] * 4
     assert {s.groups for s in own.settings} == {0, 1}
     assert [s.rank for s in own.settings[1:4]] == [1, 4, 16]
+    sample = converged.Converged(own.task, dataclasses.replace(short, sample=True), own.store, None, tmp_path)
+    assert sample.settings == sample.checked() == own.checked()
+    assert [s.variant for s in sample.settings] == ["dense", "LoRA", "LoRTA M=3"]
+    assert sample.settings[1].rank == 4
     rows = [{**converged._about(s), "accuracies": [0.5, 0.6]} for s in own.settings]
     told = "\n".join(converged_report._questions(rows, [], {"lines": True}))
     assert "reach LoRA's accuracy" in told

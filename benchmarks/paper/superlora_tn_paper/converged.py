@@ -61,6 +61,7 @@ class ConvergedRecipe:
         apart: the share of all training images that choose a rate, held apart from all training.
         look: images at once where nothing is trained.
         lines: run the lines alone: dense fine-tuning, every second rank of LoRA, and LoRTA of order 3 without groups.
+        sample: of the lines, run the sample (`Converged.checked`) alone.
         longer: how many times the steps the sample (`Converged.checked`) is run with as well, on `seeds` and at the same rate.
         stop: a run ends by itself instead of after `steps`, at a constant rate.
     """
@@ -79,6 +80,7 @@ class ConvergedRecipe:
     apart: float = 0.04
     look: int = 250
     lines: bool = False
+    sample: bool = False
     longer: tuple[int, ...] = (2,)
     stop: Stop | None = None
 
@@ -91,9 +93,9 @@ RECIPES = {
 }
 # In trials on the choice seed dense fine-tuning's plain loss was lowest after 150 steps, 3 points of accuracy before the best;
 # the calibrated loss goes on falling as long as the accuracy rises.
-STOPPING = {"mnist": ConvergedRecipe(rates=(2e-2, 4e-2, 8e-2), factor=2.0, lines=True, stop=Stop())}
+STOPPING = {"mnist": ConvergedRecipe(rates=(2e-2, 4e-2, 8e-2), factor=2.0, lines=True, sample=True, stop=Stop())}
 # Of the recipe: each job's own are in its name.
-NOT_A_JOBS = ("seeds", "more_seeds", "rates", "factor", "extensions", "lines", "longer")
+NOT_A_JOBS = ("seeds", "more_seeds", "rates", "factor", "extensions", "lines", "sample", "longer")
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ class Converged:
             ladder = [s for s in every if s.variant == "LoRA"][::2]
             lorta = [s for s in every if s.variant == "LoRTA M=3" and s.groups == 1]
             every = [*(s for s in every if s.variant == "dense"), *ladder, *lorta]
+        if self.recipe.sample:
+            return _middle(every)
         lines = {variant: place for place, variant in enumerate(CHECKED)}
         return sorted(every, key=lambda s: lines.get(s.variant, 3 if s.family in OWN_RATE else 4))
 
@@ -251,11 +255,7 @@ class Converged:
 
     def checked(self) -> list[Setting]:
         """The sample that is run with twice the steps and more: dense, and the median of the lines of LoRA and LoRTA."""
-        found = []
-        for variant in CHECKED:
-            own = sorted((s for s in self.settings if s.variant == variant), key=lambda s: s.parameters)
-            found += own[(len(own) - 1) // 2 :][:1]
-        return found
+        return _middle(self.settings)
 
     def row(self, setting: Setting, whole: bool = True) -> Data:
         """All that is needed of one setting; not `whole`: on the first seeds alone, and not with more steps.
@@ -287,6 +287,14 @@ class Converged:
             "step_seconds": statistics.median(one["step_seconds"] for one in runs),
             **(_stops(runs, further) if recipe.stop is not None else {}),
         }
+
+
+def _middle(every: Sequence[Setting]) -> list[Setting]:
+    found = []
+    for variant in CHECKED:
+        own = sorted((s for s in every if s.variant == variant), key=lambda s: s.parameters)
+        found += own[(len(own) - 1) // 2 :][:1]
+    return found
 
 
 def _about(setting: Setting) -> Data:
@@ -350,7 +358,7 @@ def run(out: Path, recipe: ConvergedRecipe, make: Callable[[Progress], Task], co
     with opened(out, recipe, make, console) as experiment:
         rows: dict[str, Data] = {}
         for whole in (False, True):
-            left = sorted(experiment.settings, key=lambda one: one not in experiment.checked())
+            left = experiment.settings
             while left:
                 before = left
                 for setting in before:

@@ -57,7 +57,8 @@ def report(result: Data) -> str:
     parts += ["## Results", f"![Accuracy against trainable parameters]({PARETO})", _results(rows), "## Has it converged?"]
     checked = [r for r in missing if r["variant"] in CHECKED]
     parts += [f"{OPEN} {_named(checked)}."] if checked else _converged(rows, Steps(None if stop else result["recipe"]["steps"]))
-    return "\n\n".join([*parts, *_questions(rows, missing, result["recipe"]), ""])
+    ends = [RULE] if result["recipe"].get("sample") else _questions(rows, missing, result["recipe"])
+    return "\n\n".join([*parts, *ends, ""])
 
 
 def _converged(rows: list[Data], steps: Steps) -> list[str]:
