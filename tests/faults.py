@@ -676,6 +676,18 @@ TABLE: Table = {
             "test_checkpoint_interrupted.py::test_an_interruption_at_any_call_leaves_one_adapter_and_nothing_else",
         ),
     },
+    "superlora_tn/files/gguf.py": {
+        "gguf-rows-stay-in-its-order": (
+            "_turned(up, (count, up.shape[0] // count // 2, 2))",
+            "_turned(up, (count, 2, up.shape[0] // count // 2))",
+            "test_gguf_names.py::test_rows_of_heads_are_what_llama_cpp_makes_of_them",
+        ),
+        "gguf-keys-counted-as-queries": (
+            'count = heads[name.endswith("k_proj")]',
+            "count = heads[0]",
+            "test_gguf_names.py::test_rows_of_heads_are_what_llama_cpp_makes_of_them",
+        ),
+    },
     "superlora_tn/files/bounds.py": {
         "a-name-twice-is-read": (
             "if len(found) != len(pairs):",

@@ -16,11 +16,12 @@ import pytest
 import torch
 from foreign import Net, close, deltas, inputs, parsed, shapes, shuffle
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import superlora_tn as sl
 from superlora_tn.files import own
+from superlora_tn.files.base_model import base_model
 from superlora_tn.files.convert import convert
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.foreign import Fitted
@@ -438,9 +439,10 @@ def test_a_token_table_in_gguf_is_looked_up_by_rows_of_its_a(tmp_path: Path) -> 
     assert found["output.weight.lora_a"].shape == (3, 6)
 
     # There and back by PEFT's, which calls it an embedding's.
-    convert(place, tmp_path / "peft", "peft")
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    convert(place, tmp_path / "peft", "peft", base=base_model(tmp_path / "base.safetensors"))
     keys = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    inner, outer = (keys[f"base_model.model.token_embd.lora_embedding_{side}"].double() for side in "AB")
+    inner, outer = (keys[f"base_model.model.embed_tokens.lora_embedding_{side}"].double() for side in "AB")
     assert torch.equal(inner.T, a)
     assert torch.equal(outer, b)
     tuned.save(tmp_path / "own", "peft")

@@ -12,9 +12,10 @@ from pathlib import Path
 from torch import Tensor
 
 from superlora_tn.declare.fold import Shape
-from superlora_tn.files.container import look, tensor
+from superlora_tn.files.container import look, read_json, tensor
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.folder import place_of
+from superlora_tn.files.gguf import heads_in
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,21 @@ class BaseModel:
     Attributes:
         files: parameter's full name -> the file that holds it.
         sizes: parameter's full name -> its shape.
+        config: the model's ``config.json``, which may not be there.
     """
 
     files: Mapping[str, Path]
     sizes: Mapping[str, tuple[int, ...]]
+    config: Path | None = None
+
+    @property
+    def heads(self) -> tuple[int, int] | None:
+        """Heads of attention's q and of its k; None where no configuration tells them.
+
+        Raises:
+            CheckpointError: the configuration is damaged.
+        """
+        return heads_in(read_json(self.config)) if self.config is not None and self.config.is_file() else None
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -109,7 +121,8 @@ def base_model(path: str | PathLike[str]) -> BaseModel:
     found: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for file in files:
         found |= {name: (file, shape) for name, shape in look(file).items()}
-    return BaseModel({n: f for n, (f, _) in found.items()}, {n: s for n, (_, s) in found.items()})
+    config = files[0].with_name("config.json")
+    return BaseModel({n: f for n, (f, _) in found.items()}, {n: s for n, (_, s) in found.items()}, config)
 
 
 def within(name: str, targets: Sequence[str]) -> bool:

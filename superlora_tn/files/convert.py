@@ -12,7 +12,7 @@ import torch
 from superlora_tn.files.base_model import BaseModel
 from superlora_tn.files.errors import CheckpointError
 from superlora_tn.files.foreign import Fitted, Parsed
-from superlora_tn.files.gguf import Architecture
+from superlora_tn.files.gguf import Architecture, in_model
 from superlora_tn.files.names import label
 from superlora_tn.files.own import Saved, check_part
 from superlora_tn.files.plain import Wish
@@ -91,7 +91,9 @@ def _converted(
     if part is not None:
         found = found.only(part)
     if base is not None:
-        fitted = found.fitted(base.shapes, parameters=base.sizes, weights=base.weight, stored=True)
+        fitted = in_model(found, base.shapes, lambda: base.heads).fitted(
+            base.shapes, parameters=base.sizes, weights=base.weight, stored=True
+        )
         if to == "superlora":
             saved = fitted.saved(base.parameter)
             fitted = Fitted(saved.entries, saved.tensors, {}, saved.buffers, fitted.kernels, fitted.embeddings)
@@ -125,6 +127,7 @@ def _from_fitted(fitted: Fitted, target: str | PathLike[str], to: Format, more: 
 
 def _as_named(found: Parsed, target: str | PathLike[str], to: Format, wish: Wish, prefix: str | None) -> Report:
     """Into kohya's way of writing, which needs no model: dots become '_', and such names stay."""
+    found.check_names()
     weights = []
     for weight in found.weights:
         if weight.late is not None or weight.rests:

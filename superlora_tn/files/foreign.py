@@ -96,6 +96,21 @@ class Parsed:
         """The parts of a pipeline that the file adapts, by its prefixes; "" where they name none."""
         return tuple(dict.fromkeys(label(w.name).part for w in self.weights))
 
+    @property
+    def architecture(self) -> str:
+        """GGUF's, whose names its weights have; "" for names that a model has."""
+        own = self.metadata.get("general.architecture", "unknown") if self.origin == "gguf" else "unknown"
+        named = any(w.name.startswith("blk.") or w.name in ("token_embd", "output") for w in self.weights)
+        return own if named and own != "unknown" else ""
+
+    def check_names(self) -> None:
+        """Raise `CheckpointError` where the names are no model's, and rows may be in another order."""
+        if self.architecture:
+            raise CheckpointError(
+                f"{self.path}: names such as '{self.weights[0].name}' are those of GGUF's architecture '{self.architecture}', "
+                "so the modules are known only with the base model; give it."
+            )
+
     def only(self, part: str) -> Parsed:
         """The weights of one part alone, such as ``"unet"``.
 
@@ -209,6 +224,7 @@ class Parsed:
         Raises:
             CheckpointError: the names have '_' for '.', or something in the file is only known with a model.
         """
+        self.check_names()
         for weight in self.weights:
             if not label(weight.name).dotted:
                 raise CheckpointError(

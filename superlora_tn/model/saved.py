@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from superlora_tn.declare.parts import SpecError
+from superlora_tn.files.gguf import heads_in, in_model
 from superlora_tn.files.own import CheckpointError, Entry, Saved, check_part
 from superlora_tn.files.read import read
 from superlora_tn.model.buffers import by_one_name
@@ -47,8 +48,15 @@ def read_for(
     def weights(name: str) -> Tensor:
         return targets[name].kind.read(targets[name].layer).detach()
 
+    found = in_model(found, shapes, lambda: _heads(model))
     saved = found.fitted(shapes, parameters=tensors, weights=weights, part=part, joined=joined).saved(tensors.__getitem__)
     return replace(saved, buffers=by_one_name(model, saved.buffers))
+
+
+def _heads(model: nn.Module) -> tuple[int, int] | None:
+    """Heads of q and of k, where the model has a configuration of transformers that tells them."""
+    told = getattr(getattr(model, "config", None), "to_dict", None)
+    return heads_in(told()) if callable(told) else None
 
 
 def check_base(model: nn.Module, folder: str | PathLike[str], saved: Saved, at: At | None) -> None:
