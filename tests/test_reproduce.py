@@ -607,6 +607,17 @@ def test_from_how_many_steps_on_more_change_nothing_follows_the_rows(rises, answ
     assert "not run" in converged_report.longer_answer([], Steps(100))
 
 
+def test_the_largest_change_stands_beside_what_the_test_images_can_tell():
+    rows = [
+        {"accuracies": [0.5, 0.5], "longer": {"2": [0.52, 0.54], "4": [0.48, 0.48]}},
+        {"accuracies": [0.9, 0.9, 0.9], "longer": {"2": [0.9, 0.9], "4": [0.9, 0.9]}},
+    ]
+    told = converged_report.size_answer(rows, 100)  # from 0.53 down to 0.48; sqrt(0.9 * 0.1 / 100) and sqrt(0.5 * 0.5 / 100)
+    assert told.startswith("The largest change is 5.0 points; one accuracy on 100 test images has")
+    assert "of 3.0 to 5.0 by the images alone" in told
+    assert "not run" in converged_report.size_answer([], 100)
+
+
 @pytest.mark.parametrize(
     ("gaps", "answer"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,14 +57,15 @@ def report(result: Data) -> str:
         parts.append(f"**Unfinished**: {len(missing)} settings are missing: {_named(missing)}. What needs them is not judged.")
     parts += ["## Results", f"![Accuracy against trainable parameters]({PARETO})", _results(rows), "## Has it converged?"]
     checked = [r for r in missing if r["variant"] in CHECKED]
-    parts += [f"{OPEN} {_named(checked)}."] if checked else _converged(rows, Steps(None if stop else result["recipe"]["steps"]))
+    steps = Steps(None if stop else result["recipe"]["steps"])
+    parts += [f"{OPEN} {_named(checked)}."] if checked else _converged(rows, steps, result["images"]["test"])
     ends = [RULE] if result["recipe"].get("sample") else _questions(rows, missing, result["recipe"])
     return "\n\n".join([*parts, *ends, ""])
 
 
-def _converged(rows: list[Data], steps: Steps) -> list[str]:
+def _converged(rows: list[Data], steps: Steps, images: int) -> list[str]:
     sample = [r for r in rows if r["longer"]]
-    answers = [longer_answer(sample, steps), order_answer(sample, steps), edge_answer(rows)]
+    answers = [longer_answer(sample, steps), size_answer(sample, images), order_answer(sample, steps), edge_answer(rows)]
     return [head_answer(rows), *([_longer(sample, steps)] if sample else []), *answers]
 
 
@@ -175,6 +177,19 @@ def longer_answer(sample: list[Data], steps: Steps) -> str:
         rule = _same(sample)
     question = "Do twice the steps move a setting of the sample by more than one standard error?"
     return "\n\n".join([question, "\n".join(lines), f"So {end}. {rule}"])
+
+
+def size_answer(sample: list[Data], images: int) -> str:
+    """How large the changes are beside what so many test images can tell."""
+    times = _every(sample)[:-1]
+    changes = [abs(change.mean) for k in times for _, change in _doubled(sample, k)]
+    if not changes:
+        return "The size of the changes: not run."
+    errors = [math.sqrt(p * (1 - p) / images) for r in sample for p in [statistics.fmean(r["accuracies"])]]
+    return (
+        f"The largest change is {100 * max(changes):.1f} points; one accuracy on {images:,} test images has a standard error "
+        f"of {100 * min(errors):.1f} to {100 * max(errors):.1f} by the images alone."
+    )
 
 
 def _same(sample: list[Data]) -> str:
