@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,19 @@ def test_it_loads_on_the_inner_model_and_within_another(tmp_path: Path) -> None:
     loaded = sl.load(outer, tmp_path / "x.gguf")
     for name, delta in deltas.items():
         assert torch.equal(loaded.delta(f"language.{name}"), delta)
+
+
+def test_a_model_of_the_files_own_names_takes_it_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deltas = written(tmp_path / "x.gguf", targets=["v_proj"])
+    monkeypatch.setitem(sys.modules, "gguf", None)  # not needed here
+    block = nn.ModuleDict({"attn_v": nn.Linear(24, 12)})
+    loaded = sl.load(nn.ModuleDict({"blk": nn.ModuleList([block, copy.deepcopy(block)])}), tmp_path / "x.gguf")
+    for k, delta in enumerate(deltas.values()):
+        assert torch.equal(loaded.delta(f"blk.{k}.attn_v"), delta)
+    with pytest.raises(
+        CheckpointError, match=r"architecture 'llama' need the package gguf: pip install 'superlora_tn\[gguf\]'"
+    ):
+        sl.load(model(), tmp_path / "x.gguf")
 
 
 def test_what_is_not_clear_is_refused_and_the_model_left_as_it_was(tmp_path: Path) -> None:

@@ -185,9 +185,9 @@ def in_model(found: Parsed, modules: Iterable[str], heads: Callable[[], tuple[in
         CheckpointError: a name that several modules have, a weight that the architecture stores otherwise, heads that are not
             given, or the package ``gguf`` is not there.
     """
-    if not found.architecture:
-        return found
     modules = list(modules)
+    if not found.architecture or {weight.name for weight in found.weights} <= set(modules):
+        return found
     known = _table(found.architecture, modules)
     places: dict[str, dict[int, list[str]]] = {}
     for module in modules:
