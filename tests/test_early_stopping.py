@@ -138,7 +138,7 @@ def test_the_runs_that_end_by_themselves_are_reported_with_their_steps(tmp_path,
         assert tried[f"{row['rate']:g}"] == min(tried.values())
     told = report.text(tmp_path)
     assert told.startswith("# Image classification to convergence by early stopping\n")
-    assert "the steps until the stop | 2 times as many |" in told
+    assert "the steps until the stop | twice as many | best, mean | steps, mean |" in told
     pairs = [(b, c) for row in sample for b, c in zip(row["best"], row["best_later"]["2"], strict=False)]
     assert f"Of {len(pairs)} runs that went on, {sum(b == c for b, c in pairs)} found nothing better" in told
     assert len(pairs) == 3 * len(recipe.seeds)

@@ -45,7 +45,7 @@ class Steps:
         """Words for them."""
         if self.count is not None:
             return f"{times * self.count:,} steps"
-        return "the steps until the stop" if times == 1 else f"{times} times as many"
+        return "the steps until the stop" if times == 1 else "twice as many" if times == 2 else f"{times} times as many"
 
 
 def report(result: Data) -> str:
@@ -71,9 +71,19 @@ def _converged(rows: list[Data], steps: Steps, images: int) -> list[str]:
 
 def _longer(sample: list[Data], steps: Steps) -> str:
     seeds, every = _seeds(sample), _every(sample)
-    heading = ("variant", "setting", *map(steps, every))
-    lines = [(r["variant"], r["words"], *(percent(after(r, times)[:seeds]) for times in every)) for r in sample]
+    stops = ("best", "steps") if steps.count is None else ()
+    heading = ("variant", "setting", *map(steps, every), *(f"{name}, mean" for name in stops))
+    lines = [
+        (
+            *(r["variant"], r["words"]),
+            *(percent(after(r, times)[:seeds]) for times in every),
+            *(f"{statistics.fmean(r[name][:seeds]):,.0f}" for name in stops),
+        )
+        for r in sample
+    ]
     words = f"Accuracy of the sample after more steps at the same rate, %, over the first {seeds} seeds."
+    if stops:
+        words += " The step of the best look until the stop, and the steps until then."
     return table(heading, lines) + f"\n\n{words}"
 
 
@@ -87,7 +97,7 @@ def _setup(result: Data) -> str:
         f"{result['task'][0].upper()}{result['task'][1:]}: {result['classes']} classes; each seed draws {recipe['images']:,} "
         f"training images, {result['images']['test']:,} test. {_ends(recipe, apart)} The head starts at its "
         f"optimum on the frozen model for the same images, and goes on at {recipe['head_rate']:g}. Each setting multiplies "
-        f"its rates by the number (last column) with which the first step at rate r moves all dW by {recipe['stride']:g} r "
+        f"its rates by the number (rate x) with which the first step at rate r moves all dW by {recipe['stride']:g} r "
         "sqrt(elements), so that a rate means the same for all. Every LoRA and LoRTA setting chooses its own "
         "rate; other families take that of their setting of median count."
     )
@@ -112,9 +122,7 @@ def _ends(recipe: Data, apart: str) -> str:
 
 
 def _results(rows: list[Data]) -> str:
-    stopped = any("best" in r for r in rows)
-    own = ("best step", "steps") if stopped else ()
-    heading = ("variant", "setting", "parameters", "seeds", "accuracy, %", "head alone, %", "rate", "rate x", *own)
+    heading = ("variant", "setting", "parameters", "seeds", "accuracy, %", "head alone, %", "rate", "rate x")
     lines = [
         (
             r["variant"],
@@ -125,7 +133,6 @@ def _results(rows: list[Data]) -> str:
             percent(r["heads"]),
             f"{r['rate']:g}" + " (edge)" * r["edge"],
             f"{statistics.fmean(r['rate_times']):.3g}",
-            *(f"{statistics.fmean(r[name]):,.0f}" for name in ("best", "steps") if stopped),
         )
         for r in sorted(rows, key=lambda r: -r["parameters"])
     ]
