@@ -40,7 +40,7 @@ gpu: .venv/installed
 
 docs: .venv/installed
 	test -x $(BIN)/mkdocs || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 check: .venv/installed
 	$(BIN)/ruff check .
