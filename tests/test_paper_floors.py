@@ -11,7 +11,7 @@ import test_floors as house
 
 PAPER = house.ROOT / "benchmarks" / "paper" / "superlora_tn_paper"
 FLOORS = [
-    ["store", "data_folder", "vit", "unet", "differences", "rates"],
+    ["store", "data_folder", "vit", "unet", "differences", "rates", "values"],
     ["markdown", "task", "domains", "classification_settings", "diffusion_settings", "classification_answers"],
     ["hub", "judge", "denoising", "classification_training", "first_steps"],
     ["classification_report", "geometry_report", "diffusion_report", "stopping"],

@@ -20,6 +20,7 @@ from superlora_tn.demo.progress import OnStep
 from superlora_tn.demo.whole_file import whole_file
 from superlora_tn_paper.domains import to_bytes, to_unit
 from superlora_tn_paper.unet import UNet
+from superlora_tn_paper.values import copied, put
 
 _CLIP = 1.0  # largest gradient norm
 _WARM = 0.05  # the part of the steps in which the learning rate rises
@@ -106,7 +107,7 @@ class TrainingState:
         self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("no parameter of the model requires grad: attach an adapter before training.")
-        self.average = [p.detach().clone() for p in self.parameters]
+        self.average = copied(self.parameters)
         self.optimizer = torch.optim.Adam(self.parameters, lr=training.lr, fused=True)
         self.generator = torch.Generator().manual_seed(seed)
         self.losses: list[float] = []
@@ -126,8 +127,8 @@ class TrainingState:
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote for a run of the same parameters."""
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        _copy(state["parameters"], self.parameters)
-        _copy(state["average"], self.average)
+        put(self.parameters, state["parameters"])
+        put(self.average, state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.losses = list(state["losses"])
@@ -136,12 +137,6 @@ class TrainingState:
         """``average <- keep average + (1 - keep) parameters``."""
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.parameters, 1 - keep)
-
-
-@torch.no_grad()
-def _copy(values: list[Tensor], places: list[Tensor]) -> None:
-    for value, place in zip(values, places, strict=True):
-        place.copy_(value)
 
 
 def train(
@@ -183,7 +178,7 @@ def train(
             state.save(checkpoint)
         if on_step is not None:
             on_step(step, training.steps, state.losses[-1])
-    _copy(state.average, state.parameters)
+    put(state.parameters, state.average)
     model.eval()
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from superlora_tn import Tuned
 from superlora_tn_paper.task import Batch, Task
+from superlora_tn_paper.values import copied, put
 
 
 def moved(tuned: Tuned) -> float:
@@ -31,14 +32,13 @@ def rate_times(task: Task, tuned: Tuned, batch: Batch, stride: float, rate: floa
         rate: of the probing step, small enough that dW is linear in it.
     """
     own = list(tuned.parameters())
-    first = [p.detach().clone() for p in own]
+    first = copied(own)
     loss = functional.cross_entropy(task.logits(batch[0]), batch[1].to(task.device))
     slopes = torch.autograd.grad(loss, own, allow_unused=True)
     with torch.no_grad():
         for p, slope in zip(own, slopes, strict=True):
             if slope is not None:
                 p.sub_(rate * slope.sign())
-        here = moved(tuned)
-        for p, value in zip(own, first, strict=True):
-            p.copy_(value)
+    here = moved(tuned)
+    put(own, first)
     return rate * stride * math.sqrt(sum(o * i for o, i in task.shapes.values())) / here

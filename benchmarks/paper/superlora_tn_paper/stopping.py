@@ -17,6 +17,7 @@ from superlora_tn.demo.progress import OnStep
 from superlora_tn_paper.classification_training import adamw, step_down
 from superlora_tn_paper.store import Data
 from superlora_tn_paper.task import Batch, Task
+from superlora_tn_paper.values import copied, put
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,6 @@ class Kept:
         put((p for own, _ in groups for p in own), self.values)
         told = {"best": self.best, "steps": self.steps, "loss_apart": self.loss, "train_loss": self.train_loss}
         return result() | told | {"step_seconds": round(self.step_seconds, 5)}
-
-
-@torch.no_grad()
-def put(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> None:
-    """Set parameters to values."""
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
-
-
-def copied(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Their values now."""
-    return [parameter.detach().clone() for parameter in parameters]
 
 
 @contextmanager
